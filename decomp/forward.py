@@ -1,0 +1,97 @@
+"""How a batch is fed to a model, and what it is called with on the way."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode and give every module its own train flag back: BatchNorm must not move."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call ``model`` with a batch: a tensor is one argument, a tuple or list positional ones, a mapping keywords.
+
+    Raises:
+        TypeError: the batch is none of these, or has more elements than the model takes.
+    """
+    positional, keywords = arguments(batch)
+    try:
+        inspect.signature(model.forward).bind(*positional, **keywords)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(model).__name__} cannot be called with a batch of {_describe(batch)}: {error}; "
+            "for batches of (inputs, labels) write inputs=lambda batch: batch[0]"
+        ) from None
+    return model(*positional, **keywords)
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split a batch into positional and keyword arguments."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    raise TypeError(f"a batch must be a tensor, a tuple, a list or a mapping, not {type(batch).__name__}")
+
+
+def to_device_of(model: nn.Module, batch: Any) -> Any:
+    """Move the tensors of a batch to the device of the model's first parameter."""
+    parameter = next(model.parameters(), None)
+    return batch if parameter is None else _moved(batch, parameter.device)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_moved(value, device) for value in batch]
+    return batch
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"one tensor {tuple(batch.shape)}"
+    names = list(batch) if isinstance(batch, Mapping) else [type(value).__name__ for value in batch]
+    return f"{len(names)} elements ({', '.join(map(str, names[:6]))})"
+
+
+def input_shapes(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> dict[str, list[torch.Size]]:
+    """Run one batch in eval mode without gradients; the input shape of each call, in the order of execution.
+
+    Modules that the batch never reaches are left out.
+    """
+    shapes: dict[str, list[torch.Size]] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            first = positional[0] if positional else next(iter(keywords.values()))
+            shapes.setdefault(name, []).append(first.shape)
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in modules.items()]
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, to_device_of(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes

@@ -1,0 +1,176 @@
+"""Making a plan: which layers can be decomposed, by which method, to which ranks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from decomp import surgery
+from decomp.candidates import Candidate, Choice, undecided
+from decomp.costs import count_params
+from decomp.forward import input_shapes
+from decomp.layers import Factorized
+from decomp.methods import METHODS, Method
+from decomp.methods.svd import SVD
+from decomp.plans import Plan
+from decomp.ranks import RULES, parse_request
+from decomp.selection import Selector, select
+
+NEVER: dict[type[nn.Module], str] = {
+    nn.RNNBase: "never decomposed: its fused kernels read packed weights",
+    nn.RNNCellBase: "never decomposed: its fused kernels read packed weights",
+    nn.MultiheadAttention: "never decomposed: its packed projections are read without being called",
+    nn.Bilinear: "never decomposed: no method takes three-way products",
+}
+DECOMPOSABLE: tuple[type[nn.Module], ...] = tuple({kind: 0 for m in METHODS.values() for kind in m.layers})
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer of the model, and why it is out of the question, if it is."""
+
+    module: nn.Module
+    reason: str = ""
+
+
+def make_plan(
+    model: nn.Module,
+    method: str | Method,
+    ranks: Any,
+    layers: Selector,
+    exclude: Selector,
+    example_inputs: Any,
+    progress: bool | None,
+) -> Plan:
+    """Plan every layer of ``model``; see :func:`decomp.plan`."""
+    surgery.check_model(model)
+    method_of = _methods(method, ranks)
+    sites = _selected(_sites(model, method_of), layers, exclude)
+    open_layers = {name: site.module for name, site in sites.items() if not site.reason}
+    earlier = ranks if isinstance(ranks, Plan) else None
+    if earlier is not None:
+        ranks = {name: choice.ranks for name, choice in earlier.items() if choice.ranks and name in open_layers}
+    request_of = parse_request(ranks, open_layers, RULES)
+    shapes = None if example_inputs is None else input_shapes(model, example_inputs, open_layers)
+    choices: dict[str, Choice] = {}
+    candidates: dict[str, Candidate] = {}
+    for name, site in tqdm(sites.items(), "analyse", disable=None if progress is None else not progress):
+        reason = site.reason or ("" if shapes is None or name in shapes else "example_inputs never reach it")
+        if reason:
+            choices[name] = _undecided(model, name, site.module, reason)
+            continue
+        _require_finite(name, site.module)
+        known = None if shapes is None else [tuple(shape) for shape in shapes[name]]
+        candidates[name] = Candidate.of(name, site.module, method_of(name, site.module), known)
+        choices[name] = candidates[name].decide(request_of(name))
+        if earlier is not None and not choices[name].ranks and name in earlier:
+            choices[name] = choices[name].as_dense(earlier[name].reason or choices[name].reason)
+    return Plan(choices, _dense_params(model, sites, choices), candidates)
+
+
+def _methods(method: str | Method, ranks: Any) -> Callable[[str, nn.Module], Method]:
+    """The method of each layer: SVD for a matrix, the one named for the rest; a plan brings its own."""
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(
+            f"method={method!r} is unknown: write one of {sorted(METHODS)}, or a decomp.methods.Method"
+        )
+    named = METHODS[method] if isinstance(method, str) else method
+    brought = {name: choice.method for name, choice in ranks.items()} if isinstance(ranks, Plan) else {}
+
+    def method_of(name: str, module: nn.Module) -> Method:
+        if brought.get(name) in METHODS:
+            return METHODS[brought[name]]
+        is_matrix = isinstance(module, nn.Linear) or set(cast(nn.Conv2d, module).kernel_size) == {1}
+        return SVD if is_matrix else named
+
+    return method_of
+
+
+def _sites(model: nn.Module, method_of: Callable[[str, nn.Module], Method]) -> dict[str, Site]:
+    """Every layer that could be thought of, by its first name, in the order of ``named_modules``."""
+    shared = surgery.shared_parameters(model)
+    sites: dict[str, Site] = {}
+    for name, module in _layers(model):
+        never = next((reason for kind, reason in NEVER.items() if isinstance(module, kind)), "")
+        if never:
+            sites[name] = Site(module, never)
+        elif isinstance(module, Factorized):
+            sites[name] = Site(module, "already factorized")
+        elif type(module) in DECOMPOSABLE:
+            sites[name] = Site(
+                module, surgery.refusal(module, shared) or _unsuited(module, method_of(name, module))
+            )
+        elif isinstance(module, DECOMPOSABLE):
+            kind = next(kind for kind in DECOMPOSABLE if isinstance(module, kind))
+            sites[name] = Site(
+                module, f"{type(module).__name__}, a subclass of {kind.__name__}: it may compute otherwise"
+            )
+    return sites
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by their first name, without what lies inside a layer that is never opened."""
+    closed: list[str] = []
+    for module, names in surgery.names_of(model):
+        name = names[0]
+        if any(name.startswith(prefix) for prefix in closed):
+            continue
+        yield name, module
+        if isinstance(module, (Factorized, *NEVER)):
+            closed += [f"{alias}." if alias else "" for alias in names]
+
+
+def _unsuited(module: nn.Module, method: Method) -> str:
+    weight = cast(Tensor, module.weight)
+    if not weight.dtype.is_floating_point:
+        return f"its weight is {weight.dtype}: only floating-point weights are decomposed"
+    if type(module) not in method.layers:
+        return f"{method.name} does not work on {type(module).__name__}"
+    groups = getattr(module, "groups", 1)
+    if groups > 1 and groups == getattr(module, "in_channels", 0) == getattr(module, "out_channels", 0):
+        return "depthwise: one channel per group leaves nothing to decompose"
+    return ""
+
+
+def _selected(sites: dict[str, Site], layers: Selector, exclude: Selector) -> dict[str, Site]:
+    """Mark what ``layers=`` leaves out and ``exclude=`` takes out, in that order."""
+    modules = {name: site.module for name, site in sites.items()}
+    if layers is not None:
+        chosen = select(layers, modules, "layers")
+        sites = {
+            n: s if n in chosen or s.reason else replace(s, reason="not among layers=") for n, s in sites.items()
+        }
+    if exclude is not None and exclude != ():
+        banned = select(exclude, modules, "exclude")
+        sites = {n: replace(s, reason="excluded") if n in banned else s for n, s in sites.items()}
+    return sites
+
+
+def _undecided(model: nn.Module, name: str, module: nn.Module, reason: str) -> Choice:
+    """A layer that is out of the question; one factorized earlier keeps the choice that made it."""
+    choice = undecided(module, reason)
+    if not isinstance(module, Factorized):
+        return choice
+    earlier = getattr(model, "decomp_plan", None)
+    if isinstance(earlier, Plan) and name in earlier and earlier[name].ranks == module.ranks:
+        return replace(earlier[name], reason=reason)
+    return replace(choice, method=module.method, ranks=module.ranks)
+
+
+def _dense_params(model: nn.Module, sites: dict[str, Site], choices: dict[str, Choice]) -> int:
+    """Parameters of the model as it was before any layer was factorized."""
+    factorized = (choices[name].params for name, site in sites.items() if isinstance(site.module, Factorized))
+    return count_params(model) + sum(int(before - after) for before, after in factorized)
+
+
+def _require_finite(name: str, module: nn.Module) -> None:
+    weight = cast(Tensor, module.weight).detach()
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise ValueError(
+            f"layer {name!r}: {bad} of {weight.numel()} weights are NaN or infinite; mend the weights, "
+            f"or leave the layer alone with exclude={name!r}"
+        )

@@ -1,0 +1,137 @@
+"""What every factorized layer has in common: a chain of factors, and the way back to the dense weight."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from decomp.layers.kernels import join_kernels
+
+_DENSE_ATTRIBUTES = (
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "transposed",
+    "output_padding",
+)
+
+
+class Factorized(nn.Module):
+    """A chain of ordinary torch layers that stands for one dense layer.
+
+    The children carry the names of their roles (``reduce``, ``core``, ``expand``) and run in that order; only
+    the last one has a bias. The attributes that code around a layer reads (``in_features``, ``stride``,
+    ``bias``, ...) are those of the dense layer. ``weight`` can be read, never set: it multiplies the
+    factors anew each time.
+    """
+
+    method: ClassVar[str]
+    ranks: tuple[int, ...]
+
+    def __init__(self, dense: Any, ranks: tuple[int, ...], device: Any) -> None:
+        super().__init__()
+        self.ranks = ranks
+        for name in _DENSE_ATTRIBUTES:
+            if hasattr(dense, name):
+                setattr(self, name, getattr(dense, name))
+        self.build(dense, device)
+
+    @abstractmethod
+    def build(self, dense: Any, device: Any) -> None:
+        """Make the children, in the order in which they run."""
+
+    @classmethod
+    def like(cls, dense: Any, ranks: tuple[int, ...], *, device: object = None) -> Self:
+        """Build the structure with torch's own initialization, on the device of ``dense`` or the one given."""
+        layer = cls(dense, tuple(ranks), dense.weight.device if device is None else device)
+        layer.train(dense.training)
+        for name, parameter in layer.named_parameters():
+            source = dense.bias if name.endswith("bias") else dense.weight
+            parameter.requires_grad_(source.requires_grad)
+        return layer
+
+    @classmethod
+    def from_factors(cls, dense: Any, factors: Any) -> Self:
+        """Build the layer that runs ``factors``, with the bias, flags, device and dtype of ``dense``.
+
+        Raises:
+            ValueError: a factor does not fit the dense layer.
+        """
+        kernels = cls.factor_kernels(dense, factors)
+        layer = cls.like(dense, cls.ranks_of(kernels), device="meta")
+        for role, child in layer.named_children():
+            _fill(child, kernels[role], dense, f"{cls.__name__}.{role}")
+        return layer
+
+    @classmethod
+    @abstractmethod
+    def factor_kernels(cls, dense: nn.Module, factors: Any) -> Mapping[str, Tensor]:
+        """Turn factors, as the method returns them, into one kernel (groups, out, in, ...) per role."""
+
+    @classmethod
+    @abstractmethod
+    def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Read the ranks off the kernels of the roles."""
+
+    @abstractmethod
+    def dense_kernels(self) -> Tensor:
+        """Multiply the factors: one dense kernel (groups, T, S, *kernel) per group."""
+
+    def dense_weight(self) -> Tensor:
+        """Multiply the factors: the weight that this layer applies, in the layout of the dense layer."""
+        return join_kernels(self.dense_kernels(), transposed=getattr(self, "transposed", False))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense_weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return list(self.children())[-1].bias  # type: ignore[return-value]
+
+    def forward(self, input: Tensor) -> Tensor:
+        for factor in self.children():
+            input = factor(input)
+        return input
+
+    def extra_repr(self) -> str:
+        return f"ranks={self.ranks}"
+
+
+def _fill(child: Any, kernel: Tensor, dense: Any, where: str) -> None:
+    axes = child.weight.dim() + 1
+    kernel = kernel[(..., *(None,) * (axes - kernel.dim()))]
+    weight = join_kernels(kernel, transposed=getattr(child, "transposed", False))
+    if weight.shape != child.weight.shape:
+        raise ValueError(
+            f"{where}: the factors give a weight of shape {tuple(weight.shape)}, "
+            f"the layer needs {tuple(child.weight.shape)}"
+        )
+    source = dense.weight
+    weight = weight.detach().to(source.device, source.dtype, copy=True)
+    weight = weight.contiguous(memory_format=_memory_format(source))
+    child.weight = nn.Parameter(weight, requires_grad=source.requires_grad)
+    if child.bias is not None:
+        bias = dense.bias
+        child.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+
+
+def _memory_format(weight: Any) -> torch.memory_format:
+    """channels_last where the dense weight is kept so; both formats at once (1x1 kernels) count as ordinary."""
+    for dimensions, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if (
+            weight.dim() == dimensions
+            and not weight.is_contiguous()
+            and weight.is_contiguous(memory_format=layout)
+        ):
+            return layout
+    return torch.contiguous_format
