@@ -2,6 +2,8 @@
 
 from decomp import layers, ranks
 from decomp.api import plan, tucker
+from decomp.finetuning import finetune_layerwise
 from decomp.plans import Plan
+from decomp.reports import compare, profile
 
-__all__ = ["Plan", "layers", "plan", "ranks", "tucker"]
+__all__ = ["Plan", "compare", "finetune_layerwise", "layers", "plan", "profile", "ranks", "tucker"]

@@ -20,7 +20,7 @@ def tucker(
     inplace: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
-    """Return the model with smaller layers: Tucker-2 on spatial convolutions, SVD on linear layers and 1x1 convolutions.
+    """Return the model with smaller layers: Tucker-2 on spatial convolutions, SVD on linear and 1x1 ones.
 
     K[t, s, i, j] ~= sum_{a, b} U[t, a] C[a, b, i, j] V[s, b] becomes 1x1, k x k and 1x1 convolutions; W ~= B A
     becomes two linear layers or 1x1 convolutions. A layer is replaced only where its parameters and its MACs

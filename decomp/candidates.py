@@ -24,8 +24,9 @@ class Choice:
     """What a plan says of one layer.
 
     ``ranks`` is empty and ``method`` is "dense" where the layer stays as it is; ``reason`` then says why.
-    ``params`` counts the layer's parameters. ``macs`` counts its multiply-adds on the example inputs, or is a
-    share of the dense layer's. ``error`` is the relative error of the weight. ``note`` says what was adjusted.
+    ``params`` counts the layer's parameters. ``macs`` counts its multiply-adds on the example inputs (ints), or
+    is a share of the dense layer's (floats). ``error`` is the relative error of the weight. ``note`` says what
+    was adjusted.
     """
 
     layer: str
@@ -167,14 +168,13 @@ class Candidate:
     def _choice(self, ranks: Ranks, reason: str = "", note: str = "") -> Choice:
         dense = self.price.dense
         cost = self.price(ranks) if ranks else dense
-        unit = 1 if self.absolute_macs else dense.macs
         return Choice(
             self.layer,
             self.shape,
             self.method.name if ranks else "dense",
             ranks,
             Change(dense.params, cost.params),
-            Change(dense.macs / unit, cost.macs / unit) if unit != 1 else Change(dense.macs, cost.macs),
+            Change(dense.macs, cost.macs) if self.absolute_macs else Change(1.0, cost.macs / dense.macs),
             self.error(ranks) if ranks else 0.0,
             reason,
             note,

@@ -1,12 +1,14 @@
 """How a batch is fed to a model, and what it is called with on the way."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @contextmanager
@@ -73,25 +75,64 @@ def _describe(batch: Any) -> str:
     return f"{len(names)} elements ({', '.join(map(str, names[:6]))})"
 
 
-def input_shapes(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> dict[str, list[torch.Size]]:
-    """Run one batch in eval mode without gradients; the input shape of each call, in the order of execution.
+@dataclass
+class Observation:
+    """One forward pass: per module the input shape of each call and the MACs, in the order of execution.
 
-    Modules that the batch never reaches are left out.
+    Modules that the batch never reaches are left out. ``total_macs`` counts the whole model.
     """
-    shapes: dict[str, list[torch.Size]] = {}
 
-    def watch(name: str) -> Any:
+    shapes: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+    total_macs: int = 0
+
+
+def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> Observation:
+    """Run one batch in eval mode without gradients and note what it does to ``modules``."""
+    seen = Observation()
+
+    def shape(name: str, received: Any) -> None:
+        seen.shapes.setdefault(name, []).append(tuple(getattr(received, "shape", ())))
+
+    with FlopCounterMode(display=False) as counter:
+        macs = meter(model, batch, modules, lambda: counter.get_total_flops() / 2, shape)
+    seen.macs = {name: int(value) for name, value in macs.items()}
+    seen.total_macs = int(counter.get_total_flops()) // 2
+    return seen
+
+
+def meter(
+    model: nn.Module,
+    batch: Any,
+    modules: Mapping[str, nn.Module],
+    read: Callable[[], float],
+    look: Callable[[str, Any], None] = lambda name, received: None,
+) -> dict[str, float]:
+    """How far ``read()`` moves while each module runs in one pass; ``look`` sees the first input of a call."""
+    spent: dict[str, float] = {}
+    begun: dict[str, float] = {}
+
+    def before(name: str) -> Any:
         def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            first = positional[0] if positional else next(iter(keywords.values()))
-            shapes.setdefault(name, []).append(first.shape)
+            look(name, positional[0] if positional else next(iter(keywords.values()), None))
+            begun[name] = read()
 
         return hook
 
-    handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in modules.items()]
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, received: Any, result: Any) -> None:
+            spent[name] = spent.get(name, 0.0) + read() - begun[name]
+
+        return hook
+
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(name)))
     try:
         with evaluating(model), torch.no_grad():
             call(model, to_device_of(model, batch))
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
+    return spent

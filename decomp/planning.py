@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from decomp import surgery
-from decomp.candidates import Candidate, Choice, undecided
-from decomp.costs import count_params
-from decomp.forward import input_shapes
+from decomp.candidates import Candidate, Change, Choice, undecided
+from decomp.costs import Cost, count_params
+from decomp.forward import Observation, observe
 from decomp.layers import Factorized
 from decomp.methods import METHODS, Method
 from decomp.methods.svd import SVD
-from decomp.plans import Plan
+from decomp.plans import PLAN, Plan
 from decomp.ranks import RULES, parse_request
 from decomp.selection import Selector, select
 
@@ -54,21 +54,24 @@ def make_plan(
     if earlier is not None:
         ranks = {name: choice.ranks for name, choice in earlier.items() if choice.ranks and name in open_layers}
     request_of = parse_request(ranks, open_layers, RULES)
-    shapes = None if example_inputs is None else input_shapes(model, example_inputs, open_layers)
+    seen = (
+        None if example_inputs is None else observe(model, example_inputs, {n: s.module for n, s in sites.items()})
+    )
     choices: dict[str, Choice] = {}
     candidates: dict[str, Candidate] = {}
     for name, site in tqdm(sites.items(), "analyse", disable=None if progress is None else not progress):
-        reason = site.reason or ("" if shapes is None or name in shapes else "example_inputs never reach it")
+        reason = site.reason or ("" if seen is None or name in seen.macs else "example_inputs never reach it")
         if reason:
-            choices[name] = _undecided(model, name, site.module, reason)
+            choices[name] = _undecided(model, name, site.module, reason, seen)
             continue
         _require_finite(name, site.module)
-        known = None if shapes is None else [tuple(shape) for shape in shapes[name]]
-        candidates[name] = Candidate.of(name, site.module, method_of(name, site.module), known)
+        shapes = seen.shapes[name] if seen else None
+        candidates[name] = Candidate.of(name, site.module, method_of(name, site.module), shapes)
         choices[name] = candidates[name].decide(request_of(name))
         if earlier is not None and not choices[name].ranks and name in earlier:
             choices[name] = choices[name].as_dense(earlier[name].reason or choices[name].reason)
-    return Plan(choices, _dense_params(model, sites, choices), candidates)
+    total = Cost(count_params(model), seen.total_macs if seen else 0)
+    return Plan(choices, _before(total, sites, choices), candidates)
 
 
 def _methods(method: str | Method, ranks: Any) -> Callable[[str, nn.Module], Method]:
@@ -149,21 +152,26 @@ def _selected(sites: dict[str, Site], layers: Selector, exclude: Selector) -> di
     return sites
 
 
-def _undecided(model: nn.Module, name: str, module: nn.Module, reason: str) -> Choice:
+def _undecided(model: nn.Module, name: str, module: nn.Module, reason: str, seen: Observation | None) -> Choice:
     """A layer that is out of the question; one factorized earlier keeps the choice that made it."""
-    choice = undecided(module, reason)
+    choice = undecided(module, reason, seen.macs.get(name, 0) if seen else 1.0)
     if not isinstance(module, Factorized):
         return choice
-    earlier = getattr(model, "decomp_plan", None)
+    earlier = getattr(model, PLAN, None)
     if isinstance(earlier, Plan) and name in earlier and earlier[name].ranks == module.ranks:
-        return replace(earlier[name], reason=reason)
+        share = earlier[name].macs.after / earlier[name].macs.before
+        after = seen.macs.get(name, 0) if seen else share
+        before = round(after / share) if seen else 1.0
+        return replace(earlier[name], macs=Change(before, after), reason=reason)
     return replace(choice, method=module.method, ranks=module.ranks)
 
 
-def _dense_params(model: nn.Module, sites: dict[str, Site], choices: dict[str, Choice]) -> int:
-    """Parameters of the model as it was before any layer was factorized."""
-    factorized = (choices[name].params for name, site in sites.items() if isinstance(site.module, Factorized))
-    return count_params(model) + sum(int(before - after) for before, after in factorized)
+def _before(total: Cost, sites: dict[str, Site], choices: dict[str, Choice]) -> Cost:
+    """Cost of the model as it was before any layer was factorized; MACs are 0 where they are not known."""
+    factorized = [choices[name] for name, site in sites.items() if isinstance(site.module, Factorized)]
+    params = sum(int(choice.params.before - choice.params.after) for choice in factorized)
+    macs = sum(int(choice.macs.before - choice.macs.after) for choice in factorized) if total.macs else 0
+    return Cost(total.params + params, total.macs + macs)
 
 
 def _require_finite(name: str, module: nn.Module) -> None:

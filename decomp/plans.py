@@ -12,11 +12,13 @@ from tqdm import tqdm
 
 from decomp import surgery, tables
 from decomp.candidates import Candidate, Change, Choice
+from decomp.costs import Cost
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import METHODS, Method
 from decomp.ranks import RULES, RankSpec, parse_spec
 
 FORMAT = "decomp-plan-1"
+PLAN = "decomp_plan"  # the attribute of a model that carries the plan it was made by
 
 
 class Plan(Mapping[str, Choice]):
@@ -29,12 +31,12 @@ class Plan(Mapping[str, Choice]):
     def __init__(
         self,
         choices: Mapping[str, Choice],
-        model_params: int,
+        before: Cost,
         candidates: Mapping[str, Candidate] | None = None,
     ) -> None:
         self._choices = dict(choices)
         self._candidates = dict(candidates or {})
-        self._model_params = model_params
+        self._before = before
 
     def __getitem__(self, name: str) -> Choice:
         return self._choices[name]
@@ -49,7 +51,15 @@ class Plan(Mapping[str, Choice]):
     def params(self) -> Change:
         """Parameters of the whole model, before and after."""
         saved = sum(choice.params.before - choice.params.after for choice in self.values())
-        return Change(self._model_params, self._model_params - saved)
+        return Change(self._before.params, self._before.params - saved)
+
+    @property
+    def macs(self) -> Change | None:
+        """MACs of the whole model on the example inputs, before and after; None for a plan made without them."""
+        if not self._before.macs:
+            return None
+        saved = sum(choice.macs.before - choice.macs.after for choice in self.values())
+        return Change(self._before.macs, self._before.macs - saved)
 
     def with_ranks(self, layers: str, ranks: RankSpec) -> "Plan":
         """Return the plan with other ranks for the layers that match a glob.
@@ -69,12 +79,12 @@ class Plan(Mapping[str, Choice]):
             raise ValueError(f"layer {names[0]!r} cannot be decomposed: {self[names[0]].reason}")
         request = parse_spec(ranks, RULES, exact=layers in self)
         decided = {name: self._candidates[name].decide(request) for name in found}
-        return Plan(self._choices | decided, self._model_params, self._candidates)
+        return Plan(self._choices | decided, self._before, self._candidates)
 
     def keep_dense(self, layers: str) -> "Plan":
         """Return the plan with the layers that match a glob left dense."""
         kept = {name: self[name].as_dense("kept dense on request") for name in self._matching(layers)}
-        return Plan(self._choices | kept, self._model_params, self._candidates)
+        return Plan(self._choices | kept, self._before, self._candidates)
 
     def _matching(self, layers: str) -> list[str]:
         names = [name for name in self if fnmatchcase(name, layers)]
@@ -116,7 +126,7 @@ class Plan(Mapping[str, Choice]):
     def to_json(self) -> str:
         """Write the plan as JSON; :meth:`from_json` reads it back."""
         layers = {name: asdict(choice) for name, choice in self.items()}
-        return json.dumps({"format": FORMAT, "model_params": self._model_params, "layers": layers}, indent=1)
+        return json.dumps({"format": FORMAT, "before": self._before._asdict(), "layers": layers}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -130,7 +140,7 @@ class Plan(Mapping[str, Choice]):
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, {FORMAT!r} is needed")
             choices = {name: _read_choice(entry) for name, entry in data["layers"].items()}
-            return cls(choices, int(data["model_params"]))
+            return cls(choices, Cost(**data["before"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a plan of decomp in JSON: {error}") from error
 
@@ -155,7 +165,7 @@ class Plan(Mapping[str, Choice]):
                     f"{shape}, the plan says {choice.layer} with {choice.shape}"
                 )
             reason = surgery.refusal(module, shared)
-            if reason and not module.weight.is_meta:  # type: ignore[union-attr]
+            if reason and not module.weight.is_meta:
                 raise ValueError(f"layer {name!r} cannot be replaced: {reason}")
             replaced[name] = module
         if not replaced:
@@ -171,7 +181,7 @@ class Plan(Mapping[str, Choice]):
 
     def _swapped(self, model: nn.Module, new: Mapping[str, nn.Module], inplace: bool) -> nn.Module:
         model = surgery.swap(model, new, inplace=inplace)
-        model.decomp_plan = Plan(self._choices, self._model_params)
+        setattr(model, PLAN, Plan(self._choices, self._before))
         return model
 
     def _reasons(self) -> str:
@@ -184,7 +194,6 @@ class Plan(Mapping[str, Choice]):
         return f"<Plan: {sum(bool(choice.ranks) for choice in self.values())} of {len(self)} layers replaced>"
 
     def __str__(self) -> str:
-        absolute = any(choice.macs.before > 1 for choice in self.values())
         rows = [
             (
                 name or "(the model)",
@@ -198,20 +207,19 @@ class Plan(Mapping[str, Choice]):
             )
             for name, choice in self.items()
         ]
-        macs = "MACs" if absolute else "MACs (share, large input)"
+        macs = "MACs" if self.macs else "MACs (share, large input)"
         columns = ("layer", "type", "method", "ranks", ">params", f">{macs}", ">error", "why / note")
-        return tables.render("", columns, rows, self._totals(absolute))
+        return tables.render("", columns, rows, self._totals())
 
-    def _totals(self, absolute: bool) -> tuple[str, ...]:
+    def _totals(self) -> tuple[str, ...]:
         replaced = f"{sum(bool(choice.ranks) for choice in self.values())} of {len(self)} replaced"
         params = f"{tables.number(self.params.before)} => {tables.number(self.params.after)}"
-        before, after = (sum(choice.macs[i] for choice in self.values()) for i in (0, 1))
-        macs = f"{tables.number(before)} => {tables.number(after)}" if absolute else ""
+        macs = " => ".join(map(tables.number, self.macs)) if self.macs else ""
         return ("whole model", replaced, "", "", params, macs, "", "")
 
 
 def _change(change: Change, choice: Choice) -> str:
-    before, after = (f"{v:.2f}" if change.before <= 1 else tables.number(v) for v in change)
+    before, after = (f"{v:.2f}" if isinstance(change.before, float) else tables.number(v) for v in change)
     return f"{before} => {after}" if choice.ranks else before
 
 

@@ -20,7 +20,7 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], to
         table.add_row(*row)
     text = StringIO()
     Console(file=text, width=10_000, color_system=None, legacy_windows=False, markup=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
 
 def number(value: float) -> str:

@@ -57,8 +57,8 @@ def parse_spec(spec: Any, rules: Mapping[str, Rule], *, exact: bool = False) -> 
         return rules[spec]
     if isinstance(spec, float):
         raise TypeError(
-            f"ranks={spec} can mean three things: write decomp.ranks.energy({spec}) (share of the squared singular "
-            f"values), decomp.ranks.params({spec}) or decomp.ranks.macs({spec}) (share of each layer's cost)"
+            f"ranks={spec} can mean three things: write decomp.ranks.energy({spec}) (share of the squared "
+            f"singular values), decomp.ranks.params({spec}) or decomp.ranks.macs({spec}) (share of a layer's cost)"
         )
     if isinstance(spec, list):
         spec = tuple(spec)

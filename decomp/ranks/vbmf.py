@@ -4,6 +4,7 @@ Source: Nakajima, Sugiyama, Babacan and Tomioka 2013 (Global analytic solution o
 Bayesian matrix factorization, JMLR 14), theorems 2 and 3, with the exact threshold of their 2015 analysis.
 """
 
+from itertools import pairwise
 from math import ceil, log, log1p
 
 import numpy as np
@@ -32,8 +33,8 @@ def evbmf_rank(singular_values: Values, rows: int, columns: int) -> int:
     energies = np.sort(np.asarray(singular_values, np.float64))[::-1] ** 2
     if not energies[0] > 0:
         return 0
-    # Zero singular values are part of the noise: dropping them would change L, a higher floor would change the
-    # noise. The mean energy of an entry is set to 1, so that the noise variance is searched in (0, 1].
+    # Zero singular values are part of the noise: dropping them would change L, a higher floor would change
+    # the noise. The mean energy of an entry is set to 1, so that the noise variance is searched in (0, 1].
     energies = np.maximum(energies, large * np.finfo(np.float64).eps * energies[0])
     energies = energies / (energies.sum() / (small * large))
     alpha = small / large
@@ -43,7 +44,7 @@ def evbmf_rank(singular_values: Values, rows: int, columns: int) -> int:
 
 
 def evbmf_threshold(alpha: float) -> float:
-    """x_ = (1 + tau)(1 + alpha / tau), with tau the root of Phi(tau) + Phi(tau / alpha), Phi(z) = log(1 + z)/z - 1/2.
+    """x_ = (1 + tau)(1 + alpha / tau), Phi(tau) + Phi(tau / alpha) = 0 with Phi(z) = log(1 + z)/z - 1/2.
 
     >>> round(evbmf_threshold(1.0), 4)
     4.9108
@@ -68,7 +69,7 @@ def _noise_variance(energies: Values, alpha: float, threshold: float) -> float:
     kinks = energies / threshold
     edges = np.unique(np.concatenate([[lower, upper], kinks[(kinks > lower) & (kinks < upper)]]))
     candidates = [upper, lower]
-    for left, right in zip(edges[:-1], edges[1:], strict=True):
+    for left, right in pairwise(edges):
         kept = int((kinks > (left + right) / 2).sum())
         candidates += _stationary_points(energies, alpha, kept, log(left), log(right))
     variance: float = min(candidates, key=lambda variance: _free_energy(energies, alpha, threshold, variance))

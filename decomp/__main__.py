@@ -1,0 +1,8 @@
+"""``python -m decomp`` is the command ``decomp``."""
+
+import sys
+
+from decomp.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

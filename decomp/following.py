@@ -1,0 +1,121 @@
+"""Which normalization and activation follow a layer, seen in one forward pass of any model."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from decomp.forward import call, evaluating, to_device_of
+
+Tail = list[Callable[[Tensor], Tensor]]
+
+_NORMALIZATIONS = {
+    getattr(functional, name)
+    for name in ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm")
+}
+_ACTIVATIONS = {
+    getattr(home, name)
+    for home in (functional, torch, Tensor)
+    for name in (
+        *("relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "elu", "elu_", "selu", "celu"),
+        *("gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "hardtanh_", "softplus", "softsign"),
+        *("sigmoid", "sigmoid_", "tanh", "tanh_", "threshold", "threshold_", "logsigmoid", "tanhshrink"),
+    )
+    if hasattr(home, name)
+}
+
+
+def tails(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:
+    """Return for each layer the functions that its output goes through: at most a normalization, an activation.
+
+    A tail ends where the tensor goes anywhere else as well, so that nothing downstream sees more than the tail
+    gives. Layers that the batch never reaches are left out. The model runs in eval mode, without gradients.
+    """
+    watch = _Watch()
+    handles = [module.register_forward_hook(watch.begin(name)) for name, module in layers.items()]
+    try:
+        with evaluating(model), torch.no_grad(), watch:
+            call(model, to_device_of(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: [_replay(*step) for step in path.steps] for name, path in watch.paths.items()}
+
+
+class _Path:
+    """The output of a layer and what became of it: ``steps[i]`` made ``tensors[i + 1]`` of ``tensors[i]``."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.tensors = [output]
+        self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.closed = False
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        used = [
+            i for i, tensor in enumerate(self.tensors) if _among(tensor, args) or _among(tensor, kwargs.values())
+        ]
+        if not used or not _holds_tensor(result):
+            return
+        position = used[-1]  # an activation in place returns the tensor it was given: the latest counts
+        is_last = position == len(self.tensors) - 1
+        if is_last and not self.closed and args and args[0] is self.tensors[-1] and self._extends(func):
+            self.steps.append((func, args[1:], kwargs))
+            self.tensors.append(result)
+        else:
+            del self.steps[position:], self.tensors[position + 1 :]
+            self.closed = True
+
+    def _extends(self, func: Any) -> bool:
+        if func in _NORMALIZATIONS:
+            return not self.steps
+        return func in _ACTIVATIONS and all(step[0] in _NORMALIZATIONS for step in self.steps)
+
+
+class _Watch(TorchFunctionMode):
+    """Follows the outputs of layers through every torch function that is called with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths: dict[str, _Path] = {}
+
+    def begin(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if name not in self.paths and isinstance(output, Tensor):
+                self.paths[name] = _Path(output)
+
+        return hook
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for path in self.paths.values():
+            path.see(func, args, kwargs, result)
+        return result
+
+
+def _among(tensor: Tensor, values: Iterable[Any]) -> bool:
+    return any(value is tensor or (isinstance(value, tuple | list) and _among(tensor, value)) for value in values)
+
+
+def _holds_tensor(result: Any) -> bool:
+    return isinstance(result, Tensor) or (isinstance(result, tuple | list) and any(map(_holds_tensor, result)))
+
+
+def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """The clone keeps functions that work in place from changing what they are given."""
+
+    def step(tensor: Tensor) -> Tensor:
+        result: Tensor = func(tensor.clone(), *args, **kwargs)
+        return result
+
+    return step
+
+
+def follow(tensor: Tensor, tail: Tail) -> Tensor:
+    """Send a tensor through the functions of a tail."""
+    for step in tail:
+        tensor = step(tensor)
+    return tensor

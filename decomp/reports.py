@@ -1,0 +1,197 @@
+"""What a model costs, measured: parameters, MACs, bytes and seconds, per layer and in total."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from decomp import surgery, tables
+from decomp.candidates import describe
+from decomp.costs import count_params
+from decomp.forward import call, evaluating, meter, observe, to_device_of
+from decomp.layers import Factorized
+
+ELSEWHERE = "(elsewhere)"
+TIMED_PASSES = 5
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Cost of a layer or a model: parameters, multiply-adds of one forward pass, bytes of the state, seconds."""
+
+    layer: str
+    params: int
+    macs: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """``rows`` by the name of the layer; what runs outside of any layer is the row "(elsewhere)"."""
+
+    rows: Mapping[str, Usage]
+    total: Usage
+
+    def __str__(self) -> str:
+        rows = [(name, *_cells(usage)) for name, usage in self.rows.items()]
+        columns = ("layer", "type", ">params", ">MACs", ">bytes", ">latency")
+        return tables.render("", columns, rows, ("whole model", *_cells(self.total)))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two profiles side by side; ``scores`` holds what ``evaluate`` gave for (small, dense)."""
+
+    small: Profile
+    dense: Profile
+    scores: tuple[float, float] | None = None
+
+    def ratio(self, what: str) -> float:
+        """How many times less of "params", "macs", "bytes" or "seconds" the small model takes."""
+        return float(getattr(self.dense.total, what) / getattr(self.small.total, what))
+
+    def __str__(self) -> str:
+        rows = [
+            (name, dense.layer, self.small.rows[name].layer, *_pairs(dense, self.small.rows[name]))
+            for name, dense in self.dense.rows.items()
+            if name in self.small.rows and self.small.rows[name].layer != dense.layer
+        ]
+        columns = ("layer", "dense", "small", ">params", ">MACs", ">bytes", ">latency")
+        total = ("whole model", "", "", *_pairs(self.dense.total, self.small.total))
+        table = tables.render("", columns, rows, total)
+        ratios = [
+            f"{self.ratio(what):.2f}x fewer {label}" for what, label in (("params", "params"), ("macs", "MACs"))
+        ]
+        lines = [f"{', '.join(ratios)}, speed x{self.ratio('seconds'):.2f}"]
+        if self.scores:
+            lines.append(f"score {self.scores[1]:.4f} => {self.scores[0]:.4f}")
+        return "\n".join([table, "", *lines])
+
+
+def profile(model: nn.Module, example_inputs: Any) -> Profile:
+    """Count and measure what ``model`` costs on a batch, in eval mode, without gradients.
+
+    MACs are counted by torch's flop counter (one multiply-add is 1). The latency of the model is the median of
+    ``torch.utils.benchmark`` with all threads; that of a layer the median over a few passes that are watched, so
+    that the layers need not add up to the model. A factorized layer is one row.
+
+    Args:
+        model: any ``nn.Module``.
+        example_inputs: a batch as the model is called with: a tensor, a tuple of positional arguments, or a
+            mapping of keywords.
+
+    >>> print(profile(nn.Linear(64, 10), torch.zeros(1, 64)).total.macs)
+    640
+    """
+    surgery.check_model(model)
+    return _profile(model, example_inputs, latency([model], example_inputs)[0])
+
+
+def compare(
+    small: nn.Module,
+    dense: nn.Module,
+    example_inputs: Any,
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+) -> Comparison:
+    """Profile both models on the same batch, in turn; the printed table shows the layers that differ.
+
+    Args:
+        small: the compressed model.
+        dense: the model that it was made from.
+        example_inputs: a batch as the models are called with.
+        evaluate: a function of a model that gives its score, accuracy say.
+
+    Raises:
+        ValueError: the two are swapped.
+    """
+    for model in (small, dense):
+        surgery.check_model(model)
+    factorized = [any(isinstance(module, Factorized) for module in model.modules()) for model in (small, dense)]
+    if factorized == [False, True]:
+        raise ValueError(
+            "the factorized model was given second: the order is compare(small, dense, example_inputs)"
+        )
+    seconds = latency([small, dense], example_inputs)
+    scores = (float(evaluate(small)), float(evaluate(dense))) if evaluate else None
+    profiles = [_profile(model, example_inputs, s) for model, s in zip((small, dense), seconds, strict=True)]
+    return Comparison(small=profiles[0], dense=profiles[1], scores=scores)
+
+
+def latency(models: list[nn.Module], batch: Any) -> list[float]:
+    """Median seconds of one forward pass of each model; they take turns, so that drift hits all alike."""
+    timers = []
+    for model in models:
+        names = {"call": call, "model": model, "batch": to_device_of(model, batch)}
+        timers.append(Timer("call(model, batch)", globals=names, num_threads=torch.get_num_threads()))
+    with evaluating(*models), torch.no_grad():
+        rounds = [
+            [timer.blocked_autorange(min_run_time=0.1).median for timer in timers] for _ in range(ROUNDS + 1)
+        ]
+    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]  # the first round warms up
+
+
+def _profile(model: nn.Module, batch: Any, seconds: float) -> Profile:
+    units = dict(_units(model))
+    seen, times = observe(model, batch, units), _seconds(model, batch, units)
+    rows = {
+        name: Usage(_label(unit), count_params(unit), seen.macs.get(name, 0), _bytes(unit), times.get(name, 0.0))
+        for name, unit in units.items()
+    }
+    total = Usage(type(model).__name__, count_params(model), seen.total_macs, _bytes(model), seconds)
+    params = total.params - sum(row.params for row in rows.values())
+    other = Usage("", max(params, 0), seen.total_macs - sum(seen.macs.values()), 0, 0.0)
+    if other.params or other.macs:
+        rows[ELSEWHERE] = other
+    return Profile(rows, total)
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that a table has rows for: factorized ones, attention, and every leaf with parameters."""
+    closed: list[str] = []
+    for module, names in surgery.names_of(model):
+        if any(names[0].startswith(prefix) for prefix in closed):
+            continue
+        whole = isinstance(module, Factorized | nn.MultiheadAttention)
+        is_leaf = not list(module.children()) and bool(list(module.parameters()))
+        if whole or is_leaf:
+            yield names[0], module
+        if whole:
+            closed += [f"{name}." if name else "" for name in names]
+
+
+def _seconds(model: nn.Module, batch: Any, units: Mapping[str, nn.Module]) -> dict[str, float]:
+    parameter = next(model.parameters(), None)
+
+    def clock() -> float:
+        if parameter is not None and parameter.device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(parameter.device)
+        return time.perf_counter()
+
+    passes = [meter(model, batch, units, clock) for _ in range(TIMED_PASSES)]
+    return {name: statistics.median(times[name] for times in passes) for name in passes[0]}
+
+
+def _label(unit: nn.Module) -> str:
+    return f"{type(unit).__name__} {unit.ranks}" if isinstance(unit, Factorized) else describe(unit)
+
+
+def _bytes(module: nn.Module) -> int:
+    state = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def _cells(usage: Usage) -> tuple[str, ...]:
+    counts = (tables.number(usage.params), tables.number(usage.macs), tables.number(usage.bytes))
+    return (usage.layer, *counts, tables.milliseconds(usage.seconds) if usage.seconds else "")
+
+
+def _pairs(dense: Usage, small: Usage) -> tuple[str, ...]:
+    return tuple(f"{a} => {b}" for a, b in zip(_cells(dense)[1:], _cells(small)[1:], strict=True))
