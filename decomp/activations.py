@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from decomp.following import Tail, follow
-from decomp.forward import call, to_device_of
+from decomp.forward import Unfused, call, to_device_of
 
 Pair = tuple[Tensor, Tensor]
 
@@ -94,7 +94,8 @@ def _stop_at(model: nn.Module, layer: nn.Module, batch: Any, *, output: bool) ->
         layer.register_forward_hook(after) if output else layer.register_forward_pre_hook(before, with_kwargs=True)
     )
     try:
-        call(model, to_device_of(model, batch))
+        with Unfused():
+            call(model, to_device_of(model, batch))
     except _Reached:
         pass
     finally:

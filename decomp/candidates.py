@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from decomp.costs import Price
+from decomp.costs import Price, count_params
 from decomp.layers import group_kernels
 from decomp.methods import Analysis, Method, Ranks
 from decomp.ranks import Fixed, Rule
@@ -55,8 +56,8 @@ class Choice:
 
 def undecided(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:
     """The choice of a layer that no method looks at."""
-    params = sum(p.numel() for p in module.parameters() if hasattr(p, "shape"))
-    shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+    params, weight = count_params(module), getattr(module, "weight", None)
+    shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
     return Choice(describe(module), shape, "dense", (), Change(params, params), Change(macs, macs), 0.0, reason)
 
 
@@ -140,7 +141,7 @@ class Candidate:
             )
         if 0 in ranks:
             return self._choice((), reason=getattr(request, "nothing", f"{request!r} keeps nothing of it"))
-        return self._unless_worse(self._without_idle_factors(ranks), "")
+        return self._unless_worse(ranks, "")
 
     def _fitted(self, request: Fixed) -> tuple[Ranks, str]:
         try:
@@ -148,15 +149,6 @@ class Candidate:
         except ValueError as error:
             raise ValueError(f"layer {self.name!r}: {error}") from None
         return ranks, f"clamped to {_ranks(ranks)}" if clamped else ""
-
-    def _without_idle_factors(self, ranks: Ranks) -> Ranks:
-        """Leave a mode full where its factor costs more than it saves: less error and no more cost."""
-        for mode, limit in enumerate(self.limits):
-            full = (*ranks[:mode], limit, *ranks[mode + 1 :])
-            with_full, without = self.price(full), self.price(ranks)
-            if with_full.params <= without.params and with_full.macs <= without.macs:
-                ranks = full
-        return ranks
 
     def _unless_worse(self, ranks: Ranks, note: str) -> Choice:
         cost, dense = self.price(ranks), self.price.dense

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from decomp.layers import Factorized
@@ -25,8 +26,8 @@ class Cost(NamedTuple):
 
 
 def count_params(module: nn.Module) -> int:
-    """Number of parameters; one that is shared counts once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Number of parameters; one that is shared counts once, one that has no shape yet does not count."""
+    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
 
 
 def count_macs(module: nn.Module, shapes: Sequence[Sequence[int]]) -> int:

@@ -54,12 +54,13 @@ class _Path:
         self.closed = False
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        used = [
-            i for i, tensor in enumerate(self.tensors) if _among(tensor, args) or _among(tensor, kwargs.values())
-        ]
+        # An activation in place returns the tensor that it was given: only its latest place counts.
+        latest = {id(tensor): place for place, tensor in enumerate(self.tensors)}
+        given = (*args, *kwargs.values())
+        used = [place for place in latest.values() if _among(self.tensors[place], given)]
         if not used or not _holds_tensor(result):
             return
-        position = used[-1]  # an activation in place returns the tensor it was given: the latest counts
+        position = min(used)
         is_last = position == len(self.tensors) - 1
         if is_last and not self.closed and args and args[0] is self.tensors[-1] and self._extends(func):
             self.steps.append((func, args[1:], kwargs))

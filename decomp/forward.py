@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -75,6 +76,17 @@ def _describe(batch: Any) -> str:
     return f"{len(names)} elements ({', '.join(map(str, names[:6]))})"
 
 
+class Unfused(TorchFunctionMode):
+    """Makes torch's attention and encoder layers call their parts, in this block and thread.
+
+    Their fused path, taken in eval mode without gradients, calls no submodule, so that hooks see nothing, and
+    flop counters count nothing. It is not taken where a torch function mode is active.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class Observation:
     """One forward pass: per module the input shape of each call and the MACs, in the order of execution.
@@ -94,7 +106,7 @@ def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> O
     def shape(name: str, received: Any) -> None:
         seen.shapes.setdefault(name, []).append(tuple(getattr(received, "shape", ())))
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, Unfused():
         macs = meter(model, batch, modules, lambda: counter.get_total_flops() / 2, shape)
     seen.macs = {name: int(value) for name, value in macs.items()}
     seen.total_macs = int(counter.get_total_flops()) // 2

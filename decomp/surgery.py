@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 _WRAPPERS = {
@@ -50,9 +50,9 @@ def refusal(module: Any, shared: Mapping[int, list[str]]) -> str:
     ``shared`` is what :func:`shared_parameters` found. A swap would drop hooks, parametrizations and pruning
     masks, and untie weights that another layer uses as well.
     """
-    others = [name for p in module.parameters(recurse=False) for name in shared.get(_memory(p), [])]
-    if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
+    if any(is_lazy(p) for p in module.parameters(recurse=False)):
         return "not initialized yet: run one batch through the model first"
+    others = [name for p in module.parameters(recurse=False) for name in shared.get(_memory(p), [])]
     if parametrize.is_parametrized(module):
         return "parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     if hasattr(module, "weight_g"):
@@ -83,7 +83,7 @@ def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
     names: dict[int, list[str]] = {}
     for module, aliases in names_of(model):
         for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(parameter, UninitializedParameter) and parameter.numel():
+            if not is_lazy(parameter) and parameter.numel():
                 names.setdefault(_memory(parameter), []).append(f"{aliases[0]}.{name}".lstrip("."))
     return {memory: found for memory, found in names.items() if len(found) > 1}
 

@@ -55,7 +55,7 @@ class vbmf:
     nothing: ClassVar[str] = "noise to vbmf: no component stands above it"
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
-        return tuple(_most(evbmf_rank, spectrum) for spectrum in candidate.spectra)
+        return _per_mode(candidate, evbmf_rank)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class energy:
         _require_share("energy", self.share, upper_included=True)
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
-        return tuple(_most(self._rank, spectrum) for spectrum in candidate.spectra)
+        return _per_mode(candidate, self._rank)
 
     def _rank(self, values: Values, rows: int, columns: int) -> int:
         kept = (values**2).cumsum()
@@ -113,8 +113,30 @@ class macs:
         return _best_within(candidate, macs=self.share)
 
 
-def _most(rank: Any, spectrum: SpectrumLike) -> int:
-    return max(int(rank(values, spectrum.rows, spectrum.columns)) for values in spectrum.values)
+def _per_mode(candidate: CandidateLike, rank: Callable[[Values, int, int], int]) -> Ranks:
+    """The rank of every unfolding, the largest over the groups; a mode whose factor does not pay stays full.
+
+    A factor pays where it lowers both parameters and MACs, or where the layer is cheaper only with it.
+    """
+    found = tuple(
+        max(rank(values, spectrum.rows, spectrum.columns) for values in spectrum.values)
+        for spectrum in candidate.spectra
+    )
+    if 0 in found:
+        return found
+    kept = found
+    for mode, limit in enumerate(candidate.limits):
+        full = (*kept[:mode], limit, *kept[mode + 1 :])
+        if not _cheaper(candidate, kept, full):
+            kept = full
+    return found if _cheaper(candidate, found) and not _cheaper(candidate, kept) else kept
+
+
+def _cheaper(candidate: CandidateLike, ranks: Ranks, than: Ranks | None = None) -> bool:
+    """Whether both costs are below those at other ranks, or below the dense layer's."""
+    params = candidate.params_share(than) if than else 1.0
+    macs = candidate.macs_share(than) if than else 1.0
+    return candidate.params_share(ranks) < params and candidate.macs_share(ranks) < macs
 
 
 def _best_within(candidate: CandidateLike, params: float = 1.0, macs: float = 1.0) -> Ranks:

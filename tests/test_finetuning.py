@@ -1,0 +1,219 @@
+"""Layer-by-layer fine-tuning: what it trains, against what, and what it leaves alone."""
+
+import copy
+
+import pytest
+import torch
+from networks import plant_spectra
+from torch import nn
+from torch.nn import functional
+
+import decomp
+from decomp.activations import Activations, Batches
+from decomp.following import follow, tails
+
+
+class Net(nn.Module):
+    """conv-BN-relu, conv-BN-add-relu, a 1x1 followed by an activation in place, a head: tails of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 24, 3, padding=1), nn.BatchNorm2d(24)
+        self.conv2, self.bn2 = nn.Conv2d(24, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.point, self.act = nn.Conv2d(24, 32, 1), nn.ReLU(inplace=True)
+        self.fc = nn.Linear(32, 16)
+
+    def forward(self, x):
+        x = functional.relu(self.bn1(self.conv1(x)))
+        x = functional.relu(self.bn2(self.conv2(x)) + x)
+        return self.fc(self.act(self.point(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def dense():
+    model = plant_spectra(Net())
+    for norm in (model.bn1, model.bn2):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.uniform_(0.5, 2)
+    return model.eval()
+
+
+@pytest.fixture
+def data():
+    return [torch.randn(8, 8, 6, 6) for _ in range(6)]
+
+
+def output_error(small, dense, data):
+    with torch.no_grad():
+        return sum(float((small(x) - dense(x)).norm() / dense(x).norm()) for x in data) / len(data)
+
+
+def test_tails_are_the_normalization_and_activation_that_follow(dense, data):
+    layers = {name: dense.get_submodule(name) for name in ("conv1", "conv2", "point", "fc")}
+    found = tails(dense, data[0], layers)
+    assert {name: len(tail) for name, tail in found.items()} == {"conv1": 2, "conv2": 1, "point": 1, "fc": 0}
+    y = torch.randn(2, 24, 6, 6)
+    before = y.clone()
+    assert torch.equal(follow(y, found["conv1"]), functional.relu(dense.bn1(y)))
+    assert torch.equal(follow(y, found["conv2"]), dense.bn2(y))
+    assert torch.equal(y, before), "an activation in place must not change what it is given"
+
+
+def test_a_tail_ends_where_the_tensor_is_also_used_elsewhere():
+    class Forked(nn.Module):
+        def __init__(self, forked):
+            super().__init__()
+            self.conv, self.forked = nn.Conv2d(4, 4, 1), forked
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = functional.relu(y)
+            return z + y if self.forked else z + x
+
+    for forked, length in ((False, 1), (True, 0)):
+        model = Forked(forked)
+        assert len(tails(model, torch.randn(1, 4, 3, 3), {"conv": model.conv})["conv"]) == length
+
+
+def test_every_layer_and_the_output_come_closer_to_the_dense_network(dense, data):
+    small = decomp.tucker(dense, ranks={"conv*": (10, 8), "point": 8, "fc": 6})
+    before = output_error(small, dense, data)
+    report = decomp.finetune_layerwise(small, dense, data, steps=100)
+    assert list(report) == ["conv1", "conv2", "point", "fc"]
+    assert all(layer.error_after < layer.error_before and layer.steps == 100 for layer in report.values())
+    assert output_error(small, dense, data) < 0.7 * before
+    assert "=>" in str(report)
+
+
+def test_reported_error_is_that_of_the_features_after_norm_and_activation(dense, data):
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    report = decomp.finetune_layerwise(small, dense, data, steps=20)
+
+    def features(model):
+        with torch.no_grad():
+            return torch.cat([functional.relu(model.bn1(model.conv1(x))) for x in data])
+
+    error = float((features(small) - features(dense)).norm() / features(dense).norm())
+    assert report["conv1"].error_after == pytest.approx(error, rel=1e-4)
+
+
+def test_only_factors_change_and_flags_stay(dense, data):
+    dense.train()
+    small = decomp.tucker(dense, ranks={"conv2": (10, 8)})
+    frozen = {n: t.clone() for n, t in small.state_dict().items() if not n.startswith("conv2")}
+    teacher = copy.deepcopy(dense.state_dict())
+    decomp.finetune_layerwise(small, dense, data, steps=10)
+    assert all(torch.equal(small.state_dict()[name], value) for name, value in frozen.items())
+    assert all(torch.equal(dense.state_dict()[name], value) for name, value in teacher.items())
+    assert all(parameter.grad is None for parameter in dense.parameters())
+    assert small.training
+    assert small.bn1.training
+
+
+def test_frozen_layers_are_reported_and_kept(dense, data):
+    dense.conv1.requires_grad_(False)
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    before = copy.deepcopy(small.state_dict())
+    report = decomp.finetune_layerwise(small, dense, data, steps=10)
+    assert (report["conv1"].note, report["conv1"].steps) == ("frozen: not trained", 0)
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+@pytest.mark.parametrize("lr", [1e6, float("inf")])
+def test_training_that_diverges_leaves_the_old_factors(dense, data, lr):
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    before = copy.deepcopy(small.state_dict())
+    report = decomp.finetune_layerwise(small, dense, data, steps=5, lr=lr)
+    assert report["conv1"].note == "no gain: its factors were kept"
+    assert report["conv1"].error_after == report["conv1"].error_before
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_reproducible_and_bounded_by_the_cache(dense, data):
+    results = []
+    for cache_bytes in (2**28, 2**28, 1):
+        small = decomp.tucker(dense, ranks=(10, 8), layers="conv*")
+        decomp.finetune_layerwise(small, dense, data, steps=18, cache_bytes=cache_bytes)
+        results.append(small.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    # A window of one batch at a time goes through the same batches in the same order.
+    assert all(torch.allclose(results[0][name], results[2][name], atol=1e-6) for name in results[0])
+
+
+def test_windows_never_hold_more_than_the_cache(dense, data):
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    pair_bytes = 4 * (data[0].numel() + 8 * 24 * 36)
+    flow = Activations(small, dense, small.conv1, dense.conv1, [], Batches(data, None), 2 * pair_bytes)
+    assert [len(window) for window, _ in flow.windows()] == [2, 2, 2]
+
+
+def test_half_precision_is_trained_in_float32(dense, data):
+    half = copy.deepcopy(dense).to(torch.bfloat16)
+    small = decomp.tucker(half, ranks=(10, 8), layers="conv1")
+    report = decomp.finetune_layerwise(small, half, [x.bfloat16() for x in data], steps=60)
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    assert report["conv1"].error_after < report["conv1"].error_before
+
+
+def test_batches_with_labels_keywords_and_tuples(dense, data):
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    labelled = [(x, torch.zeros(8)) for x in data]
+    with pytest.raises(TypeError, match=r"inputs=lambda batch: batch\[0\]"):
+        decomp.finetune_layerwise(small, dense, labelled, steps=2)
+    decomp.finetune_layerwise(small, dense, labelled, steps=2, inputs=lambda batch: batch[0])
+    decomp.finetune_layerwise(small, dense, [{"x": x} for x in data], steps=2)
+    decomp.finetune_layerwise(small, dense, [(x,) for x in data], steps=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        ([], ValueError, "data is empty"),
+        (iter([torch.zeros(1, 8, 6, 6)]), TypeError, "only once"),
+        (torch.zeros(1, 8, 6, 6), TypeError, r"write \[batch\]"),
+        (["text"], TypeError, "a batch must be a tensor"),
+    ],
+)
+def test_bad_data_is_named(dense, data, error, words):
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    with pytest.raises(error, match=words):
+        decomp.finetune_layerwise(small, dense, data)
+
+
+def test_swapped_or_foreign_models_are_refused(dense, data):
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    with pytest.raises(ValueError, match=r"finetune_layerwise\(small, dense, data\)"):
+        decomp.finetune_layerwise(dense, small, data)
+    with pytest.raises(ValueError, match="compress the model first"):
+        decomp.finetune_layerwise(dense, dense, data)
+    with pytest.raises(ValueError, match=r"'conv1'.*that small was made from"):
+        decomp.finetune_layerwise(small, nn.Sequential(nn.Linear(2, 2)), data)
+
+
+def test_layers_that_the_data_never_reaches_are_reported(data):
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    dense = Aside()
+    small = decomp.tucker(dense, ranks=(3, 3))
+    report = decomp.finetune_layerwise(small, dense, data, steps=2)
+    assert report["unused"].note == "the data never reaches it"
+    assert report["used"].steps == 2
+
+
+def test_transformer_with_a_padding_mask(data):
+    """The dense teacher would run its fused path, which calls no layer."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    dense = plant_spectra(nn.TransformerEncoder(layer, 2)).eval()
+    small = decomp.tucker(dense, ranks=6, layers="layers.1.linear*")
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    batches = [{"src": torch.randn(2, 5, 32), "src_key_padding_mask": mask} for _ in range(4)]
+    report = decomp.finetune_layerwise(small, dense, batches, steps=60)
+    assert list(report) == ["layers.1.linear1", "layers.1.linear2"]
+    assert all(layer.error_after < layer.error_before for layer in report.values())

@@ -1,0 +1,325 @@
+"""Plans: what they say, how they are edited, saved and applied, and what is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from networks import plant_spectra
+from torch import nn
+
+import decomp
+from decomp.candidates import Change
+from decomp.layers import SVDConv, SVDLinear, TuckerConv
+
+
+def network():
+    model = nn.Sequential()
+    model.add_module("stem", nn.Conv2d(3, 32, 3, padding=1))
+    model.add_module("relu", nn.ReLU())
+    model.add_module("conv", nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False))
+    model.add_module("bn", nn.BatchNorm2d(64))
+    model.add_module("point", nn.Conv2d(64, 64, 1))
+    model.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flat", nn.Flatten())
+    model.add_module("fc", nn.Linear(64, 40))
+    return plant_spectra(model, decay=1.5).eval()
+
+
+IMAGE = torch.zeros(1, 3, 16, 16)
+
+
+def test_a_plan_says_method_ranks_costs_error_and_reason():
+    plan = decomp.plan(network(), ranks={"conv": (20, 10), "fc": 12}, example_inputs=IMAGE)
+    conv = plan["conv"]
+    assert (conv.method, conv.ranks, conv.reason) == ("tucker", (20, 10), "")
+    assert conv.params == Change(32 * 64 * 9, 32 * 10 + 10 * 20 * 9 + 20 * 64)
+    assert conv.macs == Change(32 * 64 * 9 * 64, 32 * 10 * 256 + (10 * 20 * 9 + 20 * 64) * 64)
+    assert 0 < conv.error < 1
+    assert (plan["fc"].method, plan["fc"].ranks) == ("svd", (12,))
+    assert (plan["stem"].method, plan["stem"].ranks, plan["stem"].reason) == (
+        "dense",
+        (),
+        "ranks= names no rank for it",
+    )
+    assert plan["stem"].params.before == plan["stem"].params.after
+    total = sum(parameter.numel() for parameter in network().parameters())
+    assert plan.params.before == total
+    small = plan.apply(network())
+    assert plan.params.after == sum(parameter.numel() for parameter in small.parameters())
+    assert plan.macs.after == decomp.profile(small, IMAGE).total.macs
+    assert plan.macs.before == decomp.profile(network(), IMAGE).total.macs
+
+
+def test_planned_error_is_that_of_the_applied_weight():
+    model = network()
+    plan = decomp.plan(model, ranks=8)
+    small = plan.apply(model)
+    for name, kind in {"conv": TuckerConv, "point": SVDConv, "fc": SVDLinear}.items():
+        layer, dense = small.get_submodule(name), model.get_submodule(name)
+        assert isinstance(layer, kind)
+        error = ((layer.dense_weight() - dense.weight).norm() / dense.weight.norm()).item()
+        assert error <= plan[name].error + 1e-6
+        if kind is not TuckerConv:
+            assert error == pytest.approx(plan[name].error, abs=1e-6)
+
+
+def test_without_example_inputs_macs_are_shares():
+    plan = decomp.plan(network(), ranks=8)
+    assert plan["conv"].macs.before == 1.0
+    assert 0 < plan["conv"].macs.after < 1
+    assert plan.macs is None
+    assert "share" in str(plan)
+
+
+def test_print_shows_every_layer_ranks_and_reasons():
+    text = str(decomp.plan(network(), ranks={"conv": (20, 10)}, example_inputs=IMAGE))
+    line = next(line for line in text.splitlines() if line.strip().startswith("conv"))
+    assert "20 x 10" in line
+    assert "=>" in line
+    assert "ranks= names no rank for it" in text
+    assert "whole model" in text.splitlines()[-1]
+
+
+def test_editing_is_instant_and_leaves_the_plan_alone(monkeypatch):
+    plan = decomp.plan(network(), ranks=8)
+    for name in ("eigh", "eigvalsh", "svd", "svdvals"):
+        monkeypatch.setattr(torch.linalg, name, lambda *_, **__: pytest.fail("factorized again"))
+    edited = plan.with_ranks("conv", (30, 12)).keep_dense("fc")
+    assert edited["conv"].ranks == (30, 12)
+    assert edited["conv"].error < plan["conv"].error
+    assert (edited["fc"].ranks, edited["fc"].reason) == ((), "kept dense on request")
+    assert plan["conv"].ranks == (8, 8)
+    assert edited.with_ranks("fc", "vbmf")["fc"].ranks != ()
+
+
+def test_json_round_trip_applies_alike():
+    model = network()
+    plan = decomp.plan(model, ranks=8, example_inputs=IMAGE)
+    again = decomp.Plan.from_json(plan.to_json())
+    assert dict(again) == dict(plan)
+    assert (again.params, again.macs) == (plan.params, plan.macs)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(again.apply(model)(x), plan.apply(model)(x))
+    with pytest.raises(ValueError, match=r"decomp\.plan\(model, ranks=plan\)"):
+        again.with_ranks("conv", 4)
+    editable = decomp.plan(model, ranks=again)
+    assert {name: choice.ranks for name, choice in editable.items()} == {n: c.ranks for n, c in plan.items()}
+    assert editable.with_ranks("conv", (4, 4))["conv"].ranks == (4, 4)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other", "layers": {}}'])
+def test_what_is_no_plan_is_refused(text):
+    with pytest.raises(ValueError, match="not a plan"):
+        decomp.Plan.from_json(text)
+    broken = json.loads(decomp.plan(network(), ranks=8).to_json())
+    broken["layers"]["conv"].pop("ranks")
+    with pytest.raises(ValueError, match="ranks"):
+        decomp.Plan.from_json(json.dumps(broken))
+
+
+def test_build_makes_the_structure_for_load_state_dict():
+    model = network()
+    small = decomp.tucker(model, ranks=8)
+    fresh = copy.deepcopy(model)
+    for parameter in fresh.parameters():
+        parameter.data.normal_()
+    rebuilt = small.decomp_plan.build(fresh)
+    rebuilt.load_state_dict(small.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(rebuilt(x), small(x))
+
+
+def test_a_plan_is_legal_as_ranks_and_may_differ_per_method():
+    model = network()
+    plan = decomp.plan(model, ranks=8).keep_dense("point")
+    small = decomp.tucker(model, ranks=plan)
+    assert isinstance(small.conv, TuckerConv)
+    assert type(small.point) is nn.Conv2d
+    with pytest.raises(ValueError, match="leave layers="):
+        decomp.tucker(model, ranks=plan, exclude="fc")
+
+
+def test_the_last_glob_of_a_mapping_wins():
+    plan = decomp.plan(network(), ranks={"*": 4, "conv": (20, 10), "f*": decomp.ranks.energy(0.9)})
+    assert plan["conv"].ranks == (20, 10)
+    assert plan["point"].ranks == (4,)
+    assert plan["fc"].ranks not in ((), (4,))
+
+
+def test_a_rank_for_many_is_clamped_and_noted_for_one_it_is_an_error():
+    plan = decomp.plan(network(), ranks=6)
+    assert (plan["stem"].ranks, plan["stem"].note) == ((6, 3), "clamped to (6, 3)")
+    assert "clamped to (6, 3)" in str(plan)
+    with pytest.raises(ValueError, match=r"'conv'.*\(65, 10\).*\(64, 32\)"):
+        decomp.plan(network(), ranks={"conv": (65, 10)})
+    with pytest.raises(ValueError, match=r"'fc'.*at most \(40,\)"):
+        decomp.plan(network(), ranks={"fc": 41})
+
+
+def test_ranks_that_do_not_pay_leave_the_layer_dense_with_the_reason():
+    plan = decomp.plan(network(), ranks={"fc": 39})
+    assert plan["fc"].ranks == ()
+    assert "not cheaper at 39: params x" in plan["fc"].reason
+
+
+def test_noise_stays_dense_and_the_plan_says_so():
+    plan = decomp.plan(nn.Sequential(nn.Linear(64, 64), nn.Conv2d(32, 32, 3)))
+    assert all(choice.ranks == () and "noise" in choice.reason for choice in plan.values())
+    with pytest.raises(ValueError, match="2 x noise to vbmf"):
+        decomp.tucker(nn.Sequential(nn.Linear(64, 64), nn.Conv2d(32, 32, 3)))
+
+
+def test_vbmf_finds_planted_ranks_in_a_layer():
+    dense = nn.Conv2d(64, 96, 3)
+    core, left, right = torch.randn(9, 7, 3, 3), torch.randn(96, 9), torch.randn(64, 7)
+    signal = torch.einsum("ta,abij,sb->tsij", left, core, right)
+    dense.weight.data = signal + 0.2 * signal.std() * torch.randn_like(signal)
+    assert decomp.plan(dense)[""].ranks == (9, 7)
+    small = decomp.tucker(dense)
+    assert isinstance(small, TuckerConv)
+
+
+def test_a_mode_whose_compression_does_not_pay_stays_full():
+    """7 of 8 inputs: the 1x1 on all positions of a stride-4 convolution costs more than it saves."""
+    dense = nn.Conv2d(8, 64, 3, stride=4)
+    core, left = torch.randn(16, 7, 3, 3), torch.randn(64, 16)
+    dense.weight.data = torch.einsum("ta,abij,sb->tsij", left, core, torch.randn(8, 7))
+    plan = decomp.plan(dense, ranks=decomp.ranks.energy(0.999999))
+    assert [int((s.values[0] > 1e-3 * s.values[0, 0]).sum()) for s in plan._candidates[""].spectra] == [16, 7]
+    assert plan[""].ranks == (16, 8)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("rule", ["params", "macs"])
+def test_shares_are_bounds_never_exceeded(rule, share):
+    plan = decomp.plan(network(), ranks=getattr(decomp.ranks, rule)(share), example_inputs=IMAGE)
+    for name in ("conv", "point", "fc"):
+        change = getattr(plan[name], rule)
+        if plan[name].ranks:
+            assert change.after <= share * change.before
+    assert sum(bool(choice.ranks) for choice in plan.values()) >= 2
+
+
+def test_share_gives_the_least_error_of_all_ranks_within_it():
+    dense = plant_spectra(nn.Conv2d(10, 12, 3))
+    plan = decomp.plan(dense, ranks=decomp.ranks.params(0.5))
+    best = min(
+        edited.error
+        for out in range(1, 13)
+        for inside in range(1, 11)
+        if (edited := plan.with_ranks("*", (out, inside))[""]).ranks
+        and edited.params.after <= 0.5 * edited.params.before
+    )
+    assert plan[""].error == best
+
+
+def test_energy_keeps_the_share_and_not_one_component_more():
+    dense = nn.Linear(30, 20)
+    values = torch.linalg.svdvals(dense.weight.detach().double()).square()
+    shares = values.cumsum(0) / values.sum()
+    for share in (0.2, 0.5, 0.7):
+        rank = decomp.plan(dense, ranks=decomp.ranks.energy(share)).with_ranks("*", decomp.ranks.energy(share))
+        expected = int((shares < share).sum()) + 1
+        assert rank[""].ranks in ((expected,), ())
+        assert f"{expected}" in (rank[""].reason or f"{rank[''].ranks[0]}")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "words"),
+    [
+        (0.5, TypeError, r"energy\(0\.5\).*params\(0\.5\).*macs\(0\.5\)"),
+        ("vmbf", ValueError, "'vmbf'.*vbmf"),
+        (0, ValueError, "at least 1"),
+        ((4, -1), ValueError, "at least 1"),
+        ((4, 4, 4), ValueError, "'stem'.*2 are needed"),
+        ({"nope.*": 4}, ValueError, r"'nope\.\*'.*matches no layer"),
+        (None, TypeError, "is not understood"),
+        (True, TypeError, "is not understood"),
+        (decomp.ranks.vbmf, TypeError, r"did you mean vbmf\(\)"),
+        (lambda candidate: (1000, 1), ValueError, "gave ranks"),
+    ],
+)
+def test_bad_ranks_say_what_to_write(ranks, error, words):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=words):
+        decomp.tucker(model, ranks=ranks, inplace=True)
+    assert type(model.conv) is nn.Conv2d
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("share", [0, 1.5, -0.1, "0.5", True])
+@pytest.mark.parametrize("rule", ["energy", "params", "macs"])
+def test_shares_out_of_range_are_refused(rule, share):
+    with pytest.raises(ValueError, match=rf"{rule}\(.*a share in \(0, 1"):
+        getattr(decomp.ranks, rule)(share)
+
+
+def test_unknown_method_is_an_error():
+    with pytest.raises(ValueError, match=r"'tuker'.*'svd', 'tucker'"):
+        decomp.plan(network(), "tuker")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(bad):
+    model = network()
+    model.conv.weight.data[3, 2, 1, 0] = bad
+    with pytest.raises(ValueError, match="'conv': 1 of 18432 weights are NaN or infinite"):
+        decomp.tucker(model, ranks=8)
+    assert isinstance(decomp.tucker(model, ranks=8, exclude="conv").fc, SVDLinear)
+
+
+def test_a_plan_of_another_model_is_refused():
+    plan = decomp.plan(network(), ranks=8)
+    other = network()
+    other.conv = nn.Conv2d(32, 65, 3)
+    with pytest.raises(ValueError, match="another model: layer 'conv'"):
+        plan.apply(other)
+    with pytest.raises(ValueError, match="no layer 'stem'"):
+        plan.apply(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_the_plan_of_a_second_call_holds_the_first():
+    model = network()
+    once = decomp.tucker(model, ranks=8, layers="conv", example_inputs=IMAGE)
+    twice = decomp.tucker(once, ranks=4, layers="fc", example_inputs=IMAGE)
+    plan = twice.decomp_plan
+    assert (plan["conv"].ranks, plan["conv"].reason) == ((8, 8), "already factorized")
+    assert plan["fc"].ranks == (4,)
+    assert plan.params.before == sum(parameter.numel() for parameter in model.parameters())
+    assert plan.macs.before == decomp.profile(model, IMAGE).total.macs
+    plan.build(model).load_state_dict(twice.state_dict())
+    with pytest.raises(ValueError, match="2 x already factorized"):
+        decomp.tucker(twice, ranks=4, layers=["conv", "fc"])
+
+
+def test_the_result_can_be_copied_and_pickled_with_its_plan(tmp_path):
+    small = decomp.tucker(network(), ranks=8)
+    assert dict(copy.deepcopy(small).decomp_plan) == dict(small.decomp_plan)
+    torch.save(small, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert dict(loaded.decomp_plan) == dict(small.decomp_plan)
+
+
+def test_one_eigendecomposition_per_mode_and_layer(monkeypatch):
+    calls = []
+    for name in ("eigh", "eigvalsh", "svd", "svdvals"):
+        original = getattr(torch.linalg, name)
+        monkeypatch.setattr(
+            torch.linalg, name, lambda *a, f=original, **k: (calls.append(a[0].shape), f(*a, **k))[1]
+        )
+    decomp.plan(network(), ranks="vbmf")
+    tucker_layers, matrices = 2, 2
+    assert len(calls) == 2 * tucker_layers + matrices
+
+
+def test_a_users_own_method_record_is_taken():
+    from dataclasses import replace
+
+    from decomp.methods import METHODS
+
+    mine = replace(METHODS["tucker"], name="mine")
+    plan = decomp.plan(network(), mine, ranks=8)
+    assert plan["conv"].method == "mine"
+    assert isinstance(plan.apply(network()).conv, TuckerConv)

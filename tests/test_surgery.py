@@ -1,0 +1,277 @@
+"""What a swap keeps, what is refused, and models of every make."""
+
+import copy
+import re
+import threading
+
+import pytest
+import torch
+from networks import plant_spectra
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import decomp
+from decomp.layers import Factorized, SVDLinear, TuckerConv
+
+
+def factorized(model):
+    return [name for name, module in model.named_modules() if isinstance(module, Factorized)]
+
+
+def test_the_given_model_is_untouched_and_shares_nothing_with_the_result():
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.Linear(32, 32)).train()
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    small = decomp.tucker(model, ranks=8)
+    for parameter in small.parameters():
+        parameter.data.zero_()
+    assert [type(module) for module in model] == [nn.Conv2d, nn.BatchNorm2d, nn.Linear]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not hasattr(model, "decomp_plan")
+    assert [module.training for module in small] == [True, False, True]
+
+
+def test_inplace_changes_the_model_itself():
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Linear(32, 32))
+    small = decomp.tucker(model, ranks=8, inplace=True)
+    assert small is model
+    assert isinstance(model[0], TuckerConv)
+    with pytest.raises(ValueError, match="itself the layer"):
+        decomp.tucker(nn.Linear(32, 32), ranks=4, inplace=True)
+
+
+def test_inplace_computes_every_factor_before_the_first_swap(monkeypatch):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    original, calls = SVDLinear.from_factors.__func__, []
+
+    def failing(cls, dense, factors):
+        calls.append(dense)
+        if len(calls) == 2:
+            raise RuntimeError("killed")
+        return original(cls, dense, factors)
+
+    monkeypatch.setattr(SVDLinear, "from_factors", classmethod(failing))
+    with pytest.raises(RuntimeError, match="killed"):
+        decomp.tucker(model, ranks=4, inplace=True)
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_module_under_two_names_is_swapped_under_both(inplace):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(32, 32)
+            self.blocks = nn.ModuleDict({"again": nn.ModuleList([self.first])})
+
+        def forward(self, x):
+            return self.blocks["again"][0](self.first(x))
+
+    model = Twice()
+    plan = decomp.plan(model, ranks=4, example_inputs=torch.zeros(2, 32))
+    assert list(plan) == ["first"]
+    assert plan["first"].macs.before == 2 * 2 * 32 * 32
+    small = plan.apply(model, inplace=inplace)
+    assert isinstance(small.first, SVDLinear)
+    assert small.blocks["again"][0] is small.first
+
+
+def test_tied_weights_stay_tied_and_dense():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(50, 32)
+            self.body = nn.Linear(32, 32)
+            self.head = nn.Linear(32, 50, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(self.body(self.embedding(x)))
+
+    small = decomp.tucker(Tied(), ranks=4)
+    assert "tied: embedding.weight, head.weight" in small.decomp_plan["head"].reason
+    assert small.head.weight is small.embedding.weight
+    assert factorized(small) == ["body"]
+
+
+def test_the_root_itself_and_direct_children_are_layers():
+    assert isinstance(decomp.tucker(nn.Linear(32, 32), ranks=4), SVDLinear)
+    assert isinstance(decomp.tucker(nn.Sequential(nn.Linear(32, 32)), ranks=4)[0], SVDLinear)
+
+
+def refused():
+    hooked = nn.Linear(16, 16)
+    hooked.register_forward_hook(lambda *_: None)
+    replaced = nn.Linear(16, 16)
+    replaced.forward = lambda x: x
+    masked = nn.Linear(16, 16)
+    prune.l1_unstructured(masked, "weight", 0.5)
+    burdened = nn.Linear(16, 16)
+    burdened.register_buffer("scale", torch.ones(1))
+    with torch.device("meta"):
+        unreal = nn.Linear(16, 16)
+    empty = nn.Linear(16, 16)
+    empty.weight = nn.Parameter(torch.zeros(0, 16))
+
+    class Own(nn.Linear):
+        pass
+
+    yield hooked, "has hooks"
+    yield replaced, "forward was replaced"
+    yield masked, r"prune\.remove"
+    yield burdened, "more than a weight and a bias: scale"
+    yield unreal, "meta device"
+    yield empty, "its weight is empty"
+    yield Own(16, 16), "Own, a subclass of Linear"
+    yield parametrizations.weight_norm(nn.Linear(16, 16)), "parametriz|subclass"
+    yield parametrizations.spectral_norm(nn.Conv2d(16, 16, 3)), "parametriz|subclass"
+    yield nn.LazyLinear(16), "subclass|not initialized"
+    yield nn.LSTM(16, 16), "fused kernels read packed weights"
+    yield nn.GRUCell(16, 16), "fused kernels read packed weights"
+    yield nn.MultiheadAttention(16, 2), "packed projections"
+    yield nn.Bilinear(16, 16, 16), "three-way"
+    yield nn.Conv2d(16, 16, 3, groups=16), "depthwise"
+    yield nn.Linear(16, 16, dtype=torch.complex64), "complex64"
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("layer", "words"), list(refused()), ids=lambda value: type(value).__name__)
+def test_layers_that_must_not_be_swapped_stay_with_a_reason(layer, words):
+    model = nn.ModuleDict({"odd": layer, "plain": nn.Linear(32, 32)})
+    plan = decomp.plan(model, ranks=4)
+    assert plan["odd"].ranks == ()
+    assert re.search(words, plan["odd"].reason)
+    assert factorized(plan.apply(model, inplace=True)) == ["plain"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_old_style_norms_are_named():
+    weight_normed = torch.nn.utils.weight_norm(nn.Linear(16, 16))
+    spectral = torch.nn.utils.spectral_norm(nn.Linear(16, 16))
+    assert "remove_weight_norm" in decomp.plan(nn.ModuleList([weight_normed]), ranks=4)["0"].reason
+    assert "remove_spectral_norm" in decomp.plan(nn.ModuleList([spectral]), ranks=4)["0"].reason
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_wrapped_models_are_refused_with_the_way_out():
+    model = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(TypeError, match=r"torch\.compile was called with"):
+        decomp.tucker(torch.compile(model), ranks=4)
+    with pytest.raises(TypeError, match=r"give model\.module"):
+        decomp.tucker(nn.DataParallel(model), ranks=4)
+    with pytest.raises(TypeError, match=r"model\.1 is wrapped"):
+        decomp.plan(nn.Sequential(nn.ReLU(), torch.compile(model)), ranks=4)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module is needed, not OrderedDict"):
+        decomp.tucker(model.state_dict(), ranks=4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchscript_is_refused():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(32, 32)))
+    with pytest.raises(TypeError, match="TorchScript"):
+        decomp.tucker(scripted, ranks=4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layers", ["layers.*.linear*", "layers.1.linear1"])
+def test_transformer_encoder_runs_factorized_in_every_mode(masked, layers):
+    """Its fused path would multiply by the dense weights, or crash; dense layers must work beside it."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model = plant_spectra(nn.TransformerEncoder(layer, 2))
+    small = decomp.tucker(model, ranks=8, layers=layers)
+    oracle = copy.deepcopy(model)
+    for name in factorized(small):
+        oracle.get_submodule(name).weight.data = small.get_submodule(name).dense_weight().data
+    x = torch.randn(3, 5, 32)
+    mask = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 3 + [True] * 2]) if masked else None
+    counted = []
+    small.layers[1].linear1.reduce.register_forward_hook(lambda *_: counted.append(1))
+    expected = oracle.train()(x, src_key_padding_mask=mask).detach()
+    keep = torch.ones(3, 5, dtype=torch.bool) if mask is None else ~mask
+    for mode in ("train", "eval", "no_grad", "inference_mode"):
+        small.train(mode == "train")
+        guard = getattr(torch, mode)() if hasattr(torch, mode) and mode != "train" else torch.enable_grad()
+        with guard:
+            got = small(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(got[keep], expected[keep], rtol=1e-4, atol=1e-5)
+    assert len(counted) == 4, "the factors must run in every mode"
+
+
+def test_hugging_face_bert_is_compressed_and_keeps_its_shape():
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    model = BertModel(config).eval()
+    batch = {"input_ids": torch.randint(0, 60, (2, 7))}
+    small = decomp.tucker(model, ranks=8, example_inputs=batch)
+    assert len(factorized(small)) == 2 * 6 + 1
+    with torch.no_grad():
+        assert small(**batch).last_hidden_state.shape == (2, 7, 32)
+    assert small.decomp_plan.macs.after == decomp.profile(small, batch).total.macs
+
+
+def test_bf16_models_are_factored_in_float64_and_stay_bf16():
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 1)).to(torch.bfloat16)
+    small = decomp.tucker(model, ranks=8)
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    assert small(torch.randn(1, 16, 8, 8, dtype=torch.bfloat16)).dtype is torch.bfloat16
+
+
+def test_selection_by_glob_type_and_predicate():
+    model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32), "c": nn.Conv2d(32, 32, 3)})
+
+    def swapped(**arguments):
+        return factorized(decomp.tucker(model, ranks=4, **arguments))
+
+    assert swapped(layers="[ab]") == ["a", "b"]
+    assert swapped(layers=nn.Conv2d) == ["c"]
+    assert swapped(layers=["a", nn.Conv2d]) == ["a", "c"]
+    assert swapped(layers=lambda name, module: name == "b") == ["b"]
+    assert swapped(exclude="a") == ["b", "c"]
+    assert swapped(layers=nn.Linear, exclude=("b",)) == ["a"]
+    plan = decomp.plan(model, ranks=4, layers="a")
+    assert (plan["a"].reason, plan["b"].reason) == ("", "not among layers=")
+    with pytest.raises(ValueError, match=r"layers='x\*' matches no layer; layers are 'a', 'b', 'c'"):
+        swapped(layers="x*")
+    with pytest.raises(ValueError, match="exclude='fc' matches no layer"):
+        swapped(exclude="fc")
+    with pytest.raises(TypeError, match="layers=3: write a glob"):
+        swapped(layers=3)
+
+
+def test_a_layer_that_the_example_never_reaches_stays_dense():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.used(x)
+
+    plan = decomp.plan(Aside(), ranks=4, example_inputs=torch.zeros(1, 32))
+    assert plan["unused"].reason == "example_inputs never reach it"
+
+
+def test_example_inputs_do_not_move_batch_norm_or_flags():
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32)).train()
+    before = copy.deepcopy(model.state_dict())
+    decomp.plan(model, ranks=4, example_inputs=torch.randn(2, 16, 8, 8))
+    decomp.profile(model, torch.randn(2, 16, 8, 8))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert model.training
+    assert model[1].training
+
+
+def test_a_model_without_any_layer_says_so():
+    with pytest.raises(ValueError, match="no linear layer or convolution"):
+        decomp.tucker(nn.Sequential(nn.ReLU()))
+
+
+def test_a_model_that_cannot_be_copied_names_inplace():
+    model = nn.Sequential(nn.Linear(32, 32))
+    model.lock = threading.Lock()
+    with pytest.raises(TypeError, match="inplace=True"):
+        decomp.tucker(model, ranks=4)
+    assert isinstance(decomp.tucker(model, ranks=4, inplace=True)[0], SVDLinear)
