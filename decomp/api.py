@@ -45,6 +45,7 @@ def tucker(
     applications), sections 3.1 and 3.2. An optimizer made before the call knows none of the new parameters:
     make it afterwards.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> small = tucker(nn.Sequential(nn.Conv2d(32, 64, 3), nn.ReLU()), ranks=(16, 8))
     >>> small[0]
@@ -80,6 +81,7 @@ def plan(
 
     The weight of each layer is factorized once, here: changing a rank afterwards is instant.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> decided = plan(nn.Sequential(nn.Conv2d(32, 64, 3), nn.Linear(64, 10)), ranks=8)
     >>> decided["0"].ranks, decided["0"].params

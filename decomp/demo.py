@@ -88,14 +88,14 @@ def draw(path: Path, vbmf: Outcome, curve: list[Outcome], accuracy: float, macs:
     axes.plot(costs, [100 * o.compressed for o in curve], "o--", color="tab:gray", label="compressed only")
     for height, color in ((vbmf.finetuned, "tab:blue"), (vbmf.compressed, "tab:gray")):
         axes.plot(vbmf.macs / 1e6, 100 * height, "*", markersize=15, color=color)
-        axes.annotate("vbmf", (vbmf.macs / 1e6, 100 * height), (8, -12), textcoords="offset points")
+        axes.annotate("vbmf", (vbmf.macs / 1e6, 100 * height), (-8, 9), textcoords="offset points")
     for outcome in curve:
         place = (outcome.macs / 1e6, 100 * outcome.compressed)
-        axes.annotate(
-            outcome.name.removeprefix("energy "), place, (6, -10), textcoords="offset points", fontsize=8
-        )
+        axes.annotate(outcome.name, place, (6, -10), textcoords="offset points", fontsize=8)
     axes.plot(macs / 1e6, 100 * accuracy, "s", color="black", label="dense")
-    axes.set(xlabel="MACs per image (millions)", ylabel="accuracy on held-out digits (%)", xscale="log")
+    axes.set(xlabel="MACs per image (millions)", ylabel="accuracy on held-out digits (%)")
+    axes.set_xlim(left=0)
+    axes.set_xlim(left=0)
     axes.set_title("Tucker-2 of a residual network, energy thresholds and vbmf")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

@@ -57,6 +57,13 @@ class Comparison:
         """How many times less of "params", "macs", "bytes" or "seconds" the small model takes."""
         return float(getattr(self.dense.total, what) / getattr(self.small.total, what))
 
+    @property
+    def summary(self) -> str:
+        """The ratios in total, and the scores: two lines."""
+        ratios = f"{self.ratio('params'):.2f}x fewer params, {self.ratio('macs'):.2f}x fewer MACs"
+        text = f"{ratios}, speed x{self.ratio('seconds'):.2f}"
+        return f"{text}\nscore {self.scores[1]:.4f} => {self.scores[0]:.4f}" if self.scores else text
+
     def __str__(self) -> str:
         rows = [
             (name, dense.layer, self.small.rows[name].layer, *_pairs(dense, self.small.rows[name]))
@@ -66,13 +73,7 @@ class Comparison:
         columns = ("layer", "dense", "small", ">params", ">MACs", ">bytes", ">latency")
         total = ("whole model", "", "", *_pairs(self.dense.total, self.small.total))
         table = tables.render("", columns, rows, total)
-        ratios = [
-            f"{self.ratio(what):.2f}x fewer {label}" for what, label in (("params", "params"), ("macs", "MACs"))
-        ]
-        lines = [f"{', '.join(ratios)}, speed x{self.ratio('seconds'):.2f}"]
-        if self.scores:
-            lines.append(f"score {self.scores[1]:.4f} => {self.scores[0]:.4f}")
-        return "\n".join([table, "", *lines])
+        return f"{table}\n\n{self.summary}"
 
 
 def profile(model: nn.Module, example_inputs: Any) -> Profile:

@@ -1,0 +1,108 @@
+"""Who may import whom: arrows point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEAVES: set[str] = set()
+ALLOWED = {
+    "decomp.layers": LEAVES,
+    "decomp.ranks": LEAVES,
+    "decomp.spectra": LEAVES,
+    "decomp.surgery": LEAVES,
+    "decomp.selection": LEAVES,
+    "decomp.tables": LEAVES,
+    "decomp.forward": LEAVES,
+    "decomp.following": {"decomp.forward"},
+    "decomp.methods": {"decomp.layers", "decomp.spectra"},
+    "decomp.costs": {"decomp.layers"},
+    "decomp.candidates": {"decomp.costs", "decomp.layers", "decomp.methods", "decomp.ranks", "decomp.spectra"},
+    "decomp.plans": {
+        *("decomp.candidates", "decomp.costs", "decomp.layers", "decomp.methods", "decomp.ranks"),
+        *("decomp.surgery", "decomp.tables"),
+    },
+    "decomp.planning": {
+        *("decomp.candidates", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.methods"),
+        *("decomp.plans", "decomp.ranks", "decomp.selection", "decomp.surgery"),
+    },
+    "decomp.activations": {"decomp.following", "decomp.forward"},
+    "decomp.finetuning": {
+        *("decomp.activations", "decomp.following", "decomp.forward", "decomp.layers", "decomp.tables"),
+    },
+    "decomp.reports": {
+        *("decomp.candidates", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.surgery"),
+        "decomp.tables",
+    },
+    "decomp.api": {"decomp.methods", "decomp.planning", "decomp.plans", "decomp.selection"},
+    "decomp.digits": LEAVES,
+    "decomp.demo": {
+        *("decomp.api", "decomp.digits", "decomp.finetuning", "decomp.plans", "decomp.ranks"),
+        *("decomp.reports", "decomp.tables"),
+    },
+    "decomp.cli": {"decomp.demo"},
+    "decomp.__main__": {"decomp.cli"},
+}
+
+
+def package(module: str) -> str:
+    """The unit that arrows are drawn between: decomp.methods.svd belongs to decomp.methods."""
+    return ".".join(module.split(".")[:2])
+
+
+def sources():
+    for folder, prefix in ((ROOT / "layers", "decomp.layers"), (ROOT / "decomp", "decomp")):
+        for path in sorted(folder.rglob("*.py")):
+            if folder.name == "decomp" and "layers" in path.relative_to(folder).parts:
+                continue
+            inner = ".".join(path.relative_to(folder).with_suffix("").parts)
+            yield f"{prefix}.{inner}".removesuffix(".__init__"), path
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if node.module == "decomp" else {node.module}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "path"), list(sources()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_arrows_point_one_way(module, path):
+    if module == "decomp":
+        return
+    ours = {package(name) for name in imports(path) if name.split(".")[0] == "decomp"} - {package(module)}
+    assert ours <= ALLOWED[package(module)], f"{module} may not import {ours - ALLOWED[package(module)]}"
+
+
+def test_layers_and_surgery_import_torch_and_nothing_else_from_outside():
+    for module, path in sources():
+        if package(module) in ("decomp.layers", "decomp.surgery"):
+            outside = {name.split(".")[0] for name in imports(path)} - {"decomp", "torch"}
+            assert outside <= {"abc", "collections", "copy", "typing"}, (module, outside)
+
+
+def test_the_table_has_no_cycle_and_no_module_that_is_gone():
+    assert set(ALLOWED) == {package(module) for module, _ in sources()} - {"decomp"}
+    done: set[str] = set()
+    while len(done) < len(ALLOWED):
+        ready = {name for name, needs in ALLOWED.items() if name not in done and needs <= done}
+        assert ready, f"a cycle among {set(ALLOWED) - done}"
+        done |= ready
+
+
+def test_files_and_functions_stay_small():
+    for module, path in sources():
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 250, module
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                docstring = node.body[0] if ast.get_docstring(node) else None
+                words = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+                assert node.end_lineno - node.lineno + 1 - words <= 45, f"{module}.{node.name}"

@@ -1,0 +1,69 @@
+"""The README and the guide say what is true, and their code runs."""
+
+import re
+from pathlib import Path
+
+import decomp
+from decomp.methods import METHODS
+from decomp.ranks import RULES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_code_of_the_readme_runs_and_prints_what_it_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 3
+    scope: dict[str, object] = {}
+    outputs = []
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+        outputs.append(capsys.readouterr().out)
+    form = r"([\d.]+)x fewer params, ([\d.]+)x fewer MACs, speed x([\d.]+)\n\s*score ([\d.]+) => ([\d.]+)"
+    printed, shown = re.search(form, outputs[0]), re.search(form, README)
+    for ours, theirs in zip(printed.groups()[:2], shown.groups()[:2], strict=True):
+        # Training differs a little from one processor to another, and the ranks with it.
+        assert abs(float(ours) / float(theirs) - 1) < 0.2
+    for ours, theirs in zip(printed.groups()[3:], shown.groups()[3:], strict=True):
+        assert abs(float(ours) - float(theirs)) < 0.02
+    assert "whole model" in outputs[1]
+    assert "(24, 32)" in outputs[1]
+    assert "kept dense on request" in outputs[1]
+    again, small = scope["again"], scope["small"]
+    assert all((a == b).all() for a, b in zip(again.parameters(), small.parameters(), strict=True))
+
+
+def test_use_and_output_stand_within_the_first_25_lines():
+    head = "\n".join(README.splitlines()[:25])
+    assert "decomp demo" in head
+    assert "python -m pytest" in head
+    assert "score" in head
+
+
+def test_the_commands_of_the_readme_are_those_of_the_ci():
+    command = re.search(r"\.venv/bin/python (-m pytest .*)", README).group(1)
+    assert f'"$bin/python" {command}' in (ROOT / ".ci" / "run").read_text()
+    extras = re.search(r"'\.\[test\]'", README).group(0)
+    assert f"-c constraints.txt -e {extras}" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), (document.name, target)
+
+
+def test_the_guide_lists_every_method_with_its_ranks_and_every_rule():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \| [^|]+ \|$", guide, re.MULTILINE))
+    assert set(rows) == set(METHODS)
+    for name, method in METHODS.items():
+        assert rows[name].strip().strip("()") == ", ".join(method.rank_names)
+    for name in (*RULES, "energy", "params", "macs"):
+        assert f"`{name}(" in guide
+
+
+def test_public_names_are_documented():
+    for name in decomp.__all__:
+        assert getattr(decomp, name).__doc__, name
