@@ -19,7 +19,9 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], to
     for row in rows:
         table.add_row(*row)
     text = StringIO()
-    Console(file=text, width=10_000, color_system=None, legacy_windows=False, markup=False).print(table)
+    # Inside Jupyter a Console would display the table instead of writing it.
+    console = Console(file=text, width=10_000, color_system=None, force_jupyter=False, markup=False)
+    console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
 
 

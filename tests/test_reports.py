@@ -85,3 +85,8 @@ def test_numbers_have_three_digits_and_a_unit():
 def test_tables_are_never_wrapped():
     long = "x" * 300
     assert long in render("", ("name", ">value"), [(long, "1")])
+
+
+def test_tables_are_text_inside_jupyter_too(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "value" in render("", ("name", ">value"), [("a", "1")])
