@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from decomp.costs import Price, count_params
-from decomp.layers import group_kernels
+from decomp.layers import Factorized, group_kernels
 from decomp.methods import Analysis, Method, Ranks
 from decomp.ranks import Fixed, Rule
 from decomp.spectra import Spectrum
@@ -56,8 +56,12 @@ class Choice:
 
 def undecided(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:
     """The choice of a layer that no method looks at."""
-    params, weight = count_params(module), getattr(module, "weight", None)
-    shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
+    if isinstance(module, Factorized):
+        shape = module.dense_shape
+    else:
+        weight = getattr(module, "weight", None)
+        shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
+    params = count_params(module)
     return Choice(describe(module), shape, "dense", (), Change(params, params), Change(macs, macs), 0.0, reason)
 
 

@@ -121,11 +121,11 @@ def _pairs(small: nn.Module, dense: nn.Module) -> dict[str, tuple[Factorized, nn
     for name, layer in factorized.items():
         twin = known.get(name)
         shape = getattr(getattr(twin, "weight", None), "shape", None)
-        if twin is None or isinstance(twin, Factorized) or shape != layer.weight.shape:
-            found = "nothing" if twin is None else f"{type(twin).__name__} with weight {shape}"
+        if twin is None or isinstance(twin, Factorized) or shape != layer.dense_shape:
+            found = "nothing" if twin is None else type(twin).__name__ + f" with weight {shape}"
             raise ValueError(
                 f"layer {name!r}: dense has {found} where small has {type(layer).__name__} of weight "
-                f"{tuple(layer.weight.shape)}: give the model that small was made from"
+                f"{layer.dense_shape}: give the model that small was made from"
             )
     return {name: (layer, known[name]) for name, layer in factorized.items()}
 
@@ -141,7 +141,7 @@ def _train(
         advance(steps)
         return LayerReport(before, before, 0, time.perf_counter() - start, "frozen: not trained")
     student = copy.deepcopy(layer)
-    if layer.weight.dtype.itemsize < 4:
+    if next(layer.parameters()).dtype.itemsize < 4:
         student.float()  # half precision is too coarse for the steps of an optimizer
     pairs = itertools.cycle(window) if whole else _stream(activations)
     done = _descend(student, itertools.islice(pairs, steps), tail, steps, lr, advance)

@@ -36,10 +36,12 @@ class Factorized(nn.Module):
 
     method: ClassVar[str]
     ranks: tuple[int, ...]
+    dense_shape: tuple[int, ...]
 
     def __init__(self, dense: Any, ranks: tuple[int, ...], device: Any) -> None:
         super().__init__()
         self.ranks = ranks
+        self.dense_shape = tuple(dense.weight.shape)  # known without multiplying the factors
         for name in _DENSE_ATTRIBUTES:
             if hasattr(dense, name):
                 setattr(self, name, getattr(dense, name))
