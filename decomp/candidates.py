@@ -1,89 +1,34 @@
 """One layer under one method: its analysis and its price, and the choice of its ranks."""
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from operator import index
+from typing import cast
 
-from torch import nn
-from torch.nn.parameter import is_lazy
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from decomp.costs import Price, count_params
-from decomp.layers import Factorized, group_kernels
+from decomp.choices import Change, Choice, describe
+from decomp.costs import Price
+from decomp.layers import group_kernels
 from decomp.methods import Analysis, Method, Ranks
+from decomp.naming import naming
+from decomp.observing import Call
 from decomp.ranks import Fixed, Rule
 from decomp.spectra import Spectrum
 
 
-class Change(NamedTuple):
-    """A cost before and after; ``before`` is 1.0 where it is a share."""
-
-    before: float
-    after: float
-
-
 @dataclass(frozen=True)
-class Choice:
-    """What a plan says of one layer.
+class Grid:
+    """All ranks of a candidate at once: arrays of the shape of its limits, rank r at index r - 1."""
 
-    ``ranks`` is empty and ``method`` is "dense" where the layer stays as it is; ``reason`` then says why.
-    ``params`` counts the layer's parameters. ``macs`` counts its multiply-adds on the example inputs (ints), or
-    is a share of the dense layer's (floats). ``error`` is the relative error of the weight. ``note`` says what
-    was adjusted.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-    method: str
-    ranks: Ranks
-    params: Change
-    macs: Change
-    error: float
-    reason: str = ""
-    note: str = ""
-
-    def as_dense(self, reason: str) -> "Choice":
-        """Return the choice to leave this layer dense."""
-        return replace(
-            self,
-            method="dense",
-            ranks=(),
-            params=Change(self.params.before, self.params.before),
-            macs=Change(self.macs.before, self.macs.before),
-            error=0.0,
-            reason=reason,
-            note="",
-        )
-
-
-def undecided(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:
-    """The choice of a layer that no method looks at."""
-    if isinstance(module, Factorized):
-        shape = module.dense_shape
-    else:
-        weight = getattr(module, "weight", None)
-        shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
-    params = count_params(module)
-    return Choice(describe(module), shape, "dense", (), Change(params, params), Change(macs, macs), 0.0, reason)
-
-
-def describe(module: nn.Module) -> str:
-    """Name a layer the way a table can hold it.
-
-    >>> describe(nn.Conv2d(64, 128, (3, 1), stride=2, groups=4))
-    'Conv2d 64>128 3x1 /2 g4'
-    """
-    kind = type(module).__name__
-    if isinstance(module, nn.Linear):
-        return f"{kind} {module.in_features}>{module.out_features}"
-    if not isinstance(module, nn.modules.conv._ConvNd):
-        return kind
-    stride = "" if set(module.stride) == {1} else f" /{_sizes(module.stride)}"
-    groups = "" if module.groups == 1 else f" g{module.groups}"
-    kernel = "x".join(map(str, module.kernel_size))
-    return f"{kind} {module.in_channels}>{module.out_channels} {kernel}{stride}{groups}"
-
-
-def _sizes(sizes: tuple[int, ...]) -> str:
-    return str(sizes[0]) if len(set(sizes)) == 1 else "x".join(map(str, sizes))
+    params: NDArray[np.int64]
+    macs: NDArray[np.int64]
+    params_share: NDArray[np.float64]
+    macs_share: NDArray[np.float64]
+    error: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -100,18 +45,29 @@ class Candidate:
     absolute_macs: bool
 
     @classmethod
-    def of(cls, name: str, module: nn.Module, method: Method, shapes: list[tuple[int, ...]] | None) -> "Candidate":
-        """Analyse the weight of ``module``; ``shapes`` are those of its inputs, where they are known."""
+    def of(cls, name: str, module: nn.Module, method: Method, calls: list[Call] | None) -> "Candidate":
+        """Analyse the weight of ``module``; ``calls`` are those of an example, where they are known."""
+        require_finite(name, module)
         kernels = group_kernels(module).detach()
         limits = method.limits(kernels)
-        price = Price(module, method.layers[type(module)], limits, shapes)
+        with naming(name):
+            price = Price(module, method.layers[type(module)], limits, calls)
+            analysis = method.analyse(kernels)
         shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-        analysis = method.analyse(kernels)
-        return cls(name, describe(module), shape, method, limits, analysis, price, shapes is not None)
+        return cls(name, describe(module), shape, method, limits, analysis, price, calls is not None)
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
         return self.analysis.spectra
+
+    @cached_property
+    def grid(self) -> Grid:
+        """Costs and errors at all ranks, computed once."""
+        params, macs = self.price.grid()
+        dense = self.price.dense
+        squared = self.analysis.squared_errors[(slice(1, None),) * params.ndim]
+        error = np.sqrt(squared / self.analysis.energy) if self.analysis.energy else np.zeros(params.shape)
+        return Grid(params, macs, params / dense.params, macs / dense.macs, error)
 
     def error(self, ranks: Ranks) -> float:
         """Relative error of the weight at these ranks."""
@@ -136,12 +92,14 @@ class Candidate:
         if isinstance(request, Fixed):
             ranks, note = self._fitted(request)
             return self._unless_worse(ranks, note)
-        ranks = tuple(request(self))
-        if len(ranks) != len(self.limits) or any(
-            not 0 <= r <= most for r, most in zip(ranks, self.limits, strict=True)
-        ):
+        given = request(self)
+        try:
+            ranks = tuple(map(index, given))
+        except TypeError:
+            ranks = ()
+        if len(ranks) != len(self.limits) or any(not 0 <= r <= m for r, m in zip(ranks, self.limits, strict=True)):
             raise ValueError(
-                f"layer {self.name!r}: {request!r} gave ranks {ranks}, allowed are 0 to {self.limits}"
+                f"layer {self.name!r}: {request!r} gave ranks {given}, allowed are 0 to {self.limits}"
             )
         if 0 in ranks:
             return self._choice((), reason=getattr(request, "nothing", f"{request!r} keeps nothing of it"))
@@ -179,3 +137,18 @@ class Candidate:
 
 def _ranks(ranks: Ranks) -> str:
     return str(ranks[0]) if len(ranks) == 1 else str(ranks)
+
+
+def require_finite(name: str, module: nn.Module) -> None:
+    """Refuse a weight with NaN or infinite entries.
+
+    Raises:
+        ValueError: names the layer and how many entries.
+    """
+    weight = cast(Tensor, module.weight).detach()
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise ValueError(
+            f"layer {name!r}: {bad} of {weight.numel()} weights are NaN or infinite; mend the weights, "
+            f"or leave the layer alone with exclude={name!r}"
+        )

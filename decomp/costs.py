@@ -2,20 +2,23 @@
 
 import copy
 from collections.abc import Sequence
+from functools import reduce
 from itertools import product
-from math import prod
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils.flop_counter import FlopCounterMode
 
 from decomp.layers import Factorized
+from decomp.observing import Call, MacCounter
 
 Ranks = tuple[int, ...]
+Counts = NDArray[np.int64]
 
-LARGE_POSITIONS = {0: 1, 1: 2**20, 2: 2**14, 3: 2**10}
+LARGE_POSITIONS = {1: 2**20, 2: 2**14, 3: 2**10}
 
 
 class Cost(NamedTuple):
@@ -25,18 +28,20 @@ class Cost(NamedTuple):
     macs: int
 
 
-def count_params(module: nn.Module) -> int:
+def count_params(module: nn.Module, *, recurse: bool = True) -> int:
     """Number of parameters; one that is shared counts once, one that has no shape yet does not count."""
-    return sum(parameter.numel() for parameter in module.parameters() if not is_lazy(parameter))
+    return sum(p.numel() for p in module.parameters(recurse) if not is_lazy(p))
 
 
-def count_macs(module: nn.Module, shapes: Sequence[Sequence[int]]) -> int:
-    """MACs of calling ``module``, which is on the meta device, once with an input of each shape."""
+def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
+    """MACs of calling ``module``, which is on the meta device, as often and with such inputs as in ``calls``."""
     dtype = next(module.parameters()).dtype
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for shape in shapes:
-            module(torch.empty(*shape, device="meta", dtype=dtype))
-    return int(counter.get_total_flops()) // 2
+    counter = MacCounter()
+    with counter, torch.no_grad():
+        for shape, output_size in calls:
+            sizes = {} if output_size is None else {"output_size": output_size}
+            module(torch.empty(*shape, device="meta", dtype=dtype), **sizes)
+    return counter.macs
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -69,35 +74,51 @@ class Price:
         dense: nn.Module,
         layer: type[Factorized],
         limits: Ranks,
-        shapes: Sequence[Sequence[int]] | None = None,
+        calls: Sequence[Call] | None = None,
     ) -> None:
         self._spec = on_meta(dense)
         self._layer = layer
         self._limits = limits
-        self._shapes = [tuple(shape) for shape in shapes or [large_input_shape(dense)]]
+        self._calls = list(calls or [Call(large_input_shape(dense))])
         self._corners: dict[Ranks, Cost] = {}
-        self.dense = Cost(count_params(self._spec), count_macs(self._spec, self._shapes))
+        self.dense = Cost(count_params(self._spec), count_macs(self._spec, self._calls))
 
     def __call__(self, ranks: Ranks) -> Cost:
         """Cost of the factorized layer at these ranks."""
-        axes = []
-        for rank, limit in zip(ranks, self._limits, strict=True):
-            if rank == limit:
-                axes.append([(limit, 1)])
-            elif limit == 2:
-                axes.append([(1, 1)])
-            else:
-                axes.append([(1, 2 - rank), (2, rank - 1)])
-        total_params = total_macs = 0
-        for corner in product(*axes):
-            weight = prod(factor for _, factor in corner)
+        terms = [self._terms(np.array([rank]), limit) for rank, limit in zip(ranks, self._limits, strict=True)]
+        params, macs = self._interpolate(terms)
+        return Cost(int(params.item()), int(macs.item()))
+
+    def grid(self) -> tuple[Counts, Counts]:
+        """Parameters and MACs at all ranks at once: arrays of the shape of the limits, rank r at index r - 1."""
+        params, macs = np.empty(self._limits, np.int64), np.empty(self._limits, np.int64)
+        for full in product((False, True), repeat=len(self._limits)):
+            parts = tuple(slice(-1, None) if f else slice(0, -1) for f in full)
+            if params[parts].size:
+                ranks = [np.arange(1, limit + 1)[part] for limit, part in zip(self._limits, parts, strict=True)]
+                terms = [self._terms(r, limit) for r, limit in zip(ranks, self._limits, strict=True)]
+                params[parts], macs[parts] = self._interpolate(terms)
+        return params, macs
+
+    @staticmethod
+    def _terms(ranks: Counts, limit: int) -> list[tuple[int, Counts]]:
+        """The ranks to build at, each with its weight in the interpolation; ``ranks`` are all full or none is."""
+        if ranks[0] == limit:
+            return [(limit, np.ones_like(ranks))]
+        if limit == 2:
+            return [(1, np.ones_like(ranks))]
+        return [(1, 2 - ranks), (2, ranks - 1)]
+
+    def _interpolate(self, terms: list[list[tuple[int, Counts]]]) -> tuple[Counts, Counts]:
+        params, macs = np.zeros((), np.int64), np.zeros((), np.int64)
+        for corner in product(*terms):
+            weight = reduce(np.multiply.outer, [weight for _, weight in corner])
             cost = self._built(tuple(rank for rank, _ in corner))
-            total_params += weight * cost.params
-            total_macs += weight * cost.macs
-        return Cost(total_params, total_macs)
+            params, macs = params + weight * cost.params, macs + weight * cost.macs
+        return params, macs
 
     def _built(self, ranks: Ranks) -> Cost:
         if ranks not in self._corners:
             layer = self._layer.like(self._spec, ranks)
-            self._corners[ranks] = Cost(count_params(layer), count_macs(layer, self._shapes))
+            self._corners[ranks] = Cost(count_params(layer), count_macs(layer, self._calls))
         return self._corners[ranks]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from safetensors.torch import save_model
 from torch import nn
-from tqdm import tqdm
 
 from decomp import tables
 from decomp.api import plan
 from decomp.digits import Digits, load_digits, train
 from decomp.finetuning import FinetuneReport, finetune_layerwise
 from decomp.plans import Plan
+from decomp.progress import bar
 from decomp.ranks import energy
 from decomp.reports import compare
 
@@ -52,7 +52,7 @@ def run(folder: Path, seed: int = 0, say: Callable[[str], None] = print) -> tupl
     say(tables.render("", ("network", ">accuracy on held-out digits"), rows))
     curve = [
         compress(dense, decided.with_ranks("*", energy(share)), digits, f"energy {share:g}")
-        for share in tqdm(ENERGIES, "trade-off", disable=None)
+        for share in bar(None, "trade-off", ENERGIES)
     ]
     picture, weights = folder / "tradeoff.png", folder / "digits-tucker.safetensors"
     draw(picture, outcome, curve, accuracy, macs_of(decided, 0))
@@ -94,7 +94,6 @@ def draw(path: Path, vbmf: Outcome, curve: list[Outcome], accuracy: float, macs:
         axes.annotate(outcome.name, place, (6, -10), textcoords="offset points", fontsize=8)
     axes.plot(macs / 1e6, 100 * accuracy, "s", color="black", label="dense")
     axes.set(xlabel="MACs per image (millions)", ylabel="accuracy on held-out digits (%)")
-    axes.set_xlim(left=0)
     axes.set_xlim(left=0)
     axes.set_title("Tucker-2 of a residual network, energy thresholds and vbmf")
     axes.grid(alpha=0.3)

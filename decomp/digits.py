@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
+
+from decomp.progress import bar
 
 Batch = tuple[Tensor, Tensor]
 BATCH_SIZE = 64
@@ -88,7 +89,7 @@ def train(digits: Digits, seed: int = 0, epochs: int = 40, progress: bool | None
     steps = epochs * len(digits.train)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    with tqdm(total=steps, desc="train", disable=None if progress is None else not progress) as bar:
+    with bar(progress, "train", total=steps) as steps_bar:
         for _ in range(epochs):
             for images, labels in digits.train:
                 optimizer.zero_grad()
@@ -96,7 +97,7 @@ def train(digits: Digits, seed: int = 0, epochs: int = 40, progress: bool | None
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-                bar.update()
+                steps_bar.update()
     return model.eval()
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from decomp import tables
-from decomp.activations import Activations, Batches, Pair
+from decomp.activations import Activations, Batches, Pair, RoutedDifferently
 from decomp.following import Tail, follow, tails
 from decomp.forward import evaluating
 from decomp.layers import Factorized
+from decomp.naming import naming
+from decomp.progress import bar
 
 FINAL_LEARNING_RATE_SHARE = 0.01
 
@@ -92,22 +93,33 @@ def finetune_layerwise(
     """
     pairs = _pairs(small, dense)
     batches = Batches(data, inputs)
-    first = batches.first()
-    small_tails = tails(small, first, {name: pair[0] for name, pair in pairs.items()})
-    dense_tails = tails(dense, first, {name: pair[1] for name, pair in pairs.items()})
+    small_tails = _tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
+    dense_tails = _tails(dense, batches, {name: pair[1] for name, pair in pairs.items()})
     order = [name for name in small_tails if name in dense_tails]
     reports: dict[str, LayerReport] = {}
-    with tqdm(
-        total=steps * len(order), desc="fine-tune", disable=None if progress is None else not progress
-    ) as bar:
+    with bar(progress, "fine-tune", total=steps * len(order)) as steps_bar, torch.inference_mode(False):
         for name in order:
-            bar.set_postfix_str(name)
+            steps_bar.set_postfix_str(name)
             activations = Activations(small, dense, *pairs[name], dense_tails[name], batches, cache_bytes)
-            with evaluating(small, dense):
-                reports[name] = _train(pairs[name][0], activations, small_tails[name], steps, lr, bar.update)
+            with evaluating(small, dense), naming(name):
+                reports[name] = _train(pairs[name][0], activations, small_tails[name], steps, lr, steps_bar.update)
     for name in pairs.keys() - set(order):
         reports[name] = LayerReport(math.nan, math.nan, 0, 0.0, "the data never reaches it")
     return FinetuneReport(reports)
+
+
+def _tails(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:
+    """Tails in the order of execution, from as many batches as it takes to reach every layer."""
+    found: dict[str, Tail] = {}
+    empty = True
+    for batch in batches:
+        empty = False
+        found |= tails(model, batch, {name: layer for name, layer in layers.items() if name not in found})
+        if len(found) == len(layers):
+            break
+    if empty:
+        raise ValueError("data is empty: at least one batch is needed")
+    return found
 
 
 def _pairs(small: nn.Module, dense: nn.Module) -> dict[str, tuple[Factorized, nn.Module]]:
@@ -135,7 +147,13 @@ def _train(
 ) -> LayerReport:
     """Train a copy of ``layer``, and take it over where its error is lower."""
     start = time.perf_counter()
-    window, whole = next(activations.windows())
+    try:
+        window, whole = next(activations.windows(), ([], True))
+    except RoutedDifferently:
+        advance(steps)
+        return LayerReport(math.nan, math.nan, 0, time.perf_counter() - start, "routed differently: not trained")
+    if not window:
+        raise ValueError("data came out empty on a later pass: give what can be gone through again")
     before = _error(layer, window, tail)
     if not any(parameter.requires_grad for parameter in layer.parameters()):
         advance(steps)
@@ -171,11 +189,13 @@ def _descend(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr * FINAL_LEARNING_RATE_SHARE)
     done = 0
     for received, target in pairs:
-        loss = _squared_error(student, received, target, tail) / target.float().square().sum().clamp(min=1e-30)
+        with torch.enable_grad():
+            energy = target.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+            loss = _squared_error(student, received, target, tail) / energy
         if not torch.isfinite(loss):
             break
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         done += 1

@@ -32,7 +32,8 @@ def tails(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict
     """Return for each layer the functions that its output goes through: at most a normalization, an activation.
 
     A tail ends where the tensor goes anywhere else as well, so that nothing downstream sees more than the tail
-    gives. Layers that the batch never reaches are left out. The model runs in eval mode, without gradients.
+    gives; a layer that is called several times has none. Layers that the batch never reaches are left out. The
+    model runs in eval mode, without gradients.
     """
     watch = _Watch()
     handles = [module.register_forward_hook(watch.begin(name)) for name, module in layers.items()]
@@ -69,6 +70,12 @@ class _Path:
             del self.steps[position:], self.tensors[position + 1 :]
             self.closed = True
 
+    def called_again(self) -> None:
+        """Each call may be followed by other functions: no tail then."""
+        self.steps.clear()
+        del self.tensors[1:]
+        self.closed = True
+
     def _extends(self, func: Any) -> bool:
         if func in _NORMALIZATIONS:
             return not self.steps
@@ -84,7 +91,9 @@ class _Watch(TorchFunctionMode):
 
     def begin(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if name not in self.paths and isinstance(output, Tensor):
+            if name in self.paths:
+                self.paths[name].called_again()
+            elif isinstance(output, Tensor):
                 self.paths[name] = _Path(output)
 
         return hook

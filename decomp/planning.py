@@ -1,21 +1,22 @@
 """Making a plan: which layers can be decomposed, by which method, to which ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from decomp import surgery
-from decomp.candidates import Candidate, Change, Choice, undecided
+from decomp.candidates import Candidate
+from decomp.choices import Change, Choice, undecided
 from decomp.costs import Cost, count_params
-from decomp.forward import Observation, observe
 from decomp.layers import Factorized
 from decomp.methods import METHODS, Method
 from decomp.methods.svd import SVD
-from decomp.plans import PLAN, Plan
+from decomp.observing import Observation, observe
+from decomp.plans import ALREADY_FACTORIZED, PLAN, Plan
+from decomp.progress import bar
 from decomp.ranks import RULES, parse_request
 from decomp.selection import Selector, select
 
@@ -47,26 +48,26 @@ def make_plan(
 ) -> Plan:
     """Plan every layer of ``model``; see :func:`decomp.plan`."""
     surgery.check_model(model)
-    method_of = _methods(method, ranks)
+    earlier = ranks if isinstance(ranks, Plan) else None
+    method_of = _methods(method, earlier)
     sites = _selected(_sites(model, method_of), layers, exclude)
     open_layers = {name: site.module for name, site in sites.items() if not site.reason}
-    earlier = ranks if isinstance(ranks, Plan) else None
     if earlier is not None:
+        earlier.require_fit({name: site.module for name, site in sites.items()})
         ranks = {name: choice.ranks for name, choice in earlier.items() if choice.ranks and name in open_layers}
     request_of = parse_request(ranks, open_layers, RULES)
-    seen = (
-        None if example_inputs is None else observe(model, example_inputs, {n: s.module for n, s in sites.items()})
-    )
+    seen = None
+    if example_inputs is not None:
+        seen = observe(model, example_inputs, {name: site.module for name, site in sites.items()})
     choices: dict[str, Choice] = {}
     candidates: dict[str, Candidate] = {}
-    for name, site in tqdm(sites.items(), "analyse", disable=None if progress is None else not progress):
-        reason = site.reason or ("" if seen is None or name in seen.macs else "example_inputs never reach it")
+    for name, site in bar(progress, "analyse", sites.items()):
+        reason = site.reason or (_out_of_reach(name, seen) if seen else "")
         if reason:
             choices[name] = _undecided(model, name, site.module, reason, seen)
             continue
-        _require_finite(name, site.module)
-        shapes = seen.shapes[name] if seen else None
-        candidates[name] = Candidate.of(name, site.module, method_of(name, site.module), shapes)
+        calls = seen.calls[name] if seen else None
+        candidates[name] = Candidate.of(name, site.module, method_of(name, site.module), calls)
         choices[name] = candidates[name].decide(request_of(name))
         if earlier is not None and not choices[name].ranks and name in earlier:
             choices[name] = choices[name].as_dense(earlier[name].reason or choices[name].reason)
@@ -74,20 +75,28 @@ def make_plan(
     return Plan(choices, _before(total, sites, choices), candidates)
 
 
-def _methods(method: str | Method, ranks: Any) -> Callable[[str, nn.Module], Method]:
-    """The method of each layer: SVD for a matrix, the one named for the rest; a plan brings its own."""
+def _out_of_reach(name: str, seen: Observation) -> str:
+    if name not in seen.macs:
+        return "example_inputs never reach it"
+    if name in seen.read:
+        return "the model reads its weight and does not only call it: factors would be multiplied each time"
+    return "" if seen.macs[name] else "example_inputs reach it with an empty batch"
+
+
+def _methods(method: str | Method, earlier: Plan | None) -> Callable[[str, nn.Module], Method]:
+    """The method of each layer: the one named where it takes the layer, else SVD; a plan brings its own."""
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(
             f"method={method!r} is unknown: write one of {sorted(METHODS)}, or a decomp.methods.Method"
         )
     named = METHODS[method] if isinstance(method, str) else method
-    brought = {name: choice.method for name, choice in ranks.items()} if isinstance(ranks, Plan) else {}
 
     def method_of(name: str, module: nn.Module) -> Method:
-        if brought.get(name) in METHODS:
-            return METHODS[brought[name]]
-        is_matrix = isinstance(module, nn.Linear) or set(cast(nn.Conv2d, module).kernel_size) == {1}
-        return SVD if is_matrix else named
+        if earlier is not None and name in earlier and earlier[name].ranks:
+            return earlier.method_of(name)
+        if type(module) in named.layers and named.takes(module):
+            return named
+        return SVD if SVD.takes(module) else named
 
     return method_of
 
@@ -96,46 +105,33 @@ def _sites(model: nn.Module, method_of: Callable[[str, nn.Module], Method]) -> d
     """Every layer that could be thought of, by its first name, in the order of ``named_modules``."""
     shared = surgery.shared_parameters(model)
     sites: dict[str, Site] = {}
-    for name, module in _layers(model):
+    for name, module in surgery.walk(model, (Factorized, *NEVER)):
         never = next((reason for kind, reason in NEVER.items() if isinstance(module, kind)), "")
         if never:
             sites[name] = Site(module, never)
         elif isinstance(module, Factorized):
-            sites[name] = Site(module, "already factorized")
-        elif type(module) in DECOMPOSABLE:
-            sites[name] = Site(
-                module, surgery.refusal(module, shared) or _unsuited(module, method_of(name, module))
-            )
+            sites[name] = Site(module, ALREADY_FACTORIZED)
         elif isinstance(module, DECOMPOSABLE):
-            kind = next(kind for kind in DECOMPOSABLE if isinstance(module, kind))
-            sites[name] = Site(
-                module, f"{type(module).__name__}, a subclass of {kind.__name__}: it may compute otherwise"
-            )
+            reason = surgery.refusal(module, shared) or _subclass(module)
+            sites[name] = Site(module, reason or _unsuited(module, method_of(name, module)))
+        elif any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(False) if not is_lazy(p)):
+            sites[name] = Site(module, f"no method takes {type(module).__name__}")
     return sites
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by their first name, without what lies inside a layer that is never opened."""
-    closed: list[str] = []
-    for module, names in surgery.names_of(model):
-        name = names[0]
-        if any(name.startswith(prefix) for prefix in closed):
-            continue
-        yield name, module
-        if isinstance(module, (Factorized, *NEVER)):
-            closed += [f"{alias}." if alias else "" for alias in names]
+def _subclass(module: nn.Module) -> str:
+    if type(module) in DECOMPOSABLE:
+        return ""
+    kind = next(kind for kind in DECOMPOSABLE if isinstance(module, kind))
+    return f"{type(module).__name__}, a subclass of {kind.__name__}: it may compute otherwise"
 
 
 def _unsuited(module: nn.Module, method: Method) -> str:
-    weight = cast(Tensor, module.weight)
-    if not weight.dtype.is_floating_point:
-        return f"its weight is {weight.dtype}: only floating-point weights are decomposed"
-    if type(module) not in method.layers:
-        return f"{method.name} does not work on {type(module).__name__}"
     groups = getattr(module, "groups", 1)
     if groups > 1 and groups == getattr(module, "in_channels", 0) == getattr(module, "out_channels", 0):
         return "depthwise: one channel per group leaves nothing to decompose"
-    return ""
+    takes = type(module) in method.layers and method.takes(module)
+    return "" if takes else f"{method.name} is not for this layer"
 
 
 def _selected(sites: dict[str, Site], layers: Selector, exclude: Selector) -> dict[str, Site]:
@@ -159,9 +155,9 @@ def _undecided(model: nn.Module, name: str, module: nn.Module, reason: str, seen
         return choice
     earlier = getattr(model, PLAN, None)
     if isinstance(earlier, Plan) and name in earlier and earlier[name].ranks == module.ranks:
-        share = earlier[name].macs.after / earlier[name].macs.before
+        share = earlier[name].macs.after / (earlier[name].macs.before or 1)
         after = seen.macs.get(name, 0) if seen else share
-        before = round(after / share) if seen else 1.0
+        before = (round(after / share) if share else 0) if seen else 1.0
         return replace(earlier[name], macs=Change(before, after), reason=reason)
     return replace(choice, method=module.method, ranks=module.ranks)
 
@@ -172,13 +168,3 @@ def _before(total: Cost, sites: dict[str, Site], choices: dict[str, Choice]) -> 
     params = sum(int(choice.params.before - choice.params.after) for choice in factorized)
     macs = sum(int(choice.macs.before - choice.macs.after) for choice in factorized) if total.macs else 0
     return Cost(total.params + params, total.macs + macs)
-
-
-def _require_finite(name: str, module: nn.Module) -> None:
-    weight = cast(Tensor, module.weight).detach()
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        raise ValueError(
-            f"layer {name!r}: {bad} of {weight.numel()} weights are NaN or infinite; mend the weights, "
-            f"or leave the layer alone with exclude={name!r}"
-        )

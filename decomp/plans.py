@@ -3,21 +3,23 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from decomp import surgery, tables
-from decomp.candidates import Candidate, Change, Choice
+from decomp.candidates import Candidate, require_finite
+from decomp.choices import COLUMNS, Change, Choice, describe
 from decomp.costs import Cost
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import METHODS, Method
+from decomp.naming import naming
+from decomp.progress import bar
 from decomp.ranks import RULES, RankSpec, parse_spec
 
 FORMAT = "decomp-plan-1"
+ALREADY_FACTORIZED = "already factorized"
 PLAN = "decomp_plan"  # the attribute of a model that carries the plan it was made by
 
 
@@ -33,9 +35,13 @@ class Plan(Mapping[str, Choice]):
         choices: Mapping[str, Choice],
         before: Cost,
         candidates: Mapping[str, Candidate] | None = None,
+        methods: Mapping[str, Method] | None = None,
     ) -> None:
         self._choices = dict(choices)
         self._candidates = dict(candidates or {})
+        self._methods = {name: candidate.method for name, candidate in self._candidates.items()} | dict(
+            methods or {}
+        )
         self._before = before
 
     def __getitem__(self, name: str) -> Choice:
@@ -83,11 +89,15 @@ class Plan(Mapping[str, Choice]):
 
     def keep_dense(self, layers: str) -> "Plan":
         """Return the plan with the layers that match a glob left dense."""
-        kept = {name: self[name].as_dense("kept dense on request") for name in self._matching(layers)}
+        names = self._matching(layers)
+        factorized = [name for name in names if self[name].ranks and self[name].reason == ALREADY_FACTORIZED]
+        if factorized:
+            raise ValueError(f"layer {factorized[0]!r} is {ALREADY_FACTORIZED}: it cannot be kept dense")
+        kept = {name: self[name].as_dense("kept dense on request") for name in names}
         return Plan(self._choices | kept, self._before, self._candidates)
 
     def _matching(self, layers: str) -> list[str]:
-        names = [name for name in self if fnmatchcase(name, layers)]
+        names = [name for name in self if name == layers or fnmatchcase(name, layers)]
         if not names:
             raise ValueError(
                 f"{layers!r} matches no layer of the plan; it has {', '.join(map(repr, list(self)[:8]))}"
@@ -102,14 +112,14 @@ class Plan(Mapping[str, Choice]):
         Raises:
             ValueError: the plan replaces no layer, or was made for another model.
         """
-        replaced = self._replaced(model)
+        replaced = self._replaced(model, needs_values=True)
         new = {}
-        for name, module in tqdm(
-            replaced.items(), "decompose", disable=None if progress is None else not progress
-        ):
-            method = self._method(name)
-            factors = method.factors(group_kernels(module), self[name].ranks)
-            new[name] = method.layers[type(module)].from_factors(module, factors)
+        for name, module in bar(progress, "decompose", replaced.items()):
+            require_finite(name, module)
+            method = self.method_of(name)
+            with naming(name):
+                factors = method.factors(group_kernels(module), self[name].ranks)
+                new[name] = method.layers[type(module)].from_factors(module, factors)
         return self._swapped(model, new, inplace)
 
     def build(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -118,8 +128,8 @@ class Plan(Mapping[str, Choice]):
         Raises:
             ValueError: the plan replaces no layer, or was made for another model.
         """
-        replaced = self._replaced(model)
-        layers = {name: self._method(name).layers[type(module)] for name, module in replaced.items()}
+        replaced = self._replaced(model, needs_values=False)
+        layers = {name: self.method_of(name).layers[type(module)] for name, module in replaced.items()}
         new = {name: layer.like(replaced[name], self[name].ranks) for name, layer in layers.items()}
         return self._swapped(model, new, inplace)
 
@@ -139,94 +149,88 @@ class Plan(Mapping[str, Choice]):
             data = json.loads(text)
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, {FORMAT!r} is needed")
-            choices = {name: _read_choice(entry) for name, entry in data["layers"].items()}
+            choices = {name: Choice.from_dict(entry) for name, entry in data["layers"].items()}
             return cls(choices, Cost(**data["before"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a plan of decomp in JSON: {error}") from error
 
-    def _replaced(self, model: nn.Module) -> dict[str, nn.Module]:
+    def method_of(self, name: str) -> Method:
+        """The method of a layer that this plan replaces.
+
+        Raises:
+            ValueError: it is none of ours, and the plan came from JSON, which holds only its name.
+        """
+        method = self._methods.get(name) or METHODS.get(self[name].method)
+        if method is None:
+            raise ValueError(f"layer {name!r}: unknown method {self[name].method!r}; known are {sorted(METHODS)}")
+        return method
+
+    def require_fit(self, modules: Mapping[str, nn.Module]) -> None:
+        """Refuse layers that are not those that the plan replaces, and ranks that they cannot have.
+
+        Raises:
+            ValueError: names the layer, what it is, and what the plan says.
+        """
+        for name, choice in self.items():
+            if not choice.ranks or isinstance(modules.get(name), Factorized):
+                continue
+            if name not in modules:
+                raise ValueError(f"the plan was made for another model: this one has no layer {name!r}")
+            module, method = modules[name], self.method_of(name)
+            shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+            if (shape, describe(module)) != (choice.shape, choice.layer) or type(module) not in method.layers:
+                raise ValueError(
+                    f"the plan was made for another model: layer {name!r} is {describe(module)} with weight "
+                    f"{shape}, the plan says {choice.layer} with {choice.shape}"
+                )
+            limits = method.limits(group_kernels(module))
+            fits = len(choice.ranks) == len(limits)
+            if not fits or any(not 1 <= r <= most for r, most in zip(choice.ranks, limits, strict=True)):
+                raise ValueError(f"layer {name!r}: ranks {choice.ranks} do not fit it, allowed are 1 to {limits}")
+
+    def _replaced(self, model: nn.Module, *, needs_values: bool) -> dict[str, nn.Module]:
         """The dense layers of ``model`` that this plan replaces, checked against it."""
         surgery.check_model(model)
+        known = {name: module for module, names in surgery.names_of(model) for name in names}
+        self.require_fit(known)
         shared = surgery.shared_parameters(model)
         replaced = {}
+        reasons = Counter(choice.reason for choice in self.values() if not choice.ranks)
         for name, choice in self.items():
             if not choice.ranks:
                 continue
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise ValueError(f"the plan was made for another model: this one has no layer {name!r}") from None
-            if isinstance(module, Factorized) and module.ranks == choice.ranks and module.method == choice.method:
+            module = known[name]
+            if isinstance(module, Factorized):
+                if (module.method, module.ranks) != (choice.method, choice.ranks):
+                    raise ValueError(f"layer {name!r} is {ALREADY_FACTORIZED}, with other ranks: {module.ranks}")
+                reasons[ALREADY_FACTORIZED] += 1
                 continue
-            shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
-            if shape != choice.shape or type(module) not in self._method(name).layers:
-                raise ValueError(
-                    f"the plan was made for another model: layer {name!r} is {type(module).__name__} with weight "
-                    f"{shape}, the plan says {choice.layer} with {choice.shape}"
-                )
-            reason = surgery.refusal(module, shared)
-            if reason and not module.weight.is_meta:
+            reason = surgery.refusal(module, shared, needs_values=needs_values)
+            if reason:
                 raise ValueError(f"layer {name!r} cannot be replaced: {reason}")
             replaced[name] = module
         if not replaced:
-            raise ValueError(f"no layer would be replaced: {self._reasons()}")
+            counts = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(4))
+            raise ValueError(
+                f"no layer would be replaced: {counts or 'the model has no linear layer or convolution'}"
+            )
         return replaced
-
-    def _method(self, name: str) -> Method:
-        if name in self._candidates:
-            return self._candidates[name].method
-        if self[name].method not in METHODS:
-            raise ValueError(f"layer {name!r}: unknown method {self[name].method!r}; known are {sorted(METHODS)}")
-        return METHODS[self[name].method]
 
     def _swapped(self, model: nn.Module, new: Mapping[str, nn.Module], inplace: bool) -> nn.Module:
         model = surgery.swap(model, new, inplace=inplace)
-        setattr(model, PLAN, Plan(self._choices, self._before))
+        methods = {name: method for name, method in self._methods.items() if self[name].ranks}
+        setattr(model, PLAN, Plan(self._choices, self._before, methods=methods))
         return model
-
-    def _reasons(self) -> str:
-        counts = Counter(choice.reason for choice in self.values())
-        if not counts:
-            return "the model has no linear layer or convolution"
-        return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(4))
 
     def __repr__(self) -> str:
         return f"<Plan: {sum(bool(choice.ranks) for choice in self.values())} of {len(self)} layers replaced>"
 
     def __str__(self) -> str:
-        rows = [
-            (
-                name or "(the model)",
-                choice.layer,
-                choice.method,
-                " x ".join(map(str, choice.ranks)),
-                _change(choice.params, choice),
-                _change(choice.macs, choice),
-                f"{choice.error:.3f}" if choice.ranks else "",
-                choice.reason or choice.note,
-            )
-            for name, choice in self.items()
-        ]
-        macs = "MACs" if self.macs else "MACs (share, large input)"
-        columns = ("layer", "type", "method", "ranks", ">params", f">{macs}", ">error", "why / note")
-        return tables.render("", columns, rows, self._totals())
-
-    def _totals(self) -> tuple[str, ...]:
         replaced = f"{sum(bool(choice.ranks) for choice in self.values())} of {len(self)} replaced"
-        params = f"{tables.number(self.params.before)} => {tables.number(self.params.after)}"
+        params = " => ".join(map(tables.number, self.params))
         macs = " => ".join(map(tables.number, self.macs)) if self.macs else ""
-        return ("whole model", replaced, "", "", params, macs, "", "")
-
-
-def _change(change: Change, choice: Choice) -> str:
-    before, after = (f"{v:.2f}" if isinstance(change.before, float) else tables.number(v) for v in change)
-    return f"{before} => {after}" if choice.ranks else before
-
-
-def _read_choice(entry: Mapping[str, Any]) -> Choice:
-    unknown = set(entry) ^ {field.name for field in fields(Choice)}
-    if unknown:
-        raise ValueError(f"unknown or missing fields {sorted(unknown)}")
-    ranks, shape = tuple(map(int, entry["ranks"])), tuple(map(int, entry["shape"]))
-    macs, params = Change(*entry["macs"]), Change(*entry["params"])
-    return Choice(**{**entry, "ranks": ranks, "shape": shape, "macs": macs, "params": params})
+        columns = [
+            column if column != ">MACs" or self.macs else ">MACs (share, large input)" for column in COLUMNS
+        ]
+        rows = [choice.row(name) for name, choice in self.items()]
+        return tables.render("", columns, rows, ("whole model", replaced, "", "", params, macs, "", ""))

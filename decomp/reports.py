@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from decomp import surgery, tables
-from decomp.candidates import describe
+from decomp.choices import describe
 from decomp.costs import count_params
-from decomp.forward import call, evaluating, meter, observe, to_device_of
+from decomp.forward import arguments, evaluating, to_device_of
 from decomp.layers import Factorized
+from decomp.observing import Observation, meter, observe
 
 ELSEWHERE = "(elsewhere)"
 TIMED_PASSES = 5
@@ -92,7 +93,7 @@ def profile(model: nn.Module, example_inputs: Any) -> Profile:
     640
     """
     surgery.check_model(model)
-    return _profile(model, example_inputs, latency([model], example_inputs)[0])
+    return _profiles([model], example_inputs)[0]
 
 
 def compare(
@@ -120,9 +121,8 @@ def compare(
         raise ValueError(
             "the factorized model was given second: the order is compare(small, dense, example_inputs)"
         )
-    seconds = latency([small, dense], example_inputs)
     scores = (float(evaluate(small)), float(evaluate(dense))) if evaluate else None
-    profiles = [_profile(model, example_inputs, s) for model, s in zip((small, dense), seconds, strict=True)]
+    profiles = _profiles([small, dense], example_inputs)
     return Comparison(small=profiles[0], dense=profiles[1], scores=scores)
 
 
@@ -130,8 +130,9 @@ def latency(models: list[nn.Module], batch: Any) -> list[float]:
     """Median seconds of one forward pass of each model; they take turns, so that drift hits all alike."""
     timers = []
     for model in models:
-        names = {"call": call, "model": model, "batch": to_device_of(model, batch)}
-        timers.append(Timer("call(model, batch)", globals=names, num_threads=torch.get_num_threads()))
+        positional, keywords = arguments(to_device_of(model, batch))
+        names = {"model": model, "positional": positional, "keywords": keywords}
+        timers.append(Timer("model(*positional, **keywords)", globals=names, num_threads=torch.get_num_threads()))
     with evaluating(*models), torch.no_grad():
         rounds = [
             [timer.blocked_autorange(min_run_time=0.1).median for timer in timers] for _ in range(ROUNDS + 1)
@@ -139,9 +140,18 @@ def latency(models: list[nn.Module], batch: Any) -> list[float]:
     return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]  # the first round warms up
 
 
-def _profile(model: nn.Module, batch: Any, seconds: float) -> Profile:
-    units = dict(_units(model))
-    seen, times = observe(model, batch, units), _seconds(model, batch, units)
+def _profiles(models: list[nn.Module], batch: Any) -> list[Profile]:
+    # Counting comes first: it refuses a batch that does not fit with words that help.
+    units = [dict(_units(model)) for model in models]
+    seen = [observe(model, batch, parts) for model, parts in zip(models, units, strict=True)]
+    seconds = latency(models, batch)
+    return [_profile(*parts, batch) for parts in zip(models, units, seen, seconds, strict=True)]
+
+
+def _profile(
+    model: nn.Module, units: Mapping[str, nn.Module], seen: Observation, seconds: float, batch: Any
+) -> Profile:
+    times = _seconds(model, batch, units)
     rows = {
         name: Usage(_label(unit), count_params(unit), seen.macs.get(name, 0), _bytes(unit), times.get(name, 0.0))
         for name, unit in units.items()
@@ -156,16 +166,10 @@ def _profile(model: nn.Module, batch: Any, seconds: float) -> Profile:
 
 def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers that a table has rows for: factorized ones, attention, and every leaf with parameters."""
-    closed: list[str] = []
-    for module, names in surgery.names_of(model):
-        if any(names[0].startswith(prefix) for prefix in closed):
-            continue
-        whole = isinstance(module, Factorized | nn.MultiheadAttention)
-        is_leaf = not list(module.children()) and bool(list(module.parameters()))
-        if whole or is_leaf:
-            yield names[0], module
-        if whole:
-            closed += [f"{name}." if name else "" for name in names]
+    whole = (Factorized, nn.MultiheadAttention)
+    for name, module in surgery.walk(model, whole):
+        if isinstance(module, whole) or (not list(module.children()) and list(module.parameters())):
+            yield name, module
 
 
 def _seconds(model: nn.Module, batch: Any, units: Mapping[str, nn.Module]) -> dict[str, float]:
@@ -176,6 +180,7 @@ def _seconds(model: nn.Module, batch: Any, units: Mapping[str, nn.Module]) -> di
             torch.accelerator.synchronize(parameter.device)
         return time.perf_counter()
 
+    batch = to_device_of(model, batch)
     passes = [meter(model, batch, units, clock) for _ in range(TIMED_PASSES)]
     return {name: statistics.median(times[name] for times in passes) for name in passes[0]}
 

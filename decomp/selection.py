@@ -24,7 +24,7 @@ def select(selector: Selector, modules: Mapping[str, nn.Module], argument: str) 
     if isinstance(selector, tuple | list | set | frozenset):
         return set().union(*(select(part, modules, argument) for part in selector))
     if isinstance(selector, str):
-        found = {name for name in modules if fnmatchcase(name, selector)}
+        found = {name for name in modules if name == selector or fnmatchcase(name, selector)}
     elif isinstance(selector, type):
         found = {name for name, module in modules.items() if type(module) is selector}
     elif callable(selector):

@@ -44,15 +44,44 @@ def names_of(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
     yield from names.values()
 
 
-def refusal(module: Any, shared: Mapping[int, list[str]]) -> str:
+def walk(model: nn.Module, closed: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by their first name, without what lies inside of a module of a closed type."""
+    inside: list[str] = []
+    for module, names in names_of(model):
+        if any(names[0].startswith(prefix) for prefix in inside):
+            continue
+        yield names[0], module
+        if isinstance(module, closed):
+            inside += [f"{name}." if name else "" for name in names]
+
+
+def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool = True) -> str:
     """Return why this layer must not be swapped, or an empty string.
 
     ``shared`` is what :func:`shared_parameters` found. A swap would drop hooks, parametrizations and pruning
     masks, and untie weights that another layer uses as well.
     """
-    if any(is_lazy(p) for p in module.parameters(recurse=False)):
+    own = dict(module.named_parameters(recurse=False))
+    if any(is_lazy(parameter) for parameter in own.values()):
         return "not initialized yet: run one batch through the model first"
-    others = [name for p in module.parameters(recurse=False) for name in shared.get(_memory(p), [])]
+    return (
+        _held_by_torch(module)
+        or _hooks(module, own)
+        or _odd_parts(module, own)
+        or _odd_weight(own["weight"], needs_values)
+        or next(
+            (
+                f"its weight is tied: {', '.join(shared[_memory(p)])} share it"
+                for p in own.values()
+                if _memory(p) in shared
+            ),
+            "",
+        )
+    )
+
+
+def _held_by_torch(module: Any) -> str:
+    """What torch's own utilities keep on a layer, and the call that takes it off."""
     if parametrize.is_parametrized(module):
         return "parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     if hasattr(module, "weight_g"):
@@ -61,21 +90,33 @@ def refusal(module: Any, shared: Mapping[int, list[str]]) -> str:
         return "pruned: call torch.nn.utils.prune.remove first"
     if hasattr(module, "weight_orig"):
         return "spectral_norm: call torch.nn.utils.remove_spectral_norm first"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, kind) for kind in hooks):
-        return "has hooks, which a swap would drop: remove them first"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if others:
-        return f"its weight is tied: {', '.join(others)} share it"
-    own = {name for name, _ in [*module.named_parameters(), *module.named_buffers(), *module.named_children()]}
-    if own - {"weight", "bias"}:
-        return f"holds more than a weight and a bias: {', '.join(sorted(own - {'weight', 'bias'}))}"
-    if module.weight is None or module.weight.is_meta:
-        return "its weight is on the meta device, without values"
-    if module.weight.numel() == 0:
-        return "its weight is empty"
     return ""
+
+
+def _hooks(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str:
+    tensor_hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    on_module = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
+    if on_module or any(getattr(parameter, kind, None) for parameter in own.values() for kind in tensor_hooks):
+        return "has hooks, which a swap would drop: remove them first"
+    return "its forward was replaced on the instance" if "forward" in vars(module) else ""
+
+
+def _odd_parts(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str:
+    buffers, children = module.named_buffers(recurse=False), module.named_children()
+    more = {*own, *(name for name, _ in buffers), *(name for name, _ in children)} - {"weight", "bias"}
+    if more:
+        return f"holds more than a weight and a bias: {', '.join(sorted(more))}"
+    if "weight" not in own or not ("bias" in own or module.bias is None):
+        return "its weight or bias is no parameter"
+    return ""
+
+
+def _odd_weight(weight: nn.Parameter, needs_values: bool) -> str:
+    if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"its weight is {weight.dtype}: float64, float32, bfloat16 and float16 are decomposed"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return "its weight is on the meta device, without values" if needs_values and weight.is_meta else ""
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
@@ -112,12 +153,23 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
                 "the model is itself the layer to replace: leave inplace=True out and take the result"
             )
         replacement = {id(module): new[name] for name, module in old.items()}
+        _require_no_alias(model, replacement)
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
                 if id(child) in replacement:
                     parent._modules[name] = replacement[id(child)]
     _call_children(model, {id(module) for module in new.values()})
     return model
+
+
+def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
+    """A plain list or dict of a module that holds a layer would go on calling the old one."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            if attribute != "_modules" and any(id(item) in replaced for item in held):
+                where = f"{name}.{attribute}".lstrip(".")
+                raise ValueError(f"{where} holds a layer that would be replaced: leave inplace=True out")
 
 
 def _call_children(model: nn.Module, new: set[int]) -> None:

@@ -2,27 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from decomp.layers.kernels import join_kernels
 
-_DENSE_ATTRIBUTES = (
-    "in_features",
-    "out_features",
-    "in_channels",
-    "out_channels",
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "padding_mode",
-    "transposed",
-    "output_padding",
-)
+_OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module)))
 
 
 class Factorized(nn.Module):
@@ -30,8 +17,8 @@ class Factorized(nn.Module):
 
     The children carry the names of their roles (``reduce``, ``core``, ``expand``) and run in that order; only
     the last one has a bias. The attributes that code around a layer reads (``in_features``, ``stride``,
-    ``bias``, ...) are those of the dense layer. ``weight`` can be read, never set: it multiplies the
-    factors anew each time.
+    ``bias``, ..., and what else was set on it) are those of the dense layer. ``weight`` can be read, never set: it
+    multiplies the factors anew each time.
     """
 
     method: ClassVar[str]
@@ -42,9 +29,9 @@ class Factorized(nn.Module):
         super().__init__()
         self.ranks = ranks
         self.dense_shape = tuple(dense.weight.shape)  # known without multiplying the factors
-        for name in _DENSE_ATTRIBUTES:
-            if hasattr(dense, name):
-                setattr(self, name, getattr(dense, name))
+        for name, value in vars(dense).items():
+            if name not in _OF_EVERY_MODULE:
+                setattr(self, name, value)
         self.build(dense, device)
 
     @abstractmethod
@@ -59,6 +46,9 @@ class Factorized(nn.Module):
         for name, parameter in layer.named_parameters():
             source = dense.bias if name.endswith("bias") else dense.weight
             parameter.requires_grad_(source.requires_grad)
+        format = _memory_format(dense.weight)
+        if format is not torch.contiguous_format:
+            cast(Any, layer).to(memory_format=format)
         return layer
 
     @classmethod
@@ -100,9 +90,12 @@ class Factorized(nn.Module):
     def bias(self) -> Tensor | None:
         return list(self.children())[-1].bias  # type: ignore[return-value]
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         for factor in self.children():
-            input = factor(input)
+            if output_size is not None and getattr(factor, "transposed", False):
+                input = factor(input, output_size)
+            else:
+                input = factor(input)
         return input
 
     def extra_repr(self) -> str:

@@ -7,39 +7,51 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEAVES: set[str] = set()
+BASIS = {"decomp.layers", "decomp.methods", "decomp.naming", "decomp.observing", "decomp.ranks"}
 ALLOWED = {
-    "decomp.layers": LEAVES,
-    "decomp.ranks": LEAVES,
-    "decomp.spectra": LEAVES,
-    "decomp.surgery": LEAVES,
-    "decomp.selection": LEAVES,
-    "decomp.tables": LEAVES,
-    "decomp.forward": LEAVES,
+    **{
+        f"decomp.{name}": LEAVES
+        for name in (
+            "layers",
+            "ranks",
+            "spectra",
+            "surgery",
+            "selection",
+            "tables",
+            "forward",
+            "naming",
+            "progress",
+        )
+    },
     "decomp.following": {"decomp.forward"},
+    "decomp.observing": {"decomp.forward"},
     "decomp.methods": {"decomp.layers", "decomp.spectra"},
-    "decomp.costs": {"decomp.layers"},
-    "decomp.candidates": {"decomp.costs", "decomp.layers", "decomp.methods", "decomp.ranks", "decomp.spectra"},
+    "decomp.costs": {"decomp.layers", "decomp.observing"},
+    "decomp.choices": {"decomp.costs", "decomp.layers", "decomp.tables"},
+    "decomp.candidates": {*BASIS, "decomp.choices", "decomp.costs", "decomp.spectra"},
     "decomp.plans": {
-        *("decomp.candidates", "decomp.costs", "decomp.layers", "decomp.methods", "decomp.ranks"),
-        *("decomp.surgery", "decomp.tables"),
+        *("decomp.candidates", "decomp.choices", "decomp.costs", "decomp.layers", "decomp.methods"),
+        *("decomp.naming", "decomp.progress", "decomp.ranks", "decomp.surgery", "decomp.tables"),
     },
     "decomp.planning": {
-        *("decomp.candidates", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.methods"),
-        *("decomp.plans", "decomp.ranks", "decomp.selection", "decomp.surgery"),
+        *BASIS,
+        *("decomp.candidates", "decomp.choices", "decomp.costs", "decomp.plans", "decomp.progress"),
+        *("decomp.selection", "decomp.surgery"),
     },
     "decomp.activations": {"decomp.following", "decomp.forward"},
     "decomp.finetuning": {
-        *("decomp.activations", "decomp.following", "decomp.forward", "decomp.layers", "decomp.tables"),
+        *("decomp.activations", "decomp.following", "decomp.forward", "decomp.layers", "decomp.naming"),
+        *("decomp.progress", "decomp.tables"),
     },
     "decomp.reports": {
-        *("decomp.candidates", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.surgery"),
-        "decomp.tables",
+        *("decomp.choices", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.observing"),
+        *("decomp.surgery", "decomp.tables"),
     },
     "decomp.api": {"decomp.methods", "decomp.planning", "decomp.plans", "decomp.selection"},
-    "decomp.digits": LEAVES,
+    "decomp.digits": {"decomp.progress"},
     "decomp.demo": {
-        *("decomp.api", "decomp.digits", "decomp.finetuning", "decomp.plans", "decomp.ranks"),
-        *("decomp.reports", "decomp.tables"),
+        *("decomp.api", "decomp.digits", "decomp.finetuning", "decomp.plans", "decomp.progress"),
+        *("decomp.ranks", "decomp.reports", "decomp.tables"),
     },
     "decomp.cli": {"decomp.demo"},
     "decomp.__main__": {"decomp.cli"},

@@ -9,9 +9,9 @@ from networks import alexnet, resnet18, resnet50, vgg16
 from torch import nn
 
 from decomp.costs import Price, count_macs, count_params, on_meta
-from decomp.forward import observe
 from decomp.layers import group_kernels
 from decomp.methods import METHODS
+from decomp.observing import Call, observe
 from decomp.reports import profile
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_cases.json").read_text())
@@ -70,19 +70,22 @@ def test_price_equals_every_layer_that_can_be_built(dense, name, shape):
     """The polynomial through a few meta builds, against parameters and a really counted forward pass."""
     method = METHODS[name]
     limits = method.limits(group_kernels(dense))
-    price = Price(dense, method.layers[type(dense)], limits, [shape])
+    price = Price(dense, method.layers[type(dense)], limits, [Call(shape)])
     assert price.dense.params == count_params(dense)
     x = torch.randn(shape)
     assert price.dense.macs == profile(dense, x).total.macs
+    params, macs = price.grid()
     for ranks in torch.cartesian_prod(*(torch.arange(1, limit + 1) for limit in limits)).reshape(-1, len(limits)):
         built = method.layers[type(dense)].like(dense, tuple(ranks.tolist()))
         counted = observe(built, x, {}).total_macs
         assert price(tuple(ranks.tolist())) == (count_params(built), counted)
+        place = tuple((ranks - 1).tolist())
+        assert (params[place], macs[place]) == (count_params(built), counted)
 
 
 def test_a_layer_called_twice_costs_twice():
     dense = nn.Linear(10, 7)
-    once, twice = ([(2, 10)], [(2, 10), (3, 10)])
+    once, twice = [Call((2, 10))], [Call((2, 10)), Call((3, 10))]
     layer = METHODS["svd"].layers[nn.Linear]
     assert Price(dense, layer, (7,), once)((3,)).macs == 2 * 3 * 17
     assert Price(dense, layer, (7,), twice)((3,)).macs == 5 * 3 * 17
@@ -99,4 +102,4 @@ def test_shares_without_a_shape_are_those_of_large_inputs():
 def test_counting_touches_no_memory_of_the_layer():
     meta = on_meta(nn.Conv2d(3, 5, 3))
     assert all(parameter.is_meta for parameter in meta.parameters())
-    assert count_macs(meta, [(1, 3, 5, 5)]) == 9 * 3 * 5 * 9
+    assert count_macs(meta, [Call((1, 3, 5, 5))]) == 9 * 3 * 5 * 9

@@ -106,7 +106,7 @@ def test_only_factors_change_and_flags_stay(dense, data):
     decomp.finetune_layerwise(small, dense, data, steps=10)
     assert all(torch.equal(small.state_dict()[name], value) for name, value in frozen.items())
     assert all(torch.equal(dense.state_dict()[name], value) for name, value in teacher.items())
-    assert all(parameter.grad is None for parameter in dense.parameters())
+    assert all(parameter.grad is None for model in (small, dense) for parameter in model.parameters())
     assert small.training
     assert small.bn1.training
 
@@ -217,3 +217,73 @@ def test_transformer_with_a_padding_mask(data):
     report = decomp.finetune_layerwise(small, dense, batches, steps=60)
     assert list(report) == ["layers.1.linear1", "layers.1.linear2"]
     assert all(layer.error_after < layer.error_before for layer in report.values())
+
+
+class Routed(nn.Module):
+    """The first entry of a batch says which layer it goes through; a third layer is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.twice = (nn.Linear(24, 24) for _ in range(3))
+
+    def forward(self, x):
+        x = self.up(x) if x[0, 0] > 0 else self.down(x)
+        return self.twice(functional.relu(self.twice(x)))
+
+
+def test_layers_that_only_some_batches_reach_and_layers_called_twice():
+    dense = plant_spectra(Routed())
+    batches = [torch.randn(16, 24) for _ in range(8)]
+    for place, batch in enumerate(batches):
+        batch[0, 0] = 1.0 if place % 2 else -1.0
+    small = decomp.tucker(dense, ranks=5)
+    before = copy.deepcopy(small.twice)
+    report = decomp.finetune_layerwise(small, dense, batches, steps=120)
+    assert set(report) == {"up", "down", "twice"}
+    assert all(layer.error_after < layer.error_before for layer in report.values())
+    seen = []
+    handle = dense.twice.register_forward_hook(lambda _, given, got: seen.append((given[0], got)))
+    with torch.no_grad():
+        for batch in batches:
+            dense(batch)
+        lost = [sum(float((layer(x) - y).norm() ** 2) for x, y in seen[1::2]) for layer in (before, small.twice)]
+    handle.remove()
+    assert lost[1] < lost[0], "the second call must not pay for the first"
+
+
+def test_inputs_that_are_routed_differently_are_reported_and_not_trained():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.expert = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x):
+            return self.expert(x[self.gate(x)[:, 0] > 0])
+
+    dense = plant_spectra(Gated())
+    small = decomp.tucker(dense, ranks=3)
+    kept = small.expert.reduce.weight.clone()
+    report = decomp.finetune_layerwise(small, dense, [torch.randn(64, 24) for _ in range(4)], steps=0)
+    assert report["expert"].note == "routed differently: not trained"
+    assert torch.equal(kept, small.expert.reduce.weight)
+
+
+def test_it_trains_under_no_grad_and_names_the_layer_of_an_error(dense, data):
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    with torch.no_grad():
+        report = decomp.finetune_layerwise(small, dense, data, steps=30)
+    assert report["conv1"].error_after < report["conv1"].error_before
+
+
+def test_data_that_is_empty_on_a_later_pass_is_an_error(dense, data):
+    class Once:
+        def __init__(self):
+            self.passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter(data if self.passes < 3 else [])
+
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    with pytest.raises(ValueError, match="empty on a later pass"):
+        decomp.finetune_layerwise(small, dense, Once(), steps=3)

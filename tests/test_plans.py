@@ -2,15 +2,18 @@
 
 import copy
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp.candidates import Change
+from decomp.choices import Change
 from decomp.layers import SVDConv, SVDLinear, TuckerConv
+from decomp.methods import METHODS
 
 
 def network():
@@ -315,11 +318,84 @@ def test_one_eigendecomposition_per_mode_and_layer(monkeypatch):
 
 
 def test_a_users_own_method_record_is_taken():
-    from dataclasses import replace
+    model = network()
+    for own, names in ((METHODS["tucker"], ["stem", "conv"]), (METHODS["svd"], ["point", "fc"])):
+        plan = decomp.plan(model, replace(own, name="mine"), ranks=5)
+        assert [name for name, choice in plan.items() if choice.method == "mine"] == names
+        small = plan.apply(model)
+        small.decomp_plan.build(model).load_state_dict(small.state_dict())
+        assert decomp.plan(model, ranks=plan)[names[1]].method == "mine"
+        with pytest.raises(ValueError, match="unknown method 'mine'"):
+            decomp.Plan.from_json(plan.to_json()).apply(model)
 
-    from decomp.methods import METHODS
 
-    mine = replace(METHODS["tucker"], name="mine")
-    plan = decomp.plan(network(), mine, ranks=8)
-    assert plan["conv"].method == "mine"
-    assert isinstance(plan.apply(network()).conv, TuckerConv)
+def test_svd_is_for_matrices_and_says_so():
+    plan = decomp.plan(network(), "svd", ranks=8)
+    assert plan["conv"].reason == "svd is not for this layer"
+    assert [name for name, choice in plan.items() if choice.ranks] == ["point", "fc"]
+    plan.apply(network())
+
+
+@pytest.mark.parametrize("ranks", [[-1, 8], [0, 8], [1000, 8], [8], [8, 8, 8]])
+def test_ranks_of_a_tampered_plan_are_refused(ranks):
+    data = json.loads(decomp.plan(network(), ranks=8).to_json())
+    data["layers"]["conv"]["ranks"] = ranks
+    plan = decomp.Plan.from_json(json.dumps(data))
+    for use in (plan.apply, plan.build, lambda model: decomp.plan(model, ranks=plan)):
+        with pytest.raises(ValueError, match=r"layer 'conv': ranks .* do not fit it, allowed are 1 to \(64, 32\)"):
+            use(network())
+
+
+def test_a_plan_knows_strides_and_groups_not_only_shapes():
+    plan = decomp.plan(nn.Sequential(nn.Conv2d(8, 32, 3)), ranks=(20, 4))
+    for other in (nn.Conv2d(8, 32, 3, stride=8), nn.Conv2d(16, 32, 3, groups=2)):
+        with pytest.raises(ValueError, match="another model: layer '0' is Conv2d"):
+            plan.apply(nn.Sequential(other))
+        with pytest.raises(ValueError, match="another model: layer '0' is Conv2d"):
+            decomp.plan(nn.Sequential(other), ranks=plan)
+
+
+def test_what_was_factorized_earlier_cannot_be_kept_dense():
+    once = decomp.tucker(network(), ranks=8, layers="conv")
+    with pytest.raises(ValueError, match="'conv' is already factorized"):
+        decomp.plan(once, ranks=4).keep_dense("*")
+    with pytest.raises(ValueError, match=r"no layer would be replaced: .*already factorized"):
+        once.decomp_plan.apply(once)
+
+
+def test_weights_that_went_bad_after_planning_are_named():
+    model = network()
+    plan = decomp.plan(model, ranks=8)
+    model.conv.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="'conv': 18432 of 18432"):
+        plan.apply(model)
+
+
+def test_build_on_the_meta_device_and_apply_refused_there():
+    model = network()
+    plan = decomp.plan(model, ranks=8)
+    empty = copy.deepcopy(model).to("meta")
+    with pytest.raises(ValueError, match="meta device"):
+        plan.apply(empty)
+    assert plan.build(empty).conv.core.weight.is_meta
+
+
+def test_numpy_integers_and_brackets_in_names():
+    model = nn.ModuleDict({"e[0]": nn.Linear(32, 32), "e1": nn.Linear(32, 32)})
+    plan = decomp.plan(model, ranks=lambda candidate: (np.int64(4),))
+    assert plan["e[0]"].ranks == (4,)
+    assert decomp.Plan.from_json(plan.to_json())["e1"].ranks == (4,)
+    assert decomp.plan(model, ranks=np.int64(5))["e1"].ranks == (5,)
+    assert plan.keep_dense("e[0]")["e[0]"].ranks == ()
+    assert dict(decomp.plan(model, ranks=plan)) == dict(plan)
+    with pytest.raises(ValueError, match="gave ranks 4"):
+        decomp.plan(model, ranks=lambda candidate: 4)
+
+
+def test_whatever_goes_wrong_in_a_method_names_the_layer():
+    def analyse(kernels):
+        raise RuntimeError("no convergence")
+
+    with pytest.raises(RuntimeError) as caught:
+        decomp.plan(network(), replace(METHODS["tucker"], analyse=analyse), ranks=4)
+    assert caught.value.__notes__ == ["in layer 'stem'"]

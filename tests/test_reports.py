@@ -90,3 +90,17 @@ def test_tables_are_never_wrapped():
 def test_tables_are_text_inside_jupyter_too(monkeypatch):
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert "value" in render("", ("name", ">value"), [("a", "1")])
+
+
+def test_attention_of_a_hugging_face_model_is_counted():
+    """Against the closed form: torch's counter leaves out the attention kernel of the CPU."""
+    from transformers import BertConfig, BertModel
+
+    width, inner, length = 32, 64, 7
+    config = BertConfig(
+        vocab_size=60, hidden_size=width, num_hidden_layers=2, num_attention_heads=4, intermediate_size=inner
+    )
+    report = decomp.profile(BertModel(config), {"input_ids": torch.zeros(2, length, dtype=torch.long)})
+    attention = 2 * length * length * width
+    layer = length * (4 * width * width + 2 * width * inner) + attention
+    assert report.total.macs == 2 * (2 * layer + width * width)

@@ -102,6 +102,13 @@ def test_the_root_itself_and_direct_children_are_layers():
 def refused():
     hooked = nn.Linear(16, 16)
     hooked.register_forward_hook(lambda *_: None)
+    tensor_hooked = nn.Linear(16, 16)
+    tensor_hooked.weight.register_hook(lambda grad: grad)
+    state_hooked = nn.Linear(16, 16)
+    state_hooked.register_state_dict_post_hook(lambda *_: None)
+    plain = nn.Linear(16, 16)
+    del plain.weight
+    plain.weight = torch.zeros(16, 16)
     replaced = nn.Linear(16, 16)
     replaced.forward = lambda x: x
     masked = nn.Linear(16, 16)
@@ -117,15 +124,19 @@ def refused():
         pass
 
     yield hooked, "has hooks"
+    yield tensor_hooked, "has hooks"
+    yield state_hooked, "has hooks"
+    yield plain, "no parameter"
+    yield nn.Linear(16, 16, dtype=torch.float32).to(torch.float8_e4m3fn), "float8"
     yield replaced, "forward was replaced"
     yield masked, r"prune\.remove"
     yield burdened, "more than a weight and a bias: scale"
     yield unreal, "meta device"
     yield empty, "its weight is empty"
     yield Own(16, 16), "Own, a subclass of Linear"
-    yield parametrizations.weight_norm(nn.Linear(16, 16)), "parametriz|subclass"
-    yield parametrizations.spectral_norm(nn.Conv2d(16, 16, 3)), "parametriz|subclass"
-    yield nn.LazyLinear(16), "subclass|not initialized"
+    yield parametrizations.weight_norm(nn.Linear(16, 16)), "remove_parametrizations first"
+    yield parametrizations.spectral_norm(nn.Conv2d(16, 16, 3)), "remove_parametrizations first"
+    yield nn.LazyLinear(16), "not initialized yet"
     yield nn.LSTM(16, 16), "fused kernels read packed weights"
     yield nn.GRUCell(16, 16), "fused kernels read packed weights"
     yield nn.MultiheadAttention(16, 2), "packed projections"
@@ -275,3 +286,142 @@ def test_a_model_that_cannot_be_copied_names_inplace():
     with pytest.raises(TypeError, match="inplace=True"):
         decomp.tucker(model, ranks=4)
     assert isinstance(decomp.tucker(model, ranks=4, inplace=True)[0], SVDLinear)
+
+
+def test_a_layer_whose_weight_the_model_reads_stays_dense():
+    """T5 asks for wo.weight.dtype, others hand the weight to a function: that would multiply the factors."""
+
+    class Reads(nn.Module):
+        def __init__(self, used):
+            super().__init__()
+            self.read, self.called, self.used = nn.Linear(32, 32), nn.Linear(32, 32), used
+
+        def forward(self, x):
+            if self.used:
+                return self.called(nn.functional.linear(x, self.read.weight, self.read.bias)) + self.read(x)
+            return self.called(self.read(x.to(self.read.weight.dtype)))
+
+    for used in (True, False):
+        model = Reads(used)
+        plan = decomp.plan(model, ranks=4, example_inputs=torch.zeros(2, 32))
+        assert "reads its weight" in plan["read"].reason
+        small = plan.apply(model)
+        assert decomp.profile(small, torch.zeros(2, 32)).total.macs == plan.macs.after < plan.macs.before
+    x = torch.randn(2, 32)
+    blind = decomp.tucker(model, ranks=4)  # without example_inputs: slower, still right
+    oracle = copy.deepcopy(model)
+    for name in ("read", "called"):
+        oracle.get_submodule(name).weight.data = blind.get_submodule(name).dense_weight().data
+    torch.testing.assert_close(blind(x), oracle(x))
+
+
+def test_transposed_convolutions_take_an_output_size():
+    class Up(nn.Module):
+        def __init__(self, kernel):
+            super().__init__()
+            self.up, self.more = nn.ConvTranspose2d(16, 16, kernel, stride=2), kernel - 1
+
+        def forward(self, x):
+            return self.up(x, output_size=(2 * x.shape[2] + self.more, 2 * x.shape[3] + self.more))
+
+    for kernel in (1, 3):
+        model, x = Up(kernel), torch.randn(1, 16, 5, 5)
+        plan = decomp.plan(model, ranks=4, example_inputs=x)
+        small = plan.apply(model)
+        oracle = copy.deepcopy(model)
+        oracle.up.weight.data = small.up.dense_weight().data
+        torch.testing.assert_close(small(x), oracle(x))
+        assert decomp.profile(small, x).total.macs == plan.macs.after
+
+
+def test_a_layer_that_is_reached_with_nothing_stays_dense():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            self.two(x[:0])
+            return self.one(x)
+
+    assert "empty batch" in decomp.plan(Empty(), ranks=4, example_inputs=torch.zeros(2, 32))["two"].reason
+
+
+def test_named_tuples_and_packed_sequences_arrive_as_they_are():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 32)
+
+        def forward(self, packed):
+            return self.head(self.rnn(packed)[0].data)
+
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 5, 8), [5, 3, 2], batch_first=True)
+    plan = decomp.plan(Recurrent(), ranks=4, example_inputs=packed)
+    assert plan["head"].macs.before == 10 * 16 * 32
+
+
+def test_layers_of_other_kinds_are_listed_with_a_reason():
+    from transformers import GPT2Config, GPT2Model
+
+    plan = decomp.plan(
+        GPT2Model(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2)), ranks=4
+    )
+    assert plan["h.0.attn.c_attn"].reason == "no method takes Conv1D"
+    assert plan["wte"].reason == "no method takes Embedding"
+
+
+def test_a_model_that_changes_its_weights_in_eval_is_left_alone():
+    class Merging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def train(self, mode=True):
+            if not mode:
+                self.layer.weight.data.add_(1)
+            return super().train(mode)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model = Merging()
+    before = model.layer.weight.clone()
+    decomp.plan(model, ranks=4, example_inputs=torch.zeros(1, 32))
+    decomp.profile(model, torch.zeros(1, 32))
+    assert torch.equal(model.layer.weight, before)
+
+
+def test_what_was_set_on_a_layer_stays_on_it():
+    model = nn.Sequential(nn.Linear(32, 32))
+    model[0].tag = "first"
+    assert decomp.tucker(model, ranks=4)[0].tag == "first"
+
+
+def test_inplace_is_refused_where_a_plain_list_holds_the_layer():
+    model = nn.Sequential(nn.Linear(32, 32))
+    model.order = [model[0]]
+    with pytest.raises(ValueError, match="order holds a layer that would be replaced"):
+        decomp.tucker(model, ranks=4, inplace=True)
+    small = decomp.tucker(model, ranks=4)
+    assert small.order[0] is small[0]
+
+
+def test_hooks_and_flags_survive_a_forward_that_raises():
+    class Raises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x):
+            self.layer(x)
+            raise RuntimeError("no")
+
+    model = Raises()
+    for run in (decomp.profile, lambda m, x: decomp.plan(m, ranks=4, example_inputs=x)):
+        with pytest.raises(RuntimeError, match="no"):
+            run(model, torch.zeros(1, 32))
+    assert model.training
+    assert model.layer.training
+    assert not model.layer._forward_hooks
+    assert not model.layer._forward_pre_hooks

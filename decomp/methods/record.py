@@ -36,12 +36,13 @@ class Method:
 
     ``limits(kernels)`` are the largest ranks, ``analyse(kernels)`` the spectra and errors of all ranks at once,
     ``factors(kernels, ranks)`` what ``from_factors`` of the layer takes. ``layers`` maps the exact type of a
-    dense layer to its factorized layer.
+    dense layer to its factorized layer, ``takes(module)`` says which of these the method is for.
     """
 
     name: str
     rank_names: tuple[str, ...]
     layers: Mapping[type[nn.Module], type[Factorized]]
+    takes: Callable[[nn.Module], bool]
     limits: Callable[[Tensor], Ranks]
     analyse: Callable[[Tensor], Analysis]
     factors: Callable[[Tensor, Ranks], Any]

@@ -1,5 +1,7 @@
 """Truncated SVD of a matrix: linear layers and 1x1 convolutions (Denton et al. 2014, Girshick 2015)."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,11 @@ from decomp.layers import SVDConv, SVDLinear
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from decomp.methods.record import Analysis, Method, Ranks
 from decomp.spectra import Spectrum, as_float64, gram_eigenvalues, tail_sums
+
+
+def takes(module: nn.Module) -> bool:
+    """A matrix: a linear layer or a 1x1 convolution."""
+    return isinstance(module, nn.Linear) or set(cast(nn.Conv2d, module).kernel_size) == {1}
 
 
 def limits(kernels: Tensor) -> Ranks:
@@ -40,4 +47,4 @@ LAYERS: dict[type[nn.Module], type[SVDLinear] | type[SVDConv]] = {
     nn.Linear: SVDLinear,
     **dict.fromkeys(CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS, SVDConv),
 }
-SVD = Method("svd", ("r",), LAYERS, limits, analyse, factors)
+SVD = Method("svd", ("r",), LAYERS, takes, limits, analyse, factors)

@@ -1,7 +1,9 @@
 """Tucker-2 of a convolution kernel: HOSVD, then HOOI (Kim et al. 2016; De Lathauwer et al. 2000)."""
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decomp.layers import TuckerConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
@@ -10,6 +12,11 @@ from decomp.spectra import Spectrum, Values, as_float64, tail_sums
 
 MAX_SWEEPS = 50
 RELATIVE_GAIN = 1e-4
+
+
+def takes(module: nn.Module) -> bool:
+    """A spatial convolution: the Tucker-2 of a matrix is its SVD."""
+    return set(cast(nn.Conv2d, module).kernel_size) != {1}
 
 
 def limits(kernels: Tensor) -> Ranks:
@@ -114,6 +121,7 @@ TUCKER = Method(
     "tucker",
     ("out", "in"),
     dict.fromkeys(CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS, TuckerConv),
+    takes,
     limits,
     analyse,
     factors,

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import index
 from typing import Any, TypeAlias
 
-from decomp.ranks.rules import Ranks, Rule
+from decomp.ranks.rule import Ranks, Rule
 
 RankSpec: TypeAlias = "str | int | tuple[int, ...] | Rule"
-RankRequest: TypeAlias = "RankSpec | Mapping[str, RankSpec]"
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,15 @@ def parse_spec(spec: Any, rules: Mapping[str, Rule], *, exact: bool = False) -> 
             f"ranks={spec} can mean three things: write decomp.ranks.energy({spec}) (share of the squared "
             f"singular values), decomp.ranks.params({spec}) or decomp.ranks.macs({spec}) (share of a layer's cost)"
         )
-    if isinstance(spec, list):
-        spec = tuple(spec)
-    numbers = spec if isinstance(spec, tuple) else (spec,)
-    if numbers and all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-        if min(numbers) < 1:
+    if not callable(spec) and not isinstance(spec, bool):
+        try:
+            numbers = tuple(map(index, spec)) if isinstance(spec, tuple | list) else (index(spec),)
+        except TypeError:
+            numbers = ()
+        if numbers and min(numbers) < 1:
             raise ValueError(f"ranks={spec}: every rank must be at least 1; keep a layer dense with exclude=")
-        return Fixed(spec, exact)
+        if numbers:
+            return Fixed(numbers if isinstance(spec, tuple | list) else numbers[0], exact)
     if callable(spec) and not isinstance(spec, type):
         return spec  # type: ignore[no-any-return]
     hint = f"; did you mean {spec.__name__}()?" if isinstance(spec, type) else ""
@@ -90,10 +92,15 @@ def parse_request(
     names = set(names)
     parsed = []
     for glob, spec in request.items():
-        if not isinstance(glob, str) or not any(fnmatchcase(name, glob) for name in names):
+        if not isinstance(glob, str) or not _matching(glob, names):
             raise ValueError(f"ranks={{{glob!r}: ...}} matches no layer that could be decomposed: {_some(names)}")
         parsed.append((glob, parse_spec(spec, rules, exact=glob in names)))
-    return lambda name: next((rule for glob, rule in reversed(parsed) if fnmatchcase(name, glob)), None)
+    return lambda name: next((rule for glob, rule in reversed(parsed) if _matching(glob, [name])), None)
+
+
+def _matching(glob: str, names: Iterable[str]) -> list[str]:
+    """A name that is written out matches itself, whatever brackets it has."""
+    return [name for name in names if name == glob or fnmatchcase(name, glob)]
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

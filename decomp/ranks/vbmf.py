@@ -65,7 +65,7 @@ def _noise_variance(energies: Values, alpha: float, threshold: float) -> float:
     """
     upper = energies.sum() / len(energies)
     most = ceil(len(energies) / (1 + alpha)) - 1
-    lower = min(upper, max(energies[most] / threshold, energies[most:].sum() / len(energies)))
+    lower = min(upper, max(energies[most] / threshold, energies[most:].mean()))
     kinks = energies / threshold
     edges = np.unique(np.concatenate([[lower, upper], kinks[(kinks > lower) & (kinks < upper)]]))
     candidates = [upper, lower]

@@ -1,0 +1,68 @@
+"""Rules that bound the cost or the error of a layer, and take the best ranks within the bound."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decomp.ranks.rule import CandidateLike, Ranks, Values, require_share
+
+
+@dataclass(frozen=True)
+class params:
+    """The ranks of least weight error whose factors have at most this share of the layer's parameters.
+
+    Ranks that do not lower both costs are left out.
+    """
+
+    share: float
+    nothing: ClassVar[str] = "even rank 1 has more parameters than this share"
+
+    def __post_init__(self) -> None:
+        require_share("params", self.share)
+
+    def __call__(self, candidate: CandidateLike) -> Ranks:
+        grid = candidate.grid
+        return _least(grid.error, (grid.params_share <= self.share) & (grid.macs_share < 1), grid.params_share)
+
+
+@dataclass(frozen=True)
+class macs:
+    """The ranks of least weight error whose factors need at most this share of the layer's MACs.
+
+    Ranks that do not lower both costs are left out.
+    """
+
+    share: float
+    nothing: ClassVar[str] = "even rank 1 needs more MACs than this share"
+
+    def __post_init__(self) -> None:
+        require_share("macs", self.share)
+
+    def __call__(self, candidate: CandidateLike) -> Ranks:
+        grid = candidate.grid
+        return _least(grid.error, (grid.macs_share <= self.share) & (grid.params_share < 1), grid.macs_share)
+
+
+@dataclass(frozen=True)
+class error:
+    """The ranks of fewest parameters whose relative error ||W - W'|| / ||W|| is at most ``bound``."""
+
+    bound: float
+
+    def __post_init__(self) -> None:
+        require_share("error", self.bound)
+
+    def __call__(self, candidate: CandidateLike) -> Ranks:
+        grid = candidate.grid
+        return _least(grid.params_share, grid.error <= self.bound, grid.macs_share)
+
+
+def _least(objective: Values, allowed: NDArray[np.bool_], then: Values) -> Ranks:
+    """Ranks where ``objective`` is least among those allowed, and ``then`` among equals; zeros if none is."""
+    if not allowed.any():
+        return (0,) * objective.ndim
+    best = allowed & (objective <= objective[allowed].min())
+    place = np.unravel_index(np.where(best, then, np.inf).argmin(), objective.shape)
+    return tuple(int(index) + 1 for index in place)

@@ -1,0 +1,63 @@
+"""What a rank rule is: a function from what is known of one layer to its ranks."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+Ranks = tuple[int, ...]
+
+
+class SpectrumLike(Protocol):
+    """Singular values of one unfolding: ``values`` is (groups, n) of a rows x columns matrix per group."""
+
+    @property
+    def values(self) -> Values: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+
+
+class GridLike(Protocol):
+    """All ranks at once: arrays of the shape of the limits, rank r at index r - 1."""
+
+    @property
+    def params_share(self) -> Values: ...
+    @property
+    def macs_share(self) -> Values: ...
+    @property
+    def error(self) -> Values: ...
+
+
+class CandidateLike(Protocol):
+    """One layer under one method: what a rule may ask about it."""
+
+    @property
+    def spectra(self) -> tuple[Any, ...]: ...
+    @property
+    def limits(self) -> Ranks: ...
+    @property
+    def grid(self) -> GridLike: ...
+    def error(self, ranks: Ranks) -> float: ...
+    def params_share(self, ranks: Ranks) -> float: ...
+    def macs_share(self, ranks: Ranks) -> float: ...
+
+
+class Rule(Protocol):
+    """A rank rule: one rank per spectrum, 0 where nothing of the weight is worth keeping."""
+
+    def __call__(self, candidate: CandidateLike, /) -> Ranks: ...
+
+
+def require_share(name: str, share: float, *, upper_included: bool = False) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        ValueError: ``share`` is not in (0, 1), or in (0, 1] where 1 is included.
+    """
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not number or not (0 < share < 1 or (upper_included and share == 1)):
+        allowed = f"(0, 1{']' if upper_included else ')'}"
+        raise ValueError(f"{name}({share!r}): a share in {allowed} is needed, e.g. {name}(0.5)")
