@@ -1,9 +1,20 @@
 """Low-rank and tensor decomposition that makes trained PyTorch models smaller and faster."""
 
 from decomp import layers, ranks
-from decomp.api import plan, tucker
+from decomp.api import compress, densify, plan, tucker
 from decomp.finetuning import finetune_layerwise
 from decomp.plans import Plan
 from decomp.reports import compare, profile
 
-__all__ = ["Plan", "compare", "finetune_layerwise", "layers", "plan", "profile", "ranks", "tucker"]
+__all__ = [
+    "Plan",
+    "compare",
+    "compress",
+    "densify",
+    "finetune_layerwise",
+    "layers",
+    "plan",
+    "profile",
+    "ranks",
+    "tucker",
+]

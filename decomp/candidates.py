@@ -17,7 +17,9 @@ from decomp.methods import Analysis, Method, Ranks
 from decomp.naming import naming
 from decomp.observing import Call
 from decomp.ranks import Fixed, Rule
-from decomp.spectra import Spectrum
+from decomp.ranks.allocation import Front
+from decomp.spectra import Spectrum, Values
+from decomp.timing import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,12 @@ class Candidate:
     analysis: Analysis
     price: Price
     absolute_macs: bool
+    stopwatch: Stopwatch | None = None
 
     @classmethod
-    def of(cls, name: str, module: nn.Module, method: Method, calls: list[Call] | None) -> "Candidate":
+    def of(
+        cls, name: str, module: nn.Module, method: Method, calls: list[Call] | None, *, timed: bool = False
+    ) -> "Candidate":
         """Analyse the weight of ``module``; ``calls`` are those of an example, where they are known."""
         require_finite(name, module)
         kernels = group_kernels(module).detach()
@@ -53,8 +58,9 @@ class Candidate:
         with naming(name):
             price = Price(module, method.layers[type(module)], limits, calls)
             analysis = method.analyse(kernels)
+            stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
         shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-        return cls(name, describe(module), shape, method, limits, analysis, price, calls is not None)
+        return cls(name, describe(module), shape, method, limits, analysis, price, calls is not None, stopwatch)
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
@@ -68,6 +74,51 @@ class Candidate:
         squared = self.analysis.squared_errors[(slice(1, None),) * params.ndim]
         error = np.sqrt(squared / self.analysis.energy) if self.analysis.energy else np.zeros(params.shape)
         return Grid(params, macs, params / dense.params, macs / dense.macs, error)
+
+    def dense_cost(self, kind: str) -> float:
+        """Cost of the dense layer in "params", "macs" or measured "seconds"."""
+        return self._stopwatch.dense if kind == "seconds" else float(getattr(self.price.dense, kind))
+
+    def seconds(self, ranks: Ranks) -> float:
+        """Predicted seconds at these ranks, interpolated between measured ones."""
+        return float(self._stopwatch(np.array(self.price(ranks).macs)))
+
+    @cached_property
+    def _fronts(self) -> dict[tuple[str, int], tuple[list[Ranks], Values, Values]]:
+        return {}
+
+    def front(self, kind: str, multiple_of: int) -> tuple[list[Ranks], Values, Values]:
+        """Ranks that lower params and MACs, and that no others beat: with their costs and squared relative errors.
+
+        Ranks are multiples of ``multiple_of``, or full.
+        """
+        key = (kind, multiple_of)
+        if key not in self._fronts:
+            grid = self.grid
+            costs = self._stopwatch(grid.macs) if kind == "seconds" else getattr(grid, kind).astype(np.float64)
+            allowed = (grid.params_share < 1) & (grid.macs_share < 1) & (costs < self.dense_cost(kind))
+            for mode, limit in enumerate(self.limits):
+                ranks = np.arange(1, limit + 1)
+                fits = (ranks % multiple_of == 0) | (ranks == limit)
+                allowed &= np.expand_dims(fits, tuple(a for a in range(len(self.limits)) if a != mode))
+            places = np.flatnonzero(allowed)
+            costs, squared = costs.ravel()[places], grid.error.ravel()[places] ** 2
+            if len(places):
+                best = Front.of(costs, squared).places
+                places, costs, squared = places[best], costs[best], squared[best]
+            ranks_of = np.stack(np.unravel_index(places, self.limits), 1) + 1
+            self._fronts[key] = ([tuple(map(int, row)) for row in ranks_of], costs, squared)
+        return self._fronts[key]
+
+    @property
+    def _stopwatch(self) -> Stopwatch:
+        if self.stopwatch is None:
+            raise ValueError(f"layer {self.name!r} was not timed: make the plan with seconds=")
+        return self.stopwatch
+
+    def choose(self, ranks: Ranks, reason: str) -> Choice:
+        """The choice of these ranks, or to stay dense for this reason where they are empty."""
+        return self._choice(ranks, reason="" if ranks else reason)
 
     def error(self, ranks: Ranks) -> float:
         """Relative error of the weight at these ranks."""

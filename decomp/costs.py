@@ -76,12 +76,12 @@ class Price:
         limits: Ranks,
         calls: Sequence[Call] | None = None,
     ) -> None:
-        self._spec = on_meta(dense)
+        self.spec = on_meta(dense)
         self._layer = layer
         self._limits = limits
         self._calls = list(calls or [Call(large_input_shape(dense))])
         self._corners: dict[Ranks, Cost] = {}
-        self.dense = Cost(count_params(self._spec), count_macs(self._spec, self._calls))
+        self.dense = Cost(count_params(self.spec), count_macs(self.spec, self._calls))
 
     def __call__(self, ranks: Ranks) -> Cost:
         """Cost of the factorized layer at these ranks."""
@@ -117,8 +117,12 @@ class Price:
             params, macs = params + weight * cost.params, macs + weight * cost.macs
         return params, macs
 
+    def structure(self, ranks: Ranks) -> Factorized:
+        """The factorized layer at these ranks, on the meta device."""
+        return self._layer.like(self.spec, ranks)
+
     def _built(self, ranks: Ranks) -> Cost:
         if ranks not in self._corners:
-            layer = self._layer.like(self._spec, ranks)
+            layer = self.structure(ranks)
             self._corners[ranks] = Cost(count_params(layer), count_macs(layer, self._calls))
         return self._corners[ranks]

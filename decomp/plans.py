@@ -1,25 +1,25 @@
 """The plan: which method and ranks every layer gets, as data that can be read, edited, saved and applied."""
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from decomp import surgery, tables
+from decomp.budgets import Budget, Wish, spend
 from decomp.candidates import Candidate, require_finite
-from decomp.choices import COLUMNS, Change, Choice, describe
+from decomp.choices import COLUMNS, Change, Choice
 from decomp.costs import Cost
-from decomp.layers import Factorized, group_kernels
+from decomp.fitting import ALREADY_FACTORIZED, layers_to_replace, require_fit
+from decomp.layers import group_kernels
 from decomp.methods import METHODS, Method
 from decomp.naming import naming
 from decomp.progress import bar
 from decomp.ranks import RULES, RankSpec, parse_spec
 
 FORMAT = "decomp-plan-1"
-ALREADY_FACTORIZED = "already factorized"
 PLAN = "decomp_plan"  # the attribute of a model that carries the plan it was made by
 
 
@@ -34,15 +34,15 @@ class Plan(Mapping[str, Choice]):
         self,
         choices: Mapping[str, Choice],
         before: Cost,
-        candidates: Mapping[str, Candidate] | None = None,
+        candidates: Mapping[str, Sequence[Candidate]] | None = None,
         methods: Mapping[str, Method] | None = None,
+        seconds: float | None = None,
     ) -> None:
         self._choices = dict(choices)
         self._candidates = dict(candidates or {})
-        self._methods = {name: candidate.method for name, candidate in self._candidates.items()} | dict(
-            methods or {}
-        )
+        self._methods = {name: found[0].method for name, found in self._candidates.items()} | dict(methods or {})
         self._before = before
+        self._seconds_before = seconds
 
     def __getitem__(self, name: str) -> Choice:
         return self._choices[name]
@@ -67,6 +67,15 @@ class Plan(Mapping[str, Choice]):
         saved = sum(choice.macs.before - choice.macs.after for choice in self.values())
         return Change(self._before.macs, self._before.macs - saved)
 
+    @property
+    def seconds(self) -> Change | None:
+        """Seconds of one pass: measured before, predicted after; None for a plan made without ``seconds=``."""
+        if self._seconds_before is None:
+            return None
+        found = ((self[name], candidates) for name, candidates in self._candidates.items())
+        saved = sum(c[0].dense_cost("seconds") - c[0].seconds(choice.ranks) for choice, c in found if choice.ranks)
+        return Change(self._seconds_before, self._seconds_before - saved)
+
     def with_ranks(self, layers: str, ranks: RankSpec) -> "Plan":
         """Return the plan with other ranks for the layers that match a glob.
 
@@ -84,8 +93,49 @@ class Plan(Mapping[str, Choice]):
         if not found:
             raise ValueError(f"layer {names[0]!r} cannot be decomposed: {self[names[0]].reason}")
         request = parse_spec(ranks, RULES, exact=layers in self)
-        decided = {name: self._candidates[name].decide(request) for name in found}
-        return Plan(self._choices | decided, self._before, self._candidates)
+        decided = {name: self._candidates[name][0].decide(request) for name in found}
+        return Plan(self._choices | decided, self._before, self._candidates, seconds=self._seconds_before)
+
+    def with_budget(
+        self,
+        *,
+        macs: float | None = None,
+        params: float | None = None,
+        seconds: float | None = None,
+        wish: Wish | None = None,
+    ) -> "Plan":
+        """Return the plan with the ranks of all layers chosen anew for a budget, at once.
+
+        Raises:
+            ValueError: there is not exactly one budget, or it cannot be reached (the message says what can).
+        """
+        budget = Budget.of(macs=macs, params=params, seconds=seconds)
+        if budget is None or not self._candidates:
+            raise ValueError("write macs=, params= or seconds=, on a plan that decomp.plan made")
+        total = self._total(budget.kind)
+        movable = sum(found[0].dense_cost(budget.kind) for found in self._candidates.values())
+        settled = sum(
+            getattr(choice, budget.kind).before - getattr(choice, budget.kind).after
+            for name, choice in self.items()
+            if budget.kind != "seconds" and name not in self._candidates
+        )
+        spent = spend(self._candidates, budget, total, total - settled - movable, wish or Wish())
+        reason = f"the budget {budget.kind}={budget.value} spends nothing on it"
+        choices = {name: candidate.choose(ranks, reason) for name, (candidate, ranks) in spent.items()}
+        candidates = {
+            name: sorted(found, key=lambda candidate: candidate is not spent[name][0])  # the chosen one first
+            for name, found in self._candidates.items()
+        }
+        return Plan(self._choices | choices, self._before, candidates, seconds=self._seconds_before)
+
+    def _total(self, kind: str) -> float:
+        if kind == "seconds":
+            if self._seconds_before is None:
+                raise ValueError("no layer was timed: make the plan with seconds=")
+            return self._seconds_before
+        if kind == "macs" and not self._before.macs:
+            raise ValueError("a budget of MACs needs the sizes of inputs: give example_inputs=")
+        return getattr(self._before, kind)  # type: ignore[no-any-return]
 
     def keep_dense(self, layers: str) -> "Plan":
         """Return the plan with the layers that match a glob left dense."""
@@ -94,7 +144,7 @@ class Plan(Mapping[str, Choice]):
         if factorized:
             raise ValueError(f"layer {factorized[0]!r} is {ALREADY_FACTORIZED}: it cannot be kept dense")
         kept = {name: self[name].as_dense("kept dense on request") for name in names}
-        return Plan(self._choices | kept, self._before, self._candidates)
+        return Plan(self._choices | kept, self._before, self._candidates, seconds=self._seconds_before)
 
     def _matching(self, layers: str) -> list[str]:
         names = [name for name in self if name == layers or fnmatchcase(name, layers)]
@@ -112,7 +162,7 @@ class Plan(Mapping[str, Choice]):
         Raises:
             ValueError: the plan replaces no layer, or was made for another model.
         """
-        replaced = self._replaced(model, needs_values=True)
+        replaced = layers_to_replace(model, self, self.method_of, needs_values=True)
         new = {}
         for name, module in bar(progress, "decompose", replaced.items()):
             require_finite(name, module)
@@ -128,7 +178,7 @@ class Plan(Mapping[str, Choice]):
         Raises:
             ValueError: the plan replaces no layer, or was made for another model.
         """
-        replaced = self._replaced(model, needs_values=False)
+        replaced = layers_to_replace(model, self, self.method_of, needs_values=False)
         layers = {name: self.method_of(name).layers[type(module)] for name, module in replaced.items()}
         new = {name: layer.like(replaced[name], self[name].ranks) for name, layer in layers.items()}
         return self._swapped(model, new, inplace)
@@ -166,55 +216,8 @@ class Plan(Mapping[str, Choice]):
         return method
 
     def require_fit(self, modules: Mapping[str, nn.Module]) -> None:
-        """Refuse layers that are not those that the plan replaces, and ranks that they cannot have.
-
-        Raises:
-            ValueError: names the layer, what it is, and what the plan says.
-        """
-        for name, choice in self.items():
-            if not choice.ranks or isinstance(modules.get(name), Factorized):
-                continue
-            if name not in modules:
-                raise ValueError(f"the plan was made for another model: this one has no layer {name!r}")
-            module, method = modules[name], self.method_of(name)
-            shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
-            if (shape, describe(module)) != (choice.shape, choice.layer) or type(module) not in method.layers:
-                raise ValueError(
-                    f"the plan was made for another model: layer {name!r} is {describe(module)} with weight "
-                    f"{shape}, the plan says {choice.layer} with {choice.shape}"
-                )
-            limits = method.limits(group_kernels(module))
-            fits = len(choice.ranks) == len(limits)
-            if not fits or any(not 1 <= r <= most for r, most in zip(choice.ranks, limits, strict=True)):
-                raise ValueError(f"layer {name!r}: ranks {choice.ranks} do not fit it, allowed are 1 to {limits}")
-
-    def _replaced(self, model: nn.Module, *, needs_values: bool) -> dict[str, nn.Module]:
-        """The dense layers of ``model`` that this plan replaces, checked against it."""
-        surgery.check_model(model)
-        known = {name: module for module, names in surgery.names_of(model) for name in names}
-        self.require_fit(known)
-        shared = surgery.shared_parameters(model)
-        replaced = {}
-        reasons = Counter(choice.reason for choice in self.values() if not choice.ranks)
-        for name, choice in self.items():
-            if not choice.ranks:
-                continue
-            module = known[name]
-            if isinstance(module, Factorized):
-                if (module.method, module.ranks) != (choice.method, choice.ranks):
-                    raise ValueError(f"layer {name!r} is {ALREADY_FACTORIZED}, with other ranks: {module.ranks}")
-                reasons[ALREADY_FACTORIZED] += 1
-                continue
-            reason = surgery.refusal(module, shared, needs_values=needs_values)
-            if reason:
-                raise ValueError(f"layer {name!r} cannot be replaced: {reason}")
-            replaced[name] = module
-        if not replaced:
-            counts = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(4))
-            raise ValueError(
-                f"no layer would be replaced: {counts or 'the model has no linear layer or convolution'}"
-            )
-        return replaced
+        """Refuse layers that are not those that the plan replaces; see :func:`decomp.fitting.require_fit`."""
+        require_fit(self, self.method_of, modules)
 
     def _swapped(self, model: nn.Module, new: Mapping[str, nn.Module], inplace: bool) -> nn.Module:
         model = surgery.swap(model, new, inplace=inplace)
@@ -234,3 +237,9 @@ class Plan(Mapping[str, Choice]):
         ]
         rows = [choice.row(name) for name, choice in self.items()]
         return tables.render("", columns, rows, ("whole model", replaced, "", "", params, macs, "", ""))
+
+
+def drop_plan(model: nn.Module) -> nn.Module:
+    """Take off the plan that a model was made by, where it is no longer true of it."""
+    vars(model).pop(PLAN, None)
+    return model

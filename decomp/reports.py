@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from decomp import surgery, tables
 from decomp.choices import describe
 from decomp.costs import count_params
-from decomp.forward import arguments, evaluating, to_device_of
+from decomp.forward import to_device_of
 from decomp.layers import Factorized
 from decomp.observing import Observation, meter, observe
+from decomp.timing import latency
 
 ELSEWHERE = "(elsewhere)"
 TIMED_PASSES = 5
-ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -124,20 +123,6 @@ def compare(
     scores = (float(evaluate(small)), float(evaluate(dense))) if evaluate else None
     profiles = _profiles([small, dense], example_inputs)
     return Comparison(small=profiles[0], dense=profiles[1], scores=scores)
-
-
-def latency(models: list[nn.Module], batch: Any) -> list[float]:
-    """Median seconds of one forward pass of each model; they take turns, so that drift hits all alike."""
-    timers = []
-    for model in models:
-        positional, keywords = arguments(to_device_of(model, batch))
-        names = {"model": model, "positional": positional, "keywords": keywords}
-        timers.append(Timer("model(*positional, **keywords)", globals=names, num_threads=torch.get_num_threads()))
-    with evaluating(*models), torch.no_grad():
-        rounds = [
-            [timer.blocked_autorange(min_run_time=0.1).median for timer in timers] for _ in range(ROUNDS + 1)
-        ]
-    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]  # the first round warms up
 
 
 def _profiles(models: list[nn.Module], batch: Any) -> list[Profile]:

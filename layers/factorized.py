@@ -23,11 +23,13 @@ class Factorized(nn.Module):
 
     method: ClassVar[str]
     ranks: tuple[int, ...]
+    dense_type: type[nn.Module]
     dense_shape: tuple[int, ...]
 
     def __init__(self, dense: Any, ranks: tuple[int, ...], device: Any) -> None:
         super().__init__()
         self.ranks = ranks
+        self.dense_type = type(dense)
         self.dense_shape = tuple(dense.weight.shape)  # known without multiplying the factors
         for name, value in vars(dense).items():
             if name not in _OF_EVERY_MODULE:
@@ -81,6 +83,23 @@ class Factorized(nn.Module):
     def dense_weight(self) -> Tensor:
         """Multiply the factors: the weight that this layer applies, in the layout of the dense layer."""
         return join_kernels(self.dense_kernels(), transposed=getattr(self, "transposed", False))
+
+    def to_dense(self) -> nn.Module:
+        """Build the ordinary layer that this one stands for, with the product of the factors as its weight."""
+        factor = next(self.parameters())
+        options: dict[str, Any] = {"bias": self.bias is not None, "device": "meta", "dtype": factor.dtype}
+        if issubclass(self.dense_type, nn.Linear):
+            sizes: tuple[Any, ...] = (self.in_features, self.out_features)
+        else:
+            sizes = (self.in_channels, self.out_channels, self.kernel_size)
+            names = ["stride", "padding", "dilation", "groups", "padding_mode"]
+            names += ["output_padding"] if self.transposed else []
+            options |= {name: getattr(self, name) for name in names}
+        dense: Any = self.dense_type(*sizes, **options).train(self.training)
+        dense.weight = nn.Parameter(self.dense_weight().detach(), requires_grad=factor.requires_grad)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return cast(nn.Module, dense)
 
     @property
     def weight(self) -> Tensor:

@@ -9,34 +9,33 @@ ROOT = Path(__file__).parents[1]
 LEAVES: set[str] = set()
 BASIS = {"decomp.layers", "decomp.methods", "decomp.naming", "decomp.observing", "decomp.ranks"}
 ALLOWED = {
-    **{
-        f"decomp.{name}": LEAVES
-        for name in (
-            "layers",
-            "ranks",
-            "spectra",
-            "surgery",
-            "selection",
-            "tables",
-            "forward",
-            "naming",
-            "progress",
-        )
-    },
+    **dict.fromkeys(("decomp.layers", "decomp.ranks", "decomp.spectra", "decomp.surgery"), LEAVES),
+    **dict.fromkeys(("decomp.forward", "decomp.naming", "decomp.progress"), LEAVES),
+    **dict.fromkeys(("decomp.selection", "decomp.tables"), LEAVES),
     "decomp.following": {"decomp.forward"},
     "decomp.observing": {"decomp.forward"},
     "decomp.methods": {"decomp.layers", "decomp.spectra"},
     "decomp.costs": {"decomp.layers", "decomp.observing"},
+    "decomp.timing": {"decomp.costs", "decomp.forward", "decomp.observing"},
     "decomp.choices": {"decomp.costs", "decomp.layers", "decomp.tables"},
-    "decomp.candidates": {*BASIS, "decomp.choices", "decomp.costs", "decomp.spectra"},
+    "decomp.candidates": {
+        *BASIS,
+        *("decomp.choices", "decomp.costs", "decomp.spectra", "decomp.timing"),
+    },
+    "decomp.budgets": {"decomp.candidates", "decomp.ranks"},
+    "decomp.fitting": {"decomp.choices", "decomp.layers", "decomp.methods", "decomp.surgery"},
     "decomp.plans": {
-        *("decomp.candidates", "decomp.choices", "decomp.costs", "decomp.layers", "decomp.methods"),
-        *("decomp.naming", "decomp.progress", "decomp.ranks", "decomp.surgery", "decomp.tables"),
+        *("decomp.budgets", "decomp.candidates", "decomp.choices", "decomp.costs", "decomp.fitting"),
+        *("decomp.layers", "decomp.methods", "decomp.naming", "decomp.progress", "decomp.ranks"),
+        *("decomp.surgery", "decomp.tables"),
+    },
+    "decomp.surveys": {
+        *("decomp.choices", "decomp.costs", "decomp.fitting", "decomp.layers", "decomp.methods"),
+        *("decomp.observing", "decomp.plans", "decomp.selection", "decomp.surgery"),
     },
     "decomp.planning": {
-        *BASIS,
-        *("decomp.candidates", "decomp.choices", "decomp.costs", "decomp.plans", "decomp.progress"),
-        *("decomp.selection", "decomp.surgery"),
+        *("decomp.budgets", "decomp.candidates", "decomp.methods", "decomp.plans", "decomp.progress"),
+        *("decomp.ranks", "decomp.selection", "decomp.surveys", "decomp.timing"),
     },
     "decomp.activations": {"decomp.following", "decomp.forward"},
     "decomp.finetuning": {
@@ -45,9 +44,12 @@ ALLOWED = {
     },
     "decomp.reports": {
         *("decomp.choices", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.observing"),
-        *("decomp.surgery", "decomp.tables"),
+        *("decomp.surgery", "decomp.tables", "decomp.timing"),
     },
-    "decomp.api": {"decomp.methods", "decomp.planning", "decomp.plans", "decomp.selection"},
+    "decomp.api": {
+        *("decomp.budgets", "decomp.layers", "decomp.methods", "decomp.planning", "decomp.plans"),
+        *("decomp.selection", "decomp.surgery"),
+    },
     "decomp.digits": {"decomp.progress"},
     "decomp.demo": {
         *("decomp.api", "decomp.digits", "decomp.finetuning", "decomp.plans", "decomp.progress"),

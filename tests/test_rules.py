@@ -17,7 +17,7 @@ from decomp.ranks.spectral import gavish_donoho_factor
 def ranks_of(dense, rule):
     """Ranks that a rule gives, whether or not they pay."""
     plan = decomp.plan(dense, ranks=1)
-    return rule(plan._candidates[""])
+    return rule(plan._candidates[""][0])
 
 
 def test_every_rule_by_name_and_as_an_object_with_a_readable_repr():
@@ -48,7 +48,7 @@ def test_error_gives_the_fewest_parameters_within_the_bound(bound):
     dense = plant_spectra(nn.Conv2d(10, 12, 3), decay=2.0)
     plan = decomp.plan(dense, ranks=decomp.ranks.error(bound))
     found = ranks_of(dense, decomp.ranks.error(bound))
-    candidate = plan._candidates[""]
+    candidate = plan._candidates[""][0]
     allowed = [
         (out, inside) for out in range(1, 13) for inside in range(1, 11) if candidate.error((out, inside)) <= bound
     ]

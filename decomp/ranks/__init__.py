@@ -2,7 +2,7 @@
 
 from decomp.ranks.bounds import error, macs, params
 from decomp.ranks.request import Fixed, RankSpec, parse_request, parse_spec
-from decomp.ranks.rule import Rule
+from decomp.ranks.rule import Ranks, Rule
 from decomp.ranks.spectral import energy, gavish_donoho, mdl, stable_rank, vbmf
 
 RULES: dict[str, Rule] = {
@@ -16,6 +16,7 @@ __all__ = [
     "RULES",
     "Fixed",
     "RankSpec",
+    "Ranks",
     "Rule",
     "energy",
     "error",

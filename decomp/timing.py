@@ -1,0 +1,89 @@
+"""Measured seconds: of models side by side, of a layer dense and factorized at any ranks."""
+
+import copy
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from decomp.costs import Price
+from decomp.forward import arguments, evaluating, to_device_of
+from decomp.observing import Call
+
+RANK_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75)
+LEAST_SECONDS_PER_MEASUREMENT = 0.02
+ROUNDS = 3
+_MEASURED: dict[tuple[Any, ...], float] = {}
+
+
+def latency(models: list[nn.Module], batch: Any) -> list[float]:
+    """Median seconds of one forward pass of each model; they take turns, so that drift hits all alike."""
+    timers = []
+    for model in models:
+        positional, keywords = arguments(to_device_of(model, batch))
+        names = {"model": model, "positional": positional, "keywords": keywords}
+        timers.append(Timer("model(*positional, **keywords)", globals=names, num_threads=torch.get_num_threads()))
+    with evaluating(*models), torch.no_grad():
+        rounds = [
+            [timer.blocked_autorange(min_run_time=0.1).median for timer in timers] for _ in range(ROUNDS + 1)
+        ]
+    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]  # the first round warms up
+
+
+class Stopwatch:
+    """Seconds of one layer on this machine, measured at a few ranks and interpolated over the MACs in between.
+
+    Args:
+        price: the cost of the layer at any ranks, and the structures to build.
+        limits: its largest ranks.
+        calls: the inputs of the layer in one pass.
+        device: where it is measured.
+    """
+
+    def __init__(self, price: Price, limits: tuple[int, ...], calls: Sequence[Call], device: torch.device) -> None:
+        self.dense = _seconds(price.spec, tuple(calls), device)
+        points = {price.dense.macs: self.dense}
+        for share in RANK_SHARES:
+            ranks = tuple(max(1, min(round(share * limit), limit)) for limit in limits)
+            cost = price(ranks)
+            if cost.macs < price.dense.macs:
+                points[cost.macs] = _seconds(price.structure(ranks), tuple(calls), device)
+        macs = sorted(points)
+        factorized = [points[count] for count in macs if count != price.dense.macs] or [self.dense]
+        self._macs = np.array([count for count in macs if count != price.dense.macs] or macs, np.float64)
+        # More arithmetic does not take less time: what says otherwise is noise of the measurement.
+        self._seconds = np.maximum.accumulate(np.array(factorized))
+
+    def __call__(self, macs: NDArray[Any]) -> NDArray[np.float64]:
+        """Predicted seconds of the factorized layer with so many MACs, extrapolated along the last two points."""
+        seconds = np.interp(macs, self._macs, self._seconds)
+        if len(self._macs) > 1:
+            slope = (self._seconds[-1] - self._seconds[-2]) / (self._macs[-1] - self._macs[-2])
+            seconds = np.where(macs > self._macs[-1], self._seconds[-1] + slope * (macs - self._macs[-1]), seconds)
+        return np.asarray(seconds, np.float64)
+
+
+def _seconds(layer: nn.Module, calls: tuple[Call, ...], device: torch.device) -> float:
+    """Median seconds of all calls of a layer that is on the meta device; each structure is measured once."""
+    key = (str(layer), next(layer.parameters()).dtype, calls, device, torch.get_num_threads())
+    if key not in _MEASURED:
+        _MEASURED[key] = _measure(copy.deepcopy(layer).to_empty(device=device).eval(), calls)
+    return _MEASURED[key]
+
+
+@torch.no_grad()
+def _measure(layer: nn.Module, calls: tuple[Call, ...]) -> float:
+    total = 0.0
+    for parameter in layer.parameters():
+        parameter.fill_(0.01)  # memory that was never written may hold denormal numbers, which are slow
+    for shape, output_size in calls:
+        x = torch.ones(shape, dtype=parameter.dtype, device=parameter.device)
+        names = {"layer": layer, "x": x, "sizes": {} if output_size is None else {"output_size": output_size}}
+        timer = Timer("layer(x, **sizes)", globals=names, num_threads=torch.get_num_threads())
+        total += timer.blocked_autorange(min_run_time=LEAST_SECONDS_PER_MEASUREMENT).median
+    return total
