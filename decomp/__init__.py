@@ -5,6 +5,7 @@ from decomp.api import compress, densify, plan, tucker
 from decomp.finetuning import finetune_layerwise
 from decomp.plans import Plan
 from decomp.reports import compare, profile
+from decomp.sensitivities import sensitivity
 
 __all__ = [
     "Plan",
@@ -16,5 +17,6 @@ __all__ = [
     "plan",
     "profile",
     "ranks",
+    "sensitivity",
     "tucker",
 ]

@@ -80,7 +80,7 @@ def plan(
     params: float | None = None,
     seconds: float | None = None,
     methods: str | Sequence[str | Method] = "auto",
-    objective: str = "sum",
+    objective: str = "product",
     multiple_of: int = 1,
     weights: Mapping[str, float] | None = None,
     layers: Selector = None,
@@ -125,7 +125,7 @@ def compress(
     params: float | None = None,
     seconds: float | None = None,
     methods: str | Sequence[str | Method] = "auto",
-    objective: str = "sum",
+    objective: str = "product",
     multiple_of: int = 1,
     weights: Mapping[str, float] | None = None,
     layers: Selector = None,
@@ -135,8 +135,9 @@ def compress(
 ) -> nn.Module:
     """Return the model within a budget, the method and the ranks of all layers chosen together.
 
-    Minimizes the sum over the layers of weight x squared relative error, subject to the sum of costs; a layer may
-    stay dense. Costs are those of the layers that would be built, and the budget is never exceeded.
+    Maximizes the product over the layers of the energy that each keeps, (1 - error^2)^weight, or another
+    ``objective``, subject to the sum of costs; a layer may stay dense. Costs are those of the layers that would
+    be built, and the budget is never exceeded.
 
     Args:
         model: any ``nn.Module``; left as it is, unless ``inplace``.
@@ -145,10 +146,11 @@ def compress(
         params: parameters of the model, likewise.
         seconds: seconds of one pass on ``example_inputs``, predicted from layers measured on this machine.
         methods: names of methods, or "auto" for all of them.
-        objective: "sum" of squared relative errors; "product" of the shares of energy kept (Zhang et al. 2016);
-            "max", the largest relative error of a layer (Liebenwein et al. 2021).
+        objective: "product" of the shares of energy kept (Zhang et al. 2016, section 3.2.3); "sum" of squared
+            relative errors; "max", the largest relative error of a layer (Liebenwein et al. 2021).
         multiple_of: ranks are multiples of it, or full; 8 suits GPUs.
-        weights: how much the error of a layer counts, by name; 1 where it says nothing. See :func:`sensitivity`.
+        weights: how much the error of a layer counts, by name; 1 where it says nothing. See
+            :func:`decomp.sensitivity`.
         layers: which layers; see :func:`tucker`.
         exclude: which of these stay dense.
         inplace: change ``model`` itself.

@@ -63,7 +63,7 @@ class Budget:
 class Wish:
     """How a budget is to be spent: the objective, what ranks are multiples of, and the weights of the layers."""
 
-    objective: str = "sum"
+    objective: str = "product"
     multiple_of: int = 1
     weights: Mapping[str, float] | None = None
 

@@ -46,6 +46,10 @@ ALLOWED = {
         *("decomp.choices", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.observing"),
         *("decomp.surgery", "decomp.tables", "decomp.timing"),
     },
+    "decomp.sensitivities": {
+        *("decomp.activations", "decomp.forward", "decomp.layers", "decomp.naming", "decomp.progress"),
+        *("decomp.selection", "decomp.spectra", "decomp.surveys"),
+    },
     "decomp.api": {
         *("decomp.budgets", "decomp.layers", "decomp.methods", "decomp.planning", "decomp.plans"),
         *("decomp.selection", "decomp.surgery"),
