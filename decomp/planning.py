@@ -1,12 +1,13 @@
 """Making a plan: from rank rules, every layer by itself, or from a budget, all layers together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from decomp.budgets import Budget, Wish
 from decomp.candidates import Candidate
+from decomp.choices import Change
 from decomp.methods import METHODS, Method
 from decomp.methods.svd import SVD
 from decomp.plans import Plan
@@ -85,9 +86,20 @@ def make_budget_plan(
         raise ValueError(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
     dense = {name: found[0].choose((), "undecided") for name, found in candidates.items()}
     choices = surveyed.refused | dense
-    seconds = latency([model], example_inputs)[0] if timed else None
+    seconds = _timed_together(model, candidates, example_inputs) if timed else None
     plan = Plan({name: choices[name] for name in surveyed.sites}, surveyed.cost, candidates, seconds=seconds)
     return plan.with_budget(**{budget.kind: budget.value}, wish=wish)
+
+
+def _timed_together(model: nn.Module, candidates: Mapping[str, list[Candidate]], example_inputs: Any) -> Change:
+    """Time the whole model, and scale what its layers took one by one where that is more."""
+    (total,) = latency([model], example_inputs)
+    share = total / sum(found[0].dense_cost("seconds") for found in candidates.values())
+    if share < 1:
+        for stopwatch in (candidate.stopwatch for found in candidates.values() for candidate in found):
+            if stopwatch is not None:
+                stopwatch.rescale(share)
+    return Change(total, total)
 
 
 def named_method(method: str | Method) -> Method:

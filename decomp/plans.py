@@ -36,13 +36,13 @@ class Plan(Mapping[str, Choice]):
         before: Cost,
         candidates: Mapping[str, Sequence[Candidate]] | None = None,
         methods: Mapping[str, Method] | None = None,
-        seconds: float | None = None,
+        seconds: Change | None = None,
     ) -> None:
         self._choices = dict(choices)
         self._candidates = dict(candidates or {})
         self._methods = {name: found[0].method for name, found in self._candidates.items()} | dict(methods or {})
         self._before = before
-        self._seconds_before = seconds
+        self._seconds = seconds
 
     def __getitem__(self, name: str) -> Choice:
         return self._choices[name]
@@ -70,11 +70,11 @@ class Plan(Mapping[str, Choice]):
     @property
     def seconds(self) -> Change | None:
         """Seconds of one pass: measured before, predicted after; None for a plan made without ``seconds=``."""
-        if self._seconds_before is None:
-            return None
-        found = ((self[name], candidates) for name, candidates in self._candidates.items())
-        saved = sum(c[0].dense_cost("seconds") - c[0].seconds(choice.ranks) for choice, c in found if choice.ranks)
-        return Change(self._seconds_before, self._seconds_before - saved)
+        if self._seconds is None or not self._candidates:
+            return self._seconds
+        found = ((self[name], candidates[0]) for name, candidates in self._candidates.items())
+        saved = sum(c.dense_cost("seconds") - c.seconds(choice.ranks) for choice, c in found if choice.ranks)
+        return Change(self._seconds.before, self._seconds.before - saved)
 
     def with_ranks(self, layers: str, ranks: RankSpec) -> "Plan":
         """Return the plan with other ranks for the layers that match a glob.
@@ -94,7 +94,7 @@ class Plan(Mapping[str, Choice]):
             raise ValueError(f"layer {names[0]!r} cannot be decomposed: {self[names[0]].reason}")
         request = parse_spec(ranks, RULES, exact=layers in self)
         decided = {name: self._candidates[name][0].decide(request) for name in found}
-        return Plan(self._choices | decided, self._before, self._candidates, seconds=self._seconds_before)
+        return Plan(self._choices | decided, self._before, self._candidates, seconds=self._seconds)
 
     def with_budget(
         self,
@@ -126,13 +126,13 @@ class Plan(Mapping[str, Choice]):
             name: sorted(found, key=lambda candidate: candidate is not spent[name][0])  # the chosen one first
             for name, found in self._candidates.items()
         }
-        return Plan(self._choices | choices, self._before, candidates, seconds=self._seconds_before)
+        return Plan(self._choices | choices, self._before, candidates, seconds=self._seconds)
 
     def _total(self, kind: str) -> float:
         if kind == "seconds":
-            if self._seconds_before is None:
+            if self._seconds is None:
                 raise ValueError("no layer was timed: make the plan with seconds=")
-            return self._seconds_before
+            return self._seconds.before
         if kind == "macs" and not self._before.macs:
             raise ValueError("a budget of MACs needs the sizes of inputs: give example_inputs=")
         return getattr(self._before, kind)  # type: ignore[no-any-return]
@@ -144,7 +144,7 @@ class Plan(Mapping[str, Choice]):
         if factorized:
             raise ValueError(f"layer {factorized[0]!r} is {ALREADY_FACTORIZED}: it cannot be kept dense")
         kept = {name: self[name].as_dense("kept dense on request") for name in names}
-        return Plan(self._choices | kept, self._before, self._candidates, seconds=self._seconds_before)
+        return Plan(self._choices | kept, self._before, self._candidates, seconds=self._seconds)
 
     def _matching(self, layers: str) -> list[str]:
         names = [name for name in self if name == layers or fnmatchcase(name, layers)]
@@ -186,7 +186,8 @@ class Plan(Mapping[str, Choice]):
     def to_json(self) -> str:
         """Write the plan as JSON; :meth:`from_json` reads it back."""
         layers = {name: asdict(choice) for name, choice in self.items()}
-        return json.dumps({"format": FORMAT, "before": self._before._asdict(), "layers": layers}, indent=1)
+        head = {"format": FORMAT, "before": self._before._asdict(), "seconds": self.seconds}
+        return json.dumps({**head, "layers": layers}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -200,7 +201,8 @@ class Plan(Mapping[str, Choice]):
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, {FORMAT!r} is needed")
             choices = {name: Choice.from_dict(entry) for name, entry in data["layers"].items()}
-            return cls(choices, Cost(**data["before"]))
+            seconds = None if data["seconds"] is None else Change(*data["seconds"])
+            return cls(choices, Cost(**data["before"]), seconds=seconds)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a plan of decomp in JSON: {error}") from error
 
@@ -222,7 +224,7 @@ class Plan(Mapping[str, Choice]):
     def _swapped(self, model: nn.Module, new: Mapping[str, nn.Module], inplace: bool) -> nn.Module:
         model = surgery.swap(model, new, inplace=inplace)
         methods = {name: method for name, method in self._methods.items() if self[name].ranks}
-        setattr(model, PLAN, Plan(self._choices, self._before, methods=methods))
+        setattr(model, PLAN, Plan(self._choices, self._before, methods=methods, seconds=self.seconds))
         return model
 
     def __repr__(self) -> str:
@@ -236,7 +238,10 @@ class Plan(Mapping[str, Choice]):
             column if column != ">MACs" or self.macs else ">MACs (share, large input)" for column in COLUMNS
         ]
         rows = [choice.row(name) for name, choice in self.items()]
-        return tables.render("", columns, rows, ("whole model", replaced, "", "", params, macs, "", ""))
+        table = tables.render("", columns, rows, ("whole model", replaced, "", "", params, macs, "", ""))
+        if self.seconds is None:
+            return table
+        return "{}\n\nlatency {} measured => {} predicted".format(table, *map(tables.milliseconds, self.seconds))
 
 
 def drop_plan(model: nn.Module) -> nn.Module:

@@ -47,11 +47,16 @@ class Profile:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two profiles side by side; ``scores`` holds what ``evaluate`` gave for (small, dense)."""
+    """Two profiles side by side.
+
+    ``scores`` holds what ``evaluate`` gave for (small, dense), ``predicted_seconds`` what the plan of the small
+    model foretold, where it was made for a budget of seconds.
+    """
 
     small: Profile
     dense: Profile
     scores: tuple[float, float] | None = None
+    predicted_seconds: float | None = None
 
     def ratio(self, what: str) -> float:
         """How many times less of "params", "macs", "bytes" or "seconds" the small model takes."""
@@ -62,6 +67,9 @@ class Comparison:
         """The ratios in total, and the scores: two lines."""
         ratios = f"{self.ratio('params'):.2f}x fewer params, {self.ratio('macs'):.2f}x fewer MACs"
         text = f"{ratios}, speed x{self.ratio('seconds'):.2f}"
+        if self.predicted_seconds is not None:
+            seconds = tables.milliseconds(self.small.total.seconds)
+            text += f" ({seconds}, predicted {tables.milliseconds(self.predicted_seconds)})"
         return f"{text}\nscore {self.scores[1]:.4f} => {self.scores[0]:.4f}" if self.scores else text
 
     def __str__(self) -> str:
@@ -122,7 +130,8 @@ def compare(
         )
     scores = (float(evaluate(small)), float(evaluate(dense))) if evaluate else None
     profiles = _profiles([small, dense], example_inputs)
-    return Comparison(small=profiles[0], dense=profiles[1], scores=scores)
+    seconds = getattr(getattr(small, "decomp_plan", None), "seconds", None)
+    return Comparison(profiles[0], profiles[1], scores, seconds and seconds.after)
 
 
 def _profiles(models: list[nn.Module], batch: Any) -> list[Profile]:

@@ -34,8 +34,8 @@ ALLOWED = {
         *("decomp.observing", "decomp.plans", "decomp.selection", "decomp.surgery"),
     },
     "decomp.planning": {
-        *("decomp.budgets", "decomp.candidates", "decomp.methods", "decomp.plans", "decomp.progress"),
-        *("decomp.ranks", "decomp.selection", "decomp.surveys", "decomp.timing"),
+        *("decomp.budgets", "decomp.candidates", "decomp.choices", "decomp.methods", "decomp.plans"),
+        *("decomp.progress", "decomp.ranks", "decomp.selection", "decomp.surveys", "decomp.timing"),
     },
     "decomp.activations": {"decomp.following", "decomp.forward"},
     "decomp.finetuning": {

@@ -145,6 +145,11 @@ def test_seconds_are_predicted_from_measured_layers():
     assert decided.seconds.after <= bound
     assert decided.seconds.before == plan.seconds.before > 0
     assert any(choice.ranks for choice in decided.values())
+    assert "predicted" in str(decided)
+    small = decided.apply(model)
+    assert small.decomp_plan.seconds == decided.seconds
+    assert decomp.Plan.from_json(decided.to_json()).seconds == decided.seconds
+    assert "predicted" in decomp.compare(small, model, image).summary
     with pytest.raises(ValueError, match="seconds=1e-09 cannot be reached: the least is"):
         plan.with_budget(seconds=1e-9)
     with pytest.raises(ValueError, match="make the plan with seconds="):
