@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil, inf
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
 
 from decomp.candidates import Candidate
+from decomp.choices import Change, Choice
+from decomp.costs import Cost
 from decomp.ranks import Ranks
 from decomp.ranks.allocation import BudgetTooSmall, Front, allocate, allocate_minmax
 
@@ -46,11 +50,12 @@ class Budget:
         if len(given) > 1:
             raise ValueError(f"one budget at a time, not {' and '.join(f'{kind}=' for kind in given)}")
         for kind, value in given.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not value > 0 or (kind != "seconds" and isinstance(value, float) and value >= 1):
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            is_share = is_number and kind != "seconds" and not isinstance(value, Integral)
+            if not is_number or not value > 0 or (is_share and value >= 1):
                 allowed = "seconds above 0" if kind == "seconds" else "a share in (0, 1), or an absolute int"
                 raise ValueError(f"{kind}={value!r}: write {allowed}")
-            return cls(kind, value)
+            return cls(kind, float(value) if is_share or kind == "seconds" else int(value))
         return None
 
     def absolute(self, total: float) -> float:
@@ -70,12 +75,36 @@ class Wish:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown: write one of {sorted(OBJECTIVES)}")
-        if not isinstance(self.multiple_of, int) or self.multiple_of < 1:
+        if (
+            isinstance(self.multiple_of, bool)
+            or not isinstance(self.multiple_of, Integral)
+            or self.multiple_of < 1
+        ):
             raise ValueError(f"multiple_of={self.multiple_of!r}: write an int of at least 1")
+        for name, weight in (self.weights or {}).items():
+            if not isinstance(weight, Real) or not 0 <= weight < inf:
+                raise ValueError(f"weights: {name!r} has {weight!r}; write a finite number of at least 0")
+
+
+def total_cost(kind: str, before: Cost, seconds: Change | None) -> float:
+    """What the whole model costs as it is.
+
+    Raises:
+        ValueError: that is not known; the message says what to give.
+    """
+    if kind == "seconds" and seconds is None:
+        raise ValueError("no layer was timed: make the plan with seconds=")
+    if kind == "macs" and not before.macs:
+        raise ValueError("a budget of MACs needs the sizes of inputs: give example_inputs=")
+    return seconds.before if kind == "seconds" and seconds else float(getattr(before, kind))
 
 
 def spend(
-    layers: Mapping[str, Sequence[Candidate]], budget: Budget, total: float, fixed: float, wish: Wish
+    layers: Mapping[str, Sequence[Candidate]],
+    budget: Budget,
+    total: float,
+    settled: Mapping[str, Choice],
+    wish: Wish,
 ) -> dict[str, tuple[Candidate, Ranks]]:
     """Return for each layer a candidate and its ranks, empty where it stays dense, within the budget.
 
@@ -83,12 +112,21 @@ def spend(
         layers: the candidates of each layer, one per method.
         budget: the bound.
         total: what the whole model costs as it is, of which a share is taken.
-        fixed: what the parts cost that are not among ``layers``.
+        settled: the choices of the other layers.
         wish: how the budget is to be spent.
 
     Raises:
         ValueError: the budget is less than what can be reached; the message says what that is.
     """
+    unknown = set(wish.weights or ()) - set(layers) - set(settled)
+    if unknown:
+        raise ValueError(
+            f"weights: no layer {sorted(unknown)[0]!r}; layers are {', '.join(map(repr, list(layers)[:8]))}"
+        )
+    fixed = total - sum(candidates[0].dense_cost(budget.kind) for candidates in layers.values())
+    if budget.kind != "seconds":  # a model is timed as it is now, with what was factorized earlier
+        changes = [getattr(choice, budget.kind) for choice in settled.values()]
+        fixed -= sum(change.before - change.after for change in changes)
     objective = OBJECTIVES[wish.objective]
     fronts: list[Front] = []
     tables: list[list[tuple[Candidate, Ranks, float, float]]] = []
@@ -108,10 +146,13 @@ def spend(
         chosen = objective.allocate(fronts, bound - fixed)
     except BudgetTooSmall as error:
         least = fixed + error.least
-        share = "" if budget.kind == "seconds" else f", a share of {least / total:.3f}"
+        if budget.kind == "seconds":
+            reached = f"{least:.3g}"
+        else:
+            reached = f"{ceil(least):,}, a share of {ceil(1000 * least / total) / 1000:.3f}"
         raise ValueError(
-            f"{budget.kind}={budget.value!r} cannot be reached: the least is {least:.6g}{share} "
-            f"({fixed:.6g} of it in what is not decomposed)"
+            f"{budget.kind}={budget.value!r} cannot be reached: the least is {reached} "
+            f"({fixed:.3g} of it in what is not decomposed)"
         ) from None
     taken = [table[place] for table, place in zip(tables, chosen, strict=True)]
     return {name: (row[0], row[1]) for name, row in zip(layers, taken, strict=True)}

@@ -15,7 +15,7 @@ from decomp.progress import bar
 from decomp.ranks import RULES, parse_request
 from decomp.selection import Selector
 from decomp.surveys import survey
-from decomp.timing import latency
+from decomp.timing import latency, layer_seconds
 
 
 def make_plan(
@@ -86,19 +86,21 @@ def make_budget_plan(
         raise ValueError(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
     dense = {name: found[0].choose((), "undecided") for name, found in candidates.items()}
     choices = surveyed.refused | dense
-    seconds = _timed_together(model, candidates, example_inputs) if timed else None
+    seconds = _timed_together(model, surveyed.open, candidates, example_inputs) if timed else None
     plan = Plan({name: choices[name] for name in surveyed.sites}, surveyed.cost, candidates, seconds=seconds)
     return plan.with_budget(**{budget.kind: budget.value}, wish=wish)
 
 
-def _timed_together(model: nn.Module, candidates: Mapping[str, list[Candidate]], example_inputs: Any) -> Change:
-    """Time the whole model, and scale what its layers took one by one where that is more."""
-    (total,) = latency([model], example_inputs)
-    share = total / sum(found[0].dense_cost("seconds") for found in candidates.values())
-    if share < 1:
-        for stopwatch in (candidate.stopwatch for found in candidates.values() for candidate in found):
-            if stopwatch is not None:
-                stopwatch.rescale(share)
+def _timed_together(
+    model: nn.Module, modules: Mapping[str, nn.Module], candidates: Mapping[str, list[Candidate]], batch: Any
+) -> Change:
+    """Time the whole model, and scale what each layer took by itself to what it takes inside of it."""
+    inside = layer_seconds(model, batch, modules)
+    (total,) = latency([model], batch)
+    share = min(1.0, total / sum(inside.values()))
+    for name, found in candidates.items():
+        for stopwatch in filter(None, (candidate.stopwatch for candidate in found)):
+            stopwatch.rescale(share * inside[name] / stopwatch.dense)
     return Change(total, total)
 
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from decomp import surgery, tables
-from decomp.budgets import Budget, Wish, spend
+from decomp.budgets import Budget, Wish, spend, total_cost
 from decomp.candidates import Candidate, require_finite
 from decomp.choices import COLUMNS, Change, Choice
 from decomp.costs import Cost
@@ -20,6 +20,7 @@ from decomp.progress import bar
 from decomp.ranks import RULES, RankSpec, parse_spec
 
 FORMAT = "decomp-plan-1"
+KEPT_DENSE = "kept dense on request"
 PLAN = "decomp_plan"  # the attribute of a model that carries the plan it was made by
 
 
@@ -106,36 +107,29 @@ class Plan(Mapping[str, Choice]):
     ) -> "Plan":
         """Return the plan with the ranks of all layers chosen anew for a budget, at once.
 
+        Layers that :meth:`keep_dense` pinned stay so.
+
         Raises:
             ValueError: there is not exactly one budget, or it cannot be reached (the message says what can).
         """
         budget = Budget.of(macs=macs, params=params, seconds=seconds)
-        if budget is None or not self._candidates:
-            raise ValueError("write macs=, params= or seconds=, on a plan that decomp.plan made")
-        total = self._total(budget.kind)
-        movable = sum(found[0].dense_cost(budget.kind) for found in self._candidates.values())
-        settled = sum(
-            getattr(choice, budget.kind).before - getattr(choice, budget.kind).after
-            for name, choice in self.items()
-            if budget.kind != "seconds" and name not in self._candidates
-        )
-        spent = spend(self._candidates, budget, total, total - settled - movable, wish or Wish())
+        free = {name: found for name, found in self._candidates.items() if self[name].reason != KEPT_DENSE}
+        if budget is None or not free:
+            raise ValueError(
+                "write macs=, params= or seconds=, on a plan that decomp.plan made with layers to choose"
+            )
+        total = total_cost(budget.kind, self._before, self._seconds)
+        settled = {name: choice for name, choice in self.items() if name not in free}
+        spent = spend(free, budget, total, settled, wish or Wish())
         reason = f"the budget {budget.kind}={budget.value} spends nothing on it"
+        if budget.absolute(total) >= total:
+            reason = f"the model is within {budget.kind}={budget.value} as it is"
         choices = {name: candidate.choose(ranks, reason) for name, (candidate, ranks) in spent.items()}
-        candidates = {
-            name: sorted(found, key=lambda candidate: candidate is not spent[name][0])  # the chosen one first
-            for name, found in self._candidates.items()
+        chosen_first = {
+            name: sorted(found, key=lambda candidate: candidate is not spent[name][0])
+            for name, found in free.items()
         }
-        return Plan(self._choices | choices, self._before, candidates, seconds=self._seconds)
-
-    def _total(self, kind: str) -> float:
-        if kind == "seconds":
-            if self._seconds is None:
-                raise ValueError("no layer was timed: make the plan with seconds=")
-            return self._seconds.before
-        if kind == "macs" and not self._before.macs:
-            raise ValueError("a budget of MACs needs the sizes of inputs: give example_inputs=")
-        return getattr(self._before, kind)  # type: ignore[no-any-return]
+        return Plan(self._choices | choices, self._before, self._candidates | chosen_first, seconds=self._seconds)
 
     def keep_dense(self, layers: str) -> "Plan":
         """Return the plan with the layers that match a glob left dense."""
@@ -143,7 +137,7 @@ class Plan(Mapping[str, Choice]):
         factorized = [name for name in names if self[name].ranks and self[name].reason == ALREADY_FACTORIZED]
         if factorized:
             raise ValueError(f"layer {factorized[0]!r} is {ALREADY_FACTORIZED}: it cannot be kept dense")
-        kept = {name: self[name].as_dense("kept dense on request") for name in names}
+        kept = {name: self[name].as_dense(KEPT_DENSE) for name in names}
         return Plan(self._choices | kept, self._before, self._candidates, seconds=self._seconds)
 
     def _matching(self, layers: str) -> list[str]:

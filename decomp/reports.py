@@ -1,24 +1,19 @@
 """What a model costs, measured: parameters, MACs, bytes and seconds, per layer and in total."""
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from decomp import surgery, tables
 from decomp.choices import describe
 from decomp.costs import count_params
-from decomp.forward import to_device_of
 from decomp.layers import Factorized
-from decomp.observing import Observation, meter, observe
-from decomp.timing import latency
+from decomp.observing import Observation, observe
+from decomp.timing import latency, layer_seconds
 
 ELSEWHERE = "(elsewhere)"
-TIMED_PASSES = 5
 
 
 @dataclass(frozen=True)
@@ -145,7 +140,7 @@ def _profiles(models: list[nn.Module], batch: Any) -> list[Profile]:
 def _profile(
     model: nn.Module, units: Mapping[str, nn.Module], seen: Observation, seconds: float, batch: Any
 ) -> Profile:
-    times = _seconds(model, batch, units)
+    times = layer_seconds(model, batch, units)
     rows = {
         name: Usage(_label(unit), count_params(unit), seen.macs.get(name, 0), _bytes(unit), times.get(name, 0.0))
         for name, unit in units.items()
@@ -164,19 +159,6 @@ def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in surgery.walk(model, whole):
         if isinstance(module, whole) or (not list(module.children()) and list(module.parameters())):
             yield name, module
-
-
-def _seconds(model: nn.Module, batch: Any, units: Mapping[str, nn.Module]) -> dict[str, float]:
-    parameter = next(model.parameters(), None)
-
-    def clock() -> float:
-        if parameter is not None and parameter.device.type not in ("cpu", "meta"):
-            torch.accelerator.synchronize(parameter.device)
-        return time.perf_counter()
-
-    batch = to_device_of(model, batch)
-    passes = [meter(model, batch, units, clock) for _ in range(TIMED_PASSES)]
-    return {name: statistics.median(times[name] for times in passes) for name in passes[0]}
 
 
 def _label(unit: nn.Module) -> str:

@@ -20,6 +20,7 @@ from decomp.spectra import as_float64
 from decomp.surveys import survey
 
 KEPT_ENERGY = 0.75
+SQUARED_ROUNDING = 1e-10  # what is cut from a weight of exactly low rank is rounding, and says nothing
 
 
 def sensitivity(
@@ -79,7 +80,8 @@ def _measured(
                 float((_flat(call(model, batch)) - output).square().sum())
                 for batch, output in zip(batches, outputs, strict=True)
             )
-        weights[name] = lost / energy / squared_error if energy and squared_error else 0.0
+        cut_something = energy > 0 and squared_error > SQUARED_ROUNDING
+        weights[name] = lost / energy / squared_error if cut_something else 0.0
     return weights
 
 
@@ -87,11 +89,14 @@ def _fisher(
     model: nn.Module, layers: dict[str, nn.Module], batches: list[Any], loss: Callable[[nn.Module, Any], Tensor]
 ) -> dict[str, float]:
     weights = dict.fromkeys(layers, 0.0)
-    seen: list[tuple[str, Tensor]] = []
+    seen: list[tuple[str, Tensor, float]] = []
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, received: Any, output: Tensor) -> None:
-            seen.append((name, output))
+        def hook(module: nn.Module, received: Any, output: Tensor) -> Tensor:
+            # Frozen layers count as well; and an activation in place must not change what is kept here.
+            kept = output if output.requires_grad else output.detach().requires_grad_()
+            seen.append((name, kept, float(kept.detach().float().square().mean())))
+            return kept.clone()
 
         return hook
 
@@ -101,12 +106,10 @@ def _fisher(
             seen.clear()
             with torch.enable_grad():
                 value = loss(model, batch)
-                outputs = [output for _, output in seen]
-                grads = torch.autograd.grad(value, outputs, allow_unused=True)
-            for (name, output), grad in zip(seen, grads, strict=True):
+                grads = torch.autograd.grad(value, [kept for _, kept, _ in seen], allow_unused=True)
+            for (name, _, mean_square), grad in zip(seen, grads, strict=True):
                 if grad is not None:
-                    slope, size = grad.float().square().sum(), output.detach().float().square().mean()
-                    weights[name] += float(slope * size)
+                    weights[name] += float(grad.float().square().sum()) * mean_square
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from decomp.layers.kernels import join_kernels
 
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module)))
+_OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape"))
 
 
 class Factorized(nn.Module):
@@ -96,7 +97,13 @@ class Factorized(nn.Module):
             names += ["output_padding"] if self.transposed else []
             options |= {name: getattr(self, name) for name in names}
         dense: Any = self.dense_type(*sizes, **options).train(self.training)
-        dense.weight = nn.Parameter(self.dense_weight().detach(), requires_grad=factor.requires_grad)
+        for name, value in vars(self).items():
+            if name not in _OF_EVERY_MODULE and name not in _OF_FACTORIZED and not hasattr(dense, name):
+                setattr(dense, name, value)
+        widest: Tensor = max((p for p in self.parameters()), key=lambda parameter: parameter.numel())
+        weight = self.dense_weight().detach().contiguous(memory_format=_memory_format(widest))
+        trained = any(cast(Tensor, child.weight).requires_grad for child in self.children())
+        dense.weight = nn.Parameter(weight, requires_grad=trained)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return cast(nn.Module, dense)

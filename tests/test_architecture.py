@@ -22,7 +22,7 @@ ALLOWED = {
         *BASIS,
         *("decomp.choices", "decomp.costs", "decomp.spectra", "decomp.timing"),
     },
-    "decomp.budgets": {"decomp.candidates", "decomp.ranks"},
+    "decomp.budgets": {"decomp.candidates", "decomp.choices", "decomp.costs", "decomp.ranks"},
     "decomp.fitting": {"decomp.choices", "decomp.layers", "decomp.methods", "decomp.surgery"},
     "decomp.plans": {
         *("decomp.budgets", "decomp.candidates", "decomp.choices", "decomp.costs", "decomp.fitting"),

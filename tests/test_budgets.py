@@ -12,7 +12,7 @@ import decomp
 from decomp.budgets import OBJECTIVES, Budget, Wish
 from decomp.costs import count_params
 from decomp.observing import observe
-from decomp.ranks.allocation import BudgetTooSmall, Front, allocate, allocate_minmax
+from decomp.ranks.allocation import BudgetTooSmall, Front, _knapsack, allocate, allocate_minmax
 
 
 def network(seed, widths, kernels):
@@ -86,6 +86,67 @@ def test_allocation_equals_brute_force_on_small_networks(seed):
         assert loss <= 1.01 * brute_force(fronts, budget, combine) + 1e-12
 
 
+def many_fronts(seed, layers):
+    """Many layers and one that dominates: the path where only the options nearby are looked at."""
+    rng = np.random.default_rng(seed)
+    fronts = []
+    for layer in range(layers):
+        count = 120
+        costs = np.cumsum(rng.uniform(1, 10, size=count)) * (40 if layer == 0 else rng.uniform(0.2, 2))
+        losses = (np.arange(1, count + 1) ** -rng.uniform(0.3, 2)) * rng.uniform(0.1, 5)
+        losses[-1] = 0.0
+        fronts.append(Front.of(costs, losses))
+    return fronts
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_allocation_over_many_layers_is_within_two_percent_of_the_full_table(seed):
+    fronts = many_fronts(seed, layers=40 + 4 * seed)
+    budget = (0.2 + 0.05 * seed) * sum(float(front.costs[-1]) for front in fronts)
+    chosen = allocate(fronts, budget)
+    full = _knapsack(fronts, [np.arange(len(front.costs)) for front in fronts], budget)
+
+    def loss(places):
+        return sum(float(front.losses[place]) for front, place in zip(fronts, places, strict=True))
+
+    assert sum(float(front.costs[place]) for front, place in zip(fronts, chosen, strict=True)) <= budget
+    assert loss(chosen) <= 1.02 * loss(full)
+
+
+def test_a_budget_a_hair_above_the_least_is_kept():
+    costs = np.array([1e6, 2e6, 1e7])
+    fronts = [Front.of(costs, np.array([3.0, 1.0, 0.0]))] * 3
+    assert allocate(fronts, float(np.nextafter(3e6, 4e6))) == [0, 0, 0]
+    assert allocate(fronts, 3e6) == [0, 0, 0]
+
+
+def test_what_was_kept_dense_stays_so_and_a_budget_that_is_met_says_so():
+    model = plant_spectra(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    plan = decomp.plan(model, params=0.5)
+    pinned = plan.keep_dense("0").with_budget(params=0.6)
+    assert pinned["0"].ranks == ()
+    assert pinned["1"].ranks != ()
+    assert pinned.params.after <= 0.6 * pinned.params.before
+    met = plan.with_budget(params=10**9)
+    assert met["0"].reason == "the model is within params=1000000000 as it is"
+    assert plan.with_budget(params=np.int64(5000)).params.after <= 5000
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"0": -1.0}, "weights: '0' has -1.0"),
+        ({"0": float("nan")}, "weights: '0' has nan"),
+        ({"0": float("inf")}, "weights: '0' has inf"),
+        ({"0": "much"}, "weights: '0' has 'much'"),
+        ({"zzz": 1.0}, "weights: no layer 'zzz'; layers are '0'"),
+    ],
+)
+def test_bad_weights_are_refused(weights, words):
+    with pytest.raises(ValueError, match=words):
+        decomp.plan(nn.Sequential(nn.Linear(32, 32)), params=0.5, weights=weights)
+
+
 def test_a_layer_that_stays_dense_is_among_the_choices_and_says_why():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with torch.no_grad():
@@ -119,10 +180,15 @@ def test_an_impossible_budget_names_the_least_that_can_be_reached(kind):
     model, image = network(0, [3, 40, 64], [3, 3]), torch.zeros(1, 3, 12, 12)
     with pytest.raises(ValueError, match=rf"{kind}=1e-05 cannot be reached: the least is") as caught:
         decomp.compress(model, image, **{kind: 1e-5})
-    share = float(str(caught.value).split("a share of ")[1].split(" ")[0])
-    decomp.compress(model, image, **{kind: share + 0.001})
-    with pytest.raises(ValueError, match="cannot be reached"):
-        decomp.compress(model, image, **{kind: share - 0.001})
+    words = str(caught.value)
+    share = float(words.split("a share of ")[1].split(" ")[0])
+    least = int(words.split("the least is ")[1].split(", a share")[0].replace(",", ""))
+    decomp.compress(model, image, **{kind: share})
+    small = decomp.compress(model, image, **{kind: least})
+    assert total(small, kind, image) == least
+    for below in (share - 0.001, least - 1):
+        with pytest.raises(ValueError, match="cannot be reached"):
+            decomp.compress(model, image, **{kind: below})
 
 
 def test_an_absolute_budget_and_one_in_a_plan_of_many():
@@ -208,8 +274,11 @@ def test_densify_gives_back_ordinary_layers_that_compute_the_same():
     model[0].requires_grad_(False)
     image = torch.randn(2, 3, 16, 12)
     model[4] = nn.Linear(model[:4](image).shape[-1], 40).eval()
+    model[1].tag = "up"
     small = decomp.tucker(model, ranks=6)
     dense = decomp.densify(small)
+    assert dense[1].tag == "up"
+    assert all(parameter.is_contiguous() for parameter in dense.parameters())
     assert [type(layer) for layer in dense] == [type(layer) for layer in model]
     torch.testing.assert_close(dense(image), small(image))
     assert [p.requires_grad for p in dense.parameters()] == [p.requires_grad for p in model.parameters()]

@@ -119,10 +119,29 @@ def test_thresholds_out_of_range_are_refused(rule):
 
 @pytest.mark.parametrize("name", sorted(decomp.ranks.RULES))
 def test_no_rule_crashes_on_odd_weights(name):
-    odd = [torch.zeros(6, 9), torch.ones(6, 9), torch.eye(6, 9), torch.randn(1, 9), torch.randn(6, 1)]
-    odd += [torch.randn(6, 2) @ torch.randn(2, 9), 1e-30 * torch.randn(6, 9), 1e30 * torch.randn(6, 9)]
-    for weight in odd:
-        dense = nn.Linear(weight.shape[1], weight.shape[0])
-        dense.weight.data = weight
+    low = torch.randn(40, 3) @ torch.randn(3, 60)
+    dead = torch.cat([low, torch.zeros(10, 60)])
+    odd = [(torch.zeros(6, 9), 0), (torch.ones(40, 60), 1), (torch.eye(6, 9), 6), (torch.randn(1, 9), 1)]
+    odd += [(torch.randn(6, 1), 1), (low, 3), (dead, 3), (1e-18 * low, 3), (1e15 * low, 3)]
+    for weight, most in odd:
+        dense = nn.Linear(weight.shape[1], weight.shape[0]).double()
+        dense.weight.data = weight.double()
         (rank,) = ranks_of(dense, decomp.ranks.RULES[name])
-        assert 0 <= rank <= min(weight.shape)
+        assert 0 <= rank <= most, weight.shape
+
+
+def test_nuclear_energy_does_not_count_rounding():
+    dense = nn.Linear(60, 40)
+    dense = dense.double()
+    dense.weight.data = torch.randn(40, 3, dtype=torch.float64) @ torch.randn(3, 60, dtype=torch.float64)
+    assert ranks_of(dense, decomp.ranks.energy(1.0, nuclear=True)) == (3,)
+
+
+def test_error_prefers_ranks_that_pay_over_fewer_parameters():
+    dense = plant_spectra(nn.ConvTranspose2d(32, 64, 3, stride=3), decay=1.0)
+    for bound in (0.05, 0.1, 0.2, 0.3):
+        plan = decomp.plan(dense, ranks=decomp.ranks.error(bound))
+        candidate = plan._candidates[""][0]
+        grid = candidate.grid
+        possible = (grid.error <= bound) & (grid.params_share < 1) & (grid.macs_share < 1)
+        assert bool(plan[""].ranks) == bool(possible.any())

@@ -30,8 +30,11 @@ def test_measured_weight_is_the_change_of_the_output_over_that_of_the_layer():
         assert weights[name] == pytest.approx(expected, rel=1e-3)
 
 
-def test_fisher_weight_is_gradient_energy_times_output_energy():
-    model = plant_spectra(nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 5)))
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fisher_weight_is_gradient_energy_times_output_energy(inplace, frozen):
+    model = plant_spectra(nn.Sequential(nn.Linear(24, 24), nn.ReLU(inplace), nn.Linear(24, 5)))
+    model.requires_grad_(not frozen)
     data = [(torch.randn(20, 24), torch.randint(0, 5, (20,)))]
 
     def loss(network, batch):

@@ -14,7 +14,7 @@ Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 BINS = 10_000
-TABLE_ROWS = 600
+TABLE_ROWS = 1200
 FEWEST_NEIGHBOURS = 9
 
 
@@ -51,7 +51,7 @@ def allocate(fronts: Sequence[Front], budget: float) -> list[int]:
     """Return one index per layer among all its options: least sum of losses, sum of costs at most ``budget``.
 
     The Lagrangian solution on the hulls; then dynamic programming over the options around it (over all of
-    them where layers are few) with the cost in bins, rounded up so that the budget holds; then what is left is
+    them where they are few) with the cost in bins, rounded up so that the budget holds; then what is left is
     spent where it gains most.
 
     >>> costs = np.array([1.0, 2.0, 4.0])
@@ -63,8 +63,10 @@ def allocate(fronts: Sequence[Front], budget: float) -> list[int]:
     """
     _require_room(fronts, budget)
     chosen = _lagrangian(fronts, budget)
-    count = max(FEWEST_NEIGHBOURS, TABLE_ROWS // len(fronts))
-    nearby = [_neighbours(front, place, count) for front, place in zip(fronts, chosen, strict=True)]
+    # A layer that can cost much more than others is where the budget is won or lost: it gets more options.
+    ranges = np.array([front.costs[-1] - front.costs[0] for front in fronts])
+    counts = FEWEST_NEIGHBOURS + (TABLE_ROWS * ranges / max(float(ranges.sum()), 1e-300)).astype(np.int64)
+    nearby = [_neighbours(*each) for each in zip(fronts, chosen, counts.tolist(), strict=True)]
     better = _knapsack(fronts, nearby, budget)
     if _total(fronts, better, "losses") < _total(fronts, chosen, "losses"):
         chosen = better
@@ -114,28 +116,37 @@ def _lower_hull(costs: Values, losses: Values) -> Indices:
 
 
 def _lagrangian(fronts: Sequence[Front], budget: float) -> list[int]:
-    """Walk down all hulls at once, the steepest segment first, as long as the budget lasts."""
+    """Walk down all hulls at once, the steepest segment first; a layer whose next one does not fit stops there."""
     layers = np.concatenate([np.full(len(front.hull) - 1, layer) for layer, front in enumerate(fronts)])
     costs = np.concatenate([np.diff(front.costs[front.hull]) for front in fronts])
     gains = np.concatenate([-np.diff(front.losses[front.hull]) for front in fronts])
     order = np.argsort(-gains / np.maximum(costs, 1e-300), kind="stable")
     spare = budget - float(sum(front.costs[0] for front in fronts))
-    taken = order[: int(np.searchsorted(costs[order].cumsum(), spare, side="right"))]
-    steps = np.bincount(layers[taken], minlength=len(fronts)) if len(taken) else np.zeros(len(fronts), int)
+    fitting = int(np.searchsorted(costs[order].cumsum(), spare, side="right"))
+    steps = np.bincount(layers[order[:fitting]].astype(np.int64), minlength=len(fronts))
+    spare -= float(costs[order[:fitting]].sum())
+    stopped: set[int] = set()
+    for segment, layer in zip(order[fitting:].tolist(), layers[order[fitting:]].tolist(), strict=True):
+        if layer in stopped or costs[segment] > spare:
+            stopped.add(layer)
+        else:
+            spare -= float(costs[segment])
+            steps[layer] += 1
     return [int(front.hull[step]) for front, step in zip(fronts, steps, strict=True)]
 
 
 def _neighbours(front: Front, place: int, count: int) -> Indices:
-    """At most ``count`` options around one, evenly spread over the losses where there are more."""
+    """About ``count`` options: those beside one, the ends of its hull segments, first and last, some spread."""
     total = len(front.costs)
     if total <= count:
         return np.arange(total)
-    if count <= 2 * FEWEST_NEIGHBOURS:
-        start = min(max(place - count // 2, 0), total - count)
-        return np.arange(start, start + count)
-    levels = np.linspace(front.losses[-1], front.losses[0], count)
+    start = min(max(place - FEWEST_NEIGHBOURS // 2, 0), total - FEWEST_NEIGHBOURS)
+    beside = np.arange(start, start + FEWEST_NEIGHBOURS)
+    step = int(np.searchsorted(front.hull, place))
+    hull = front.hull[max(step - 1, 0) : step + 2]
+    levels = np.linspace(front.losses[-1], front.losses[0], max(count - FEWEST_NEIGHBOURS, 2))
     spread = np.searchsorted(-front.losses, -levels).clip(0, total - 1)
-    return np.unique(np.concatenate([spread, _neighbours(front, place, FEWEST_NEIGHBOURS)]))
+    return np.unique(np.concatenate([spread, beside, hull, [0, total - 1]]))
 
 
 def _knapsack(fronts: Sequence[Front], nearby: list[Indices], budget: float) -> list[int]:
@@ -145,7 +156,9 @@ def _knapsack(fronts: Sequence[Front], nearby: list[Indices], budget: float) -> 
     value = np.zeros(BINS + 1)
     picks: list[Indices] = []
     steps = [
-        np.ceil((front.costs[places] - front.costs[places[0]]) * scale - 1e-9).astype(np.int64)
+        np.minimum(np.ceil((front.costs[places] - front.costs[places[0]]) * scale - 1e-9), BINS + 1).astype(
+            np.int64
+        )
         for front, places in zip(fronts, nearby, strict=True)
     ]
     for front, places, step_of in zip(fronts, nearby, steps, strict=True):

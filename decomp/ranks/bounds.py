@@ -47,7 +47,10 @@ class macs:
 
 @dataclass(frozen=True)
 class error:
-    """The ranks of fewest parameters whose relative error ||W - W'|| / ||W|| is at most ``bound``."""
+    """The ranks of fewest parameters whose relative error ||W - W'|| / ||W|| is at most ``bound``.
+
+    Ranks that lower both costs come first; where there are none, the layer stays dense.
+    """
 
     bound: float
 
@@ -56,7 +59,9 @@ class error:
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
         grid = candidate.grid
-        return _least(grid.params_share, grid.error <= self.bound, grid.macs_share)
+        within = grid.error <= self.bound
+        cheaper = within & (grid.params_share < 1) & (grid.macs_share < 1)
+        return _least(grid.params_share, cheaper if cheaper.any() else within, grid.macs_share)
 
 
 def _least(objective: Values, allowed: NDArray[np.bool_], then: Values) -> Ranks:

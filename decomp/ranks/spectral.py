@@ -61,7 +61,7 @@ class energy:
         return _per_mode(candidate, self._rank)
 
     def _rank(self, values: Values, rows: int, columns: int) -> int:
-        kept = (values if self.nuclear else values**2).cumsum()
+        kept = (_above_rounding(values, max(rows, columns)) if self.nuclear else values**2).cumsum()
         return int(np.searchsorted(kept, self.share * kept[-1] * (1 - 1e-12)) + 1) if kept[-1] > 0 else 0
 
 
@@ -79,7 +79,8 @@ class gavish_donoho:
 
     def _rank(self, values: Values, rows: int, columns: int) -> int:
         small, large = sorted((rows, columns))
-        return int((values > gavish_donoho_factor(small / large) * np.median(values)).sum())
+        threshold = gavish_donoho_factor(small / large) * np.median(values)
+        return int((_above_rounding(values, large) > threshold).sum())
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,11 @@ def gavish_donoho_factor(beta: float) -> float:
 
     angle: float = brentq(lambda a: share_below(a) - 0.5, 1e-9, pi, xtol=1e-12)
     return threshold / sqrt(center - radius * cos(angle))
+
+
+def _above_rounding(values: Values, large: int) -> Values:
+    """Set what the Gram matrix cannot tell from zero to zero: sigma^2 below max(L, M) eps sigma_1^2."""
+    return np.where(values > np.sqrt(large * np.finfo(np.float64).eps) * values[0], values, 0.0)
 
 
 def _per_mode(candidate: CandidateLike, rank: Callable[[Values, int, int], int]) -> Ranks:
