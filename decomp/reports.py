@@ -91,6 +91,7 @@ def profile(model: nn.Module, example_inputs: Any) -> Profile:
         example_inputs: a batch as the model is called with: a tensor, a tuple of positional arguments, or a
             mapping of keywords.
 
+    >>> import torch
     >>> print(profile(nn.Linear(64, 10), torch.zeros(1, 64)).total.macs)
     640
     """
