@@ -95,6 +95,7 @@ def draw(path: Path, vbmf: Outcome, curve: list[Outcome], accuracy: float, macs:
     axes.plot(macs / 1e6, 100 * accuracy, "s", color="black", label="dense")
     axes.set(xlabel="MACs per image (millions)", ylabel="accuracy on held-out digits (%)")
     axes.set_xlim(left=0)
+    axes.set_ylim(top=108)  # room for the label above the highest point
     axes.set_title("Tucker-2 of a residual network, energy thresholds and vbmf")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
