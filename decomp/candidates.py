@@ -32,6 +32,11 @@ class Grid:
     macs_share: NDArray[np.float64]
     error: NDArray[np.float64]
 
+    @property
+    def pays(self) -> NDArray[np.bool_]:
+        """Where both costs are below the dense layer's."""
+        return (self.params_share < 1) & (self.macs_share < 1)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -96,7 +101,7 @@ class Candidate:
         if key not in self._fronts:
             grid = self.grid
             costs = self._stopwatch(grid.macs) if kind == "seconds" else getattr(grid, kind).astype(np.float64)
-            allowed = (grid.params_share < 1) & (grid.macs_share < 1) & (costs < self.dense_cost(kind))
+            allowed = grid.pays & (costs < self.dense_cost(kind))
             for mode, limit in enumerate(self.limits):
                 ranks = np.arange(1, limit + 1)
                 fits = (ranks % multiple_of == 0) | (ranks == limit)

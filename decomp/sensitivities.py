@@ -54,15 +54,14 @@ def sensitivity(
     Source: Theis et al. 2018 (Fisher); measured as in ASVD (Yuan et al. 2023), section 3.3.
     """
     surveyed = survey(model, lambda name, module: "", layers, exclude, None)
-    found = Batches(data, inputs)
-    first = [to_device_of(model, batch) for batch in islice(iter(found), batches)]
-    if not first:
+    source = Batches(data, inputs if loss is None else None)  # a loss takes the batch as it is, labels and all
+    taken = [to_device_of(model, batch) for batch in islice(iter(source), batches)]
+    if not taken:
         raise ValueError("data is empty: at least one batch is needed")
     with evaluating(model), Unfused():
         if loss is not None:
-            raw = [to_device_of(model, batch) for batch in islice(iter(data), batches)]
-            return _fisher(model, surveyed.open, raw, loss)
-        return _measured(model, surveyed.open, first, progress)
+            return _fisher(model, surveyed.open, taken, loss)
+        return _measured(model, surveyed.open, taken, progress)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch.utils.benchmark import Timer
 
 from decomp.costs import Price
 from decomp.forward import arguments, evaluating, to_device_of
+from decomp.layers.kernels import memory_format_of
 from decomp.observing import Call, meter
 
 RANK_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75)
@@ -94,8 +95,7 @@ class Stopwatch:
 def _seconds(layer: nn.Module, calls: tuple[Call, ...], device: torch.device) -> float:
     """Median seconds of all calls of a layer that is on the meta device; each structure is measured once."""
     weight = max(layer.parameters(), key=lambda parameter: parameter.dim())
-    channels_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if channels_last and not weight.is_contiguous() else torch.contiguous_format
+    layout = memory_format_of(weight)
     key = (str(layer), weight.dtype, layout, calls, device, torch.get_num_threads())
     if key not in _MEASURED:
         _MEASURED[key] = _measure(copy.deepcopy(layer).to_empty(device=device).eval(), calls, layout)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from decomp.layers.kernels import join_kernels
+from decomp.layers.kernels import join_kernels, memory_format_of
 
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module)))
 _OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape"))
@@ -49,7 +49,7 @@ class Factorized(nn.Module):
         for name, parameter in layer.named_parameters():
             source = dense.bias if name.endswith("bias") else dense.weight
             parameter.requires_grad_(source.requires_grad)
-        format = _memory_format(dense.weight)
+        format = memory_format_of(dense.weight)
         if format is not torch.contiguous_format:
             cast(Any, layer).to(memory_format=format)
         return layer
@@ -101,7 +101,7 @@ class Factorized(nn.Module):
             if name not in _OF_EVERY_MODULE and name not in _OF_FACTORIZED and not hasattr(dense, name):
                 setattr(dense, name, value)
         widest: Tensor = max((p for p in self.parameters()), key=lambda parameter: parameter.numel())
-        weight = self.dense_weight().detach().contiguous(memory_format=_memory_format(widest))
+        weight = self.dense_weight().detach().contiguous(memory_format=memory_format_of(widest))
         trained = any(cast(Tensor, child.weight).requires_grad for child in self.children())
         dense.weight = nn.Parameter(weight, requires_grad=trained)
         if self.bias is not None:
@@ -139,20 +139,8 @@ def _fill(child: Any, kernel: Tensor, dense: Any, where: str) -> None:
         )
     source = dense.weight
     weight = weight.detach().to(source.device, source.dtype, copy=True)
-    weight = weight.contiguous(memory_format=_memory_format(source))
+    weight = weight.contiguous(memory_format=memory_format_of(source))
     child.weight = nn.Parameter(weight, requires_grad=source.requires_grad)
     if child.bias is not None:
         bias = dense.bias
         child.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-
-
-def _memory_format(weight: Any) -> torch.memory_format:
-    """channels_last where the dense weight is kept so; both formats at once (1x1 kernels) count as ordinary."""
-    for dimensions, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if (
-            weight.dim() == dimensions
-            and not weight.is_contiguous()
-            and weight.is_contiguous(memory_format=layout)
-        ):
-            return layout
-    return torch.contiguous_format

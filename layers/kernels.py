@@ -72,3 +72,15 @@ def spatial_like(dense: ConvNd, inputs: int, outputs: int, *, bias: bool, device
         options["output_padding"] = dense.output_padding
     build = cast(type[nn.Conv2d], type(dense))
     return build(inputs, outputs, cast(tuple[int, int], dense.kernel_size), **options)  # type: ignore[arg-type]
+
+
+def memory_format_of(weight: Tensor) -> torch.memory_format:
+    """channels_last where the dense weight is kept so; both formats at once (1x1 kernels) count as ordinary."""
+    for dimensions, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if (
+            weight.dim() == dimensions
+            and not weight.is_contiguous()
+            and weight.is_contiguous(memory_format=layout)
+        ):
+            return layout
+    return torch.contiguous_format

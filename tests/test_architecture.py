@@ -16,7 +16,7 @@ ALLOWED = {
     "decomp.observing": {"decomp.forward"},
     "decomp.methods": {"decomp.layers", "decomp.spectra"},
     "decomp.costs": {"decomp.layers", "decomp.observing"},
-    "decomp.timing": {"decomp.costs", "decomp.forward", "decomp.observing"},
+    "decomp.timing": {"decomp.costs", "decomp.forward", "decomp.layers", "decomp.observing"},
     "decomp.choices": {"decomp.costs", "decomp.layers", "decomp.tables"},
     "decomp.candidates": {
         *BASIS,

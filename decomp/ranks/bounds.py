@@ -24,7 +24,7 @@ class params:
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
         grid = candidate.grid
-        return _least(grid.error, (grid.params_share <= self.share) & (grid.macs_share < 1), grid.params_share)
+        return _least(grid.error, (grid.params_share <= self.share) & grid.pays, grid.params_share)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class macs:
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
         grid = candidate.grid
-        return _least(grid.error, (grid.macs_share <= self.share) & (grid.params_share < 1), grid.macs_share)
+        return _least(grid.error, (grid.macs_share <= self.share) & grid.pays, grid.macs_share)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class error:
     def __call__(self, candidate: CandidateLike) -> Ranks:
         grid = candidate.grid
         within = grid.error <= self.bound
-        cheaper = within & (grid.params_share < 1) & (grid.macs_share < 1)
+        cheaper = within & grid.pays
         return _least(grid.params_share, cheaper if cheaper.any() else within, grid.macs_share)
 
 
