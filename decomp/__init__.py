@@ -1,7 +1,8 @@
 """Low-rank and tensor decomposition that makes trained PyTorch models smaller and faster."""
 
 from decomp import layers, ranks
-from decomp.api import compress, densify, plan, tucker
+from decomp.api import compress, densify, plan
+from decomp.decompositions import block_term, cp, flattened, separable, svd, tucker
 from decomp.finetuning import finetune_layerwise
 from decomp.plans import Plan
 from decomp.reports import compare, profile
@@ -9,14 +10,19 @@ from decomp.sensitivities import sensitivity
 
 __all__ = [
     "Plan",
+    "block_term",
     "compare",
     "compress",
+    "cp",
     "densify",
     "finetune_layerwise",
+    "flattened",
     "layers",
     "plan",
     "profile",
     "ranks",
     "sensitivity",
+    "separable",
+    "svd",
     "tucker",
 ]

@@ -1,4 +1,4 @@
-"""The calls that users make."""
+"""The calls that decide: plans, budgets; and the way back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,63 +12,6 @@ from decomp.methods import Method
 from decomp.planning import make_budget_plan, make_plan
 from decomp.plans import Plan, drop_plan
 from decomp.selection import Selector
-
-
-def tucker(
-    model: nn.Module,
-    ranks: Any = "vbmf",
-    *,
-    layers: Selector = None,
-    exclude: Selector = (),
-    example_inputs: Any = None,
-    inplace: bool = False,
-    progress: bool | None = None,
-) -> nn.Module:
-    """Return the model with smaller layers: Tucker-2 on spatial convolutions, SVD on linear and 1x1 ones.
-
-    K[t, s, i, j] ~= sum_{a, b} U[t, a] C[a, b, i, j] V[s, b] becomes 1x1, k x k and 1x1 convolutions; W ~= B A
-    becomes two linear layers or 1x1 convolutions. A layer is replaced only where its parameters and its MACs
-    both fall. The result carries its plan as ``decomp_plan``: ``print(small.decomp_plan)``.
-
-    Args:
-        model: any ``nn.Module``. It is left as it is, unless ``inplace``.
-        ranks: a rule's name ("vbmf"), a rule (``decomp.ranks.energy(0.9)``), an int, a tuple (out, in), a mapping
-            from globs of layer names to any of these (the last match wins), or a :class:`Plan`.
-        layers: which layers: a glob on names, an exact type, a predicate (name, module) -> bool, or several.
-        exclude: which of these stay dense, written likewise.
-        example_inputs: a batch as the model is called with, to count MACs at its sizes. Without it MACs are
-            compared in the limit of large inputs.
-        inplace: change ``model`` itself. Every factor is computed before the first swap.
-        progress: show progress bars; by default where there is a terminal.
-
-    Raises:
-        ValueError: no layer would be replaced (the message says why), a weight is not finite, or ranks do not fit.
-        TypeError: the model is compiled, scripted or wrapped, or an argument has the wrong type.
-
-    Source: Kim et al. 2016 (Compression of deep convolutional neural networks for fast and low power mobile
-    applications), sections 3.1 and 3.2. An optimizer made before the call knows none of the new parameters:
-    make it afterwards.
-
-    >>> import torch
-    >>> _ = torch.manual_seed(0)
-    >>> small = tucker(nn.Sequential(nn.Conv2d(32, 64, 3), nn.ReLU()), ranks=(16, 8))
-    >>> small[0]
-    TuckerConv(
-      ranks=(16, 8)
-      (reduce): Conv2d(32, 8, kernel_size=(1, 1), stride=(1, 1), bias=False)
-      (core): Conv2d(8, 16, kernel_size=(3, 3), stride=(1, 1), bias=False)
-      (expand): Conv2d(16, 64, kernel_size=(1, 1), stride=(1, 1))
-    )
-    """
-    if isinstance(ranks, Plan):
-        if layers is not None or exclude != () or example_inputs is not None:
-            raise ValueError(
-                "a Plan says itself which layers it is about: leave layers=, exclude= and example_inputs= out"
-            )
-        decided = ranks
-    else:
-        decided = make_plan(model, "tucker", ranks, layers, exclude, example_inputs, progress)
-    return decided.apply(model, inplace=inplace, progress=progress)
 
 
 def plan(
@@ -87,12 +30,15 @@ def plan(
     exclude: Selector = (),
     example_inputs: Any = None,
     progress: bool | None = None,
+    **options: Any,
 ) -> Plan:
     """Decide method and ranks of every layer without changing anything.
 
-    With ``method`` and ``ranks`` each layer is decided by itself, and the arguments are those of :func:`tucker`;
-    with a budget (``macs``, ``params`` or ``seconds``) all together, as by :func:`compress`.
-    The weight of each layer is factorized once, here: changing a rank or the budget afterwards is instant.
+    With ``method`` (a row of the table of methods, or a family) and ``ranks`` each layer is decided by itself; the
+    arguments are those of :func:`decomp.tucker`, ``options`` those of the method (``fold=``, ``modes=``,
+    ``blocks=``, ``scheme=``, ``solver=``). With a budget (``macs``, ``params`` or ``seconds``) all layers are
+    decided together, as by :func:`compress`. The weight of each layer is factorized once, here: changing a rank
+    or the budget afterwards is instant.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -111,9 +57,11 @@ def plan(
             raise ValueError(
                 "methods=, objective=, multiple_of=, weights= go with a budget: macs=, params=, seconds="
             )
-        return make_plan(model, method, ranks, layers, exclude, example_inputs, progress)
-    if (method, ranks) != ("tucker", "vbmf"):
-        raise ValueError("a budget chooses methods and ranks itself: leave method and ranks out, write methods=")
+        return make_plan(model, method, options, ranks, layers, exclude, example_inputs, progress)
+    if (method, ranks, options) != ("tucker", "vbmf", {}):
+        raise ValueError(
+            "a budget chooses methods and ranks itself: leave method, ranks and options out, write methods="
+        )
     return make_budget_plan(model, budget, methods, wish, layers, exclude, example_inputs, progress)
 
 
@@ -145,7 +93,8 @@ def compress(
         macs: multiply-adds of one pass on ``example_inputs``: a float in (0, 1) is a share, an int is absolute.
         params: parameters of the model, likewise.
         seconds: seconds of one pass on ``example_inputs``, predicted from layers measured on this machine.
-        methods: names of methods, or "auto" for all of them.
+        methods: rows of the table of methods; "auto" are those that know their error at all ranks at once and are
+            no special case of another.
         objective: "product" of the shares of energy kept (Zhang et al. 2016, section 3.2.3); "sum" of squared
             relative errors; "max", the largest relative error of a layer (Liebenwein et al. 2021).
         multiple_of: ranks are multiples of it, or full; 8 suits GPUs.
@@ -194,7 +143,7 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         ValueError: the model has no factorized layer.
 
     >>> import torch
-    >>> small = tucker(nn.Sequential(nn.Linear(64, 64)), ranks=8)
+    >>> small = plan(nn.Sequential(nn.Linear(64, 64)), ranks=8).apply(nn.Sequential(nn.Linear(64, 64)))
     >>> densify(small)[0]
     Linear(in_features=64, out_features=64, bias=True)
     """

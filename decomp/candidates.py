@@ -1,7 +1,8 @@
 """One layer under one method: its analysis and its price, and the choice of its ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import index
 from typing import cast
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from decomp.choices import Change, Choice, describe
 from decomp.costs import Price
-from decomp.layers import group_kernels
-from decomp.methods import Analysis, Method, Ranks
+from decomp.layers import Factorized, group_kernels
+from decomp.methods import METHODS, Analysis, Method, Ranks
 from decomp.naming import naming
 from decomp.observing import Call
 from decomp.ranks import Fixed, Rule
@@ -24,8 +25,9 @@ from decomp.timing import Stopwatch
 
 @dataclass(frozen=True)
 class Grid:
-    """All ranks of a candidate at once: arrays of the shape of its limits, rank r at index r - 1."""
+    """Many ranks of a candidate at once: row i of every array is about ``ranks[i]``, of shape (n, modes)."""
 
+    ranks: NDArray[np.int32]
     params: NDArray[np.int64]
     macs: NDArray[np.int64]
     params_share: NDArray[np.float64]
@@ -34,7 +36,7 @@ class Grid:
 
     @property
     def pays(self) -> NDArray[np.bool_]:
-        """Where both costs are below the dense layer's."""
+        """Where both costs are below the dense layer's, or parameters where that has no MACs."""
         return (self.params_share < 1) & (self.macs_share < 1)
 
 
@@ -51,6 +53,7 @@ class Candidate:
     price: Price
     absolute_macs: bool
     stopwatch: Stopwatch | None = None
+    reference: "Callable[[], Candidate] | None" = None
 
     @classmethod
     def of(
@@ -61,24 +64,32 @@ class Candidate:
         kernels = group_kernels(module).detach()
         limits = method.limits(kernels)
         with naming(name):
-            price = Price(module, method.layers[type(module)], limits, calls)
+            layer = cast(type[Factorized], method.layer_of(module))
+            price = Price(module, layer, limits, calls)
             analysis = method.analyse(kernels)
             stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
+        # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses.
+        reference = None if analysis.spectra else partial(cls.of, name, module, METHODS["tucker"], calls)
         shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-        return cls(name, describe(module), shape, method, limits, analysis, price, calls is not None, stopwatch)
+        absolute = calls is not None
+        return cls(name, describe(module), shape, method, limits, analysis, price, absolute, stopwatch, reference)
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
         return self.analysis.spectra
 
     @cached_property
+    def _costs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return self.price.at(self.analysis.ranks)
+
+    @property
     def grid(self) -> Grid:
-        """Costs and errors at all ranks, computed once."""
-        params, macs = self.price.grid()
-        dense = self.price.dense
-        squared = self.analysis.squared_errors[(slice(1, None),) * params.ndim]
-        error = np.sqrt(squared / self.analysis.energy) if self.analysis.energy else np.zeros(params.shape)
-        return Grid(params, macs, params / dense.params, macs / dense.macs, error)
+        """Costs and errors at the ranks of the analysis; errors between fits get better with every fit."""
+        params, macs = self._costs
+        dense, energy = self.price.dense, self.analysis.energy
+        error = np.sqrt(self.analysis.squared_errors() / energy) if energy else np.zeros(params.shape)
+        macs_share = macs / dense.macs if dense.macs else np.zeros(macs.shape)
+        return Grid(self.analysis.ranks, params, macs, params / dense.params, macs_share, error)
 
     def dense_cost(self, kind: str) -> float:
         """Cost of the dense layer in "params", "macs" or measured "seconds"."""
@@ -102,18 +113,20 @@ class Candidate:
             grid = self.grid
             costs = self._stopwatch(grid.macs) if kind == "seconds" else getattr(grid, kind).astype(np.float64)
             allowed = grid.pays & (costs < self.dense_cost(kind))
-            for mode, limit in enumerate(self.limits):
-                ranks = np.arange(1, limit + 1)
-                fits = (ranks % multiple_of == 0) | (ranks == limit)
-                allowed &= np.expand_dims(fits, tuple(a for a in range(len(self.limits)) if a != mode))
+            for mode, (limit, preset) in enumerate(zip(self.limits, self._preset, strict=True)):
+                ranks = grid.ranks[:, mode]
+                allowed &= (ranks % multiple_of == 0) | (ranks == limit) | (preset is not None)
             places = np.flatnonzero(allowed)
-            costs, squared = costs.ravel()[places], grid.error.ravel()[places] ** 2
+            costs, squared = costs[places], grid.error[places] ** 2
             if len(places):
                 best = Front.of(costs, squared).places
                 places, costs, squared = places[best], costs[best], squared[best]
-            ranks_of = np.stack(np.unravel_index(places, self.limits), 1) + 1
-            self._fronts[key] = ([tuple(map(int, row)) for row in ranks_of], costs, squared)
+            self._fronts[key] = ([tuple(row) for row in grid.ranks[places].tolist()], costs, squared)
         return self._fronts[key]
+
+    @property
+    def _preset(self) -> tuple[int | None, ...]:
+        return self.method.preset or (None,) * len(self.limits)
 
     @property
     def _stopwatch(self) -> Stopwatch:
@@ -135,7 +148,8 @@ class Candidate:
 
     def macs_share(self, ranks: Ranks) -> float:
         """MACs at these ranks, as a share of the dense layer's."""
-        return self.price(ranks).macs / self.price.dense.macs
+        dense = self.price.dense.macs
+        return self.price(ranks).macs / dense if dense else 0.0
 
     def decide(self, request: "Rule | Fixed | None") -> Choice:
         """Choose the ranks that a rule or the user asks for, or dense with the reason.
@@ -148,6 +162,8 @@ class Candidate:
         if isinstance(request, Fixed):
             ranks, note = self._fitted(request)
             return self._unless_worse(ranks, note)
+        if self.reference is not None and getattr(request, "reads_spectra", False):
+            return self._no_dearer_than(self.reference(), request)
         given = request(self)
         try:
             ranks = tuple(map(index, given))
@@ -163,31 +179,49 @@ class Candidate:
 
     def _fitted(self, request: Fixed) -> tuple[Ranks, str]:
         try:
-            ranks, clamped = request.fit(self.limits)
+            ranks, clamped = request.fit(self.limits, self._preset)
         except ValueError as error:
             raise ValueError(f"layer {self.name!r}: {error}") from None
         return ranks, f"clamped to {_ranks(ranks)}" if clamped else ""
 
+    def _no_dearer_than(self, reference: "Candidate", rule: Rule) -> Choice:
+        """The ranks of most parameters that cost no more than the Tucker-2 that a spectral rule chooses."""
+        tucker = reference.decide(rule)
+        if not tucker.ranks:
+            return self._choice((), reason=tucker.reason)
+        params, macs = self._costs
+        bound = reference.price(tucker.ranks)
+        places = np.flatnonzero((params <= bound.params) & (macs <= bound.macs))
+        if not len(places):
+            return self._choice(
+                (), reason=f"dearer at any rank than the Tucker-2 {_ranks(tucker.ranks)} of {rule!r}"
+            )
+        return self._choice(tuple(self.analysis.ranks[places[params[places].argmax()]].tolist()))
+
     def _unless_worse(self, ranks: Ranks, note: str) -> Choice:
         cost, dense = self.price(ranks), self.price.dense
-        if cost.params < dense.params and cost.macs < dense.macs:
+        params, macs = self.params_share(ranks), self.macs_share(ranks)
+        if cost.params < dense.params and (cost.macs < dense.macs or not dense.macs):
             return self._choice(ranks, note=note)
-        params, macs = cost.params / dense.params, cost.macs / dense.macs
         return self._choice((), reason=f"not cheaper at {_ranks(ranks)}: params x{params:.2f}, MACs x{macs:.2f}")
 
     def _choice(self, ranks: Ranks, reason: str = "", note: str = "") -> Choice:
         dense = self.price.dense
         cost = self.price(ranks) if ranks else dense
+        share = Change(
+            min(1.0, float(dense.macs)), self.macs_share(ranks) if ranks else min(1.0, float(dense.macs))
+        )
+        notes = (note, self.analysis.note(ranks) if ranks else "")
         return Choice(
             self.layer,
             self.shape,
             self.method.name if ranks else "dense",
             ranks,
             Change(dense.params, cost.params),
-            Change(dense.macs, cost.macs) if self.absolute_macs else Change(1.0, cost.macs / dense.macs),
+            Change(dense.macs, cost.macs) if self.absolute_macs else share,
             self.error(ranks) if ranks else 0.0,
             reason,
-            note,
+            "; ".join(filter(None, notes)),
         )
 
 

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from decomp import tables
 from decomp.costs import count_params
 from decomp.layers import Factorized
+from decomp.layers.kernels import HUGGING_FACE_CONV1D, qualified_name
 
 Ranks = tuple[int, ...]
 COLUMNS = ("layer", "type", "method", "ranks", ">params", ">MACs", ">error", "why / note")
@@ -101,6 +102,8 @@ def describe(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
         return f"{kind} {module.in_features}>{module.out_features}"
+    if isinstance(module, nn.Embedding) or qualified_name(type(module)) == HUGGING_FACE_CONV1D:
+        return f"{kind} {'>'.join(map(str, module.weight.shape))}"  # type: ignore[arg-type]
     if not isinstance(module, nn.modules.conv._ConvNd):
         return kind
     stride = "" if set(module.stride) == {1} else f" /{_sizes(module.stride)}"

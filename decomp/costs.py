@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from decomp.layers import Factorized
+from decomp.layers import Factorized, group_kernels
 from decomp.observing import Call, MacCounter
 
 Ranks = tuple[int, ...]
@@ -35,13 +35,20 @@ def count_params(module: nn.Module, *, recurse: bool = True) -> int:
 
 def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
     """MACs of calling ``module``, which is on the meta device, as often and with such inputs as in ``calls``."""
-    dtype = next(module.parameters()).dtype
     counter = MacCounter()
     with counter, torch.no_grad():
         for shape, output_size in calls:
             sizes = {} if output_size is None else {"output_size": output_size}
-            module(torch.empty(*shape, device="meta", dtype=dtype), **sizes)
+            module(example_input(module, shape), **sizes)
     return counter.macs
+
+
+def example_input(module: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+    """An input of a layer, dense or factorized, on its device: ones, or the first entry of an embedding."""
+    parameter = next(module.parameters())
+    if isinstance(next(module.children(), module), nn.Embedding):
+        return torch.zeros(shape, device=parameter.device, dtype=torch.long)
+    return torch.ones(shape, device=parameter.device, dtype=parameter.dtype)
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -54,8 +61,10 @@ def on_meta(module: nn.Module) -> nn.Module:
 
 def large_input_shape(dense: nn.Module) -> tuple[int, ...]:
     """An input so large that the border does not count: shares of MACs there are those of the limit."""
-    if isinstance(dense, nn.Linear):
-        return (1, dense.in_features)
+    if isinstance(dense, nn.Embedding):
+        return (1,)
+    if not hasattr(dense, "kernel_size"):
+        return (1, group_kernels(dense).shape[2])
     conv = cast(nn.Conv2d, dense)
     axes = LARGE_POSITIONS[len(conv.kernel_size)]
     sizes = [axes if conv.transposed else axes * stride for stride in conv.stride]
@@ -85,19 +94,19 @@ class Price:
 
     def __call__(self, ranks: Ranks) -> Cost:
         """Cost of the factorized layer at these ranks."""
-        terms = [self._terms(np.array([rank]), limit) for rank, limit in zip(ranks, self._limits, strict=True)]
-        params, macs = self._interpolate(terms)
-        return Cost(int(params.item()), int(macs.item()))
+        params, macs = self.at(np.array([ranks]))
+        return Cost(int(params[0]), int(macs[0]))
 
-    def grid(self) -> tuple[Counts, Counts]:
-        """Parameters and MACs at all ranks at once: arrays of the shape of the limits, rank r at index r - 1."""
-        params, macs = np.empty(self._limits, np.int64), np.empty(self._limits, np.int64)
-        for full in product((False, True), repeat=len(self._limits)):
-            parts = tuple(slice(-1, None) if f else slice(0, -1) for f in full)
-            if params[parts].size:
-                ranks = [np.arange(1, limit + 1)[part] for limit, part in zip(self._limits, parts, strict=True)]
-                terms = [self._terms(r, limit) for r, limit in zip(ranks, self._limits, strict=True)]
-                params[parts], macs[parts] = self._interpolate(terms)
+    def at(self, ranks: NDArray[np.integer[Any]]) -> tuple[Counts, Counts]:
+        """Parameters and MACs at many ranks (n, modes) at once."""
+        params, macs = np.empty(len(ranks), np.int64), np.empty(len(ranks), np.int64)
+        full = ranks == np.array(self._limits)
+        for pattern in product((False, True), repeat=len(self._limits)):
+            rows = np.flatnonzero((full == np.array(pattern)).all(1))
+            if len(rows):
+                columns = ranks[rows].astype(np.int64).T
+                terms = [self._terms(r, limit) for r, limit in zip(columns, self._limits, strict=True)]
+                params[rows], macs[rows] = self._interpolate(terms)
         return params, macs
 
     @staticmethod
@@ -110,9 +119,9 @@ class Price:
         return [(1, 2 - ranks), (2, ranks - 1)]
 
     def _interpolate(self, terms: list[list[tuple[int, Counts]]]) -> tuple[Counts, Counts]:
-        params, macs = np.zeros((), np.int64), np.zeros((), np.int64)
+        params, macs = np.zeros(1, np.int64), np.zeros(1, np.int64)
         for corner in product(*terms):
-            weight = reduce(np.multiply.outer, [weight for _, weight in corner])
+            weight = reduce(np.multiply, [weight for _, weight in corner])
             cost = self._built(tuple(rank for rank, _ in corner))
             params, macs = params + weight * cost.params, macs + weight * cost.macs
         return params, macs

@@ -94,7 +94,7 @@ def train(digits: Digits, seed: int = 0, epochs: int = 40, progress: bool | None
             for images, labels in digits.train:
                 optimizer.zero_grad()
                 loss = functional.cross_entropy(model(_shifted(images)), labels)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 schedule.step()
                 steps_bar.update()

@@ -195,7 +195,7 @@ def _descend(
         if not torch.isfinite(loss):
             break
         optimizer.zero_grad()
-        loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+        loss.backward(inputs=parameters)
         optimizer.step()
         schedule.step()
         done += 1

@@ -28,7 +28,7 @@ def require_fit(
             raise ValueError(f"the plan was made for another model: this one has no layer {name!r}")
         module, method = modules[name], method_of(name)
         shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
-        if (shape, describe(module)) != (choice.shape, choice.layer) or type(module) not in method.layers:
+        if (shape, describe(module)) != (choice.shape, choice.layer) or method.layer_of(module) is None:
             raise ValueError(
                 f"the plan was made for another model: layer {name!r} is {describe(module)} with weight "
                 f"{shape}, the plan says {choice.layer} with {choice.shape}"

@@ -8,8 +8,7 @@ from torch import nn
 from decomp.budgets import Budget, Wish
 from decomp.candidates import Candidate
 from decomp.choices import Change
-from decomp.methods import METHODS, Method
-from decomp.methods.svd import SVD
+from decomp.methods import AUTO, METHODS, Method, method_named, row_named
 from decomp.plans import Plan
 from decomp.progress import bar
 from decomp.ranks import RULES, parse_request
@@ -21,6 +20,7 @@ from decomp.timing import latency, layer_seconds
 def make_plan(
     model: nn.Module,
     method: str | Method,
+    options: Mapping[str, Any],
     ranks: Any,
     layers: Selector,
     exclude: Selector,
@@ -29,12 +29,10 @@ def make_plan(
 ) -> Plan:
     """Plan every layer of ``model``; see :func:`decomp.plan`."""
     earlier = ranks if isinstance(ranks, Plan) else None
-    method_of = _methods(method, earlier)
+    method_of = _methods(method_named(method, options), earlier)
 
     def takes(name: str, module: nn.Module) -> str:
-        found = method_of(name, module)
-        fits = type(module) in found.layers and found.takes(module)
-        return "" if fits else f"{found.name} is not for this layer"
+        return method_of(name, module).why_not(module)
 
     surveyed = survey(model, takes, layers, exclude, example_inputs)
     if earlier is not None:
@@ -66,11 +64,11 @@ def make_budget_plan(
     """Plan all layers of ``model`` together under a budget; see :func:`decomp.compress`."""
     if example_inputs is None and budget.kind != "params":
         raise ValueError(f"a budget of {budget.kind} needs the sizes of inputs: give example_inputs=")
-    names: Sequence[str | Method] = list(METHODS) if methods == "auto" else methods
-    allowed = [named_method(name) for name in ([names] if isinstance(names, str) else names)]
+    names: Sequence[str | Method] = AUTO if methods == "auto" else methods
+    allowed = [row_named(name) for name in ([names] if isinstance(names, str) else names)]
 
     def fitting(module: nn.Module) -> list[Method]:
-        return [method for method in allowed if type(module) in method.layers and method.takes(module)]
+        return [method for method in allowed if not method.why_not(module)]
 
     def takes(name: str, module: nn.Module) -> str:
         return "" if fitting(module) else f"none of {[method.name for method in allowed]} is for this layer"
@@ -104,28 +102,13 @@ def _timed_together(
     return Change(total, total)
 
 
-def named_method(method: str | Method) -> Method:
-    """A method by its name, or the record itself.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    if isinstance(method, str) and method not in METHODS:
-        raise ValueError(
-            f"method={method!r} is unknown: write one of {sorted(METHODS)}, or a decomp.methods.Method"
-        )
-    return METHODS[method] if isinstance(method, str) else method
-
-
-def _methods(method: str | Method, earlier: Plan | None) -> Callable[[str, nn.Module], Method]:
+def _methods(named: Method, earlier: Plan | None) -> Callable[[str, nn.Module], Method]:
     """The method of each layer: the one named where it takes the layer, else SVD; a plan brings its own."""
-    named = named_method(method)
 
     def method_of(name: str, module: nn.Module) -> Method:
         if earlier is not None and name in earlier and earlier[name].ranks:
             return earlier.method_of(name)
-        if type(module) in named.layers and named.takes(module):
-            return named
-        return SVD if SVD.takes(module) else named
+        matrix = METHODS["svd"]
+        return matrix if named.why_not(module) and not matrix.why_not(module) else named
 
     return method_of

@@ -9,14 +9,12 @@ from torch import nn
 
 from decomp import surgery, tables
 from decomp.budgets import Budget, Wish, spend, total_cost
-from decomp.candidates import Candidate, require_finite
+from decomp.building import decomposed, structures
+from decomp.candidates import Candidate
 from decomp.choices import COLUMNS, Change, Choice
 from decomp.costs import Cost
 from decomp.fitting import ALREADY_FACTORIZED, layers_to_replace, require_fit
-from decomp.layers import group_kernels
 from decomp.methods import METHODS, Method
-from decomp.naming import naming
-from decomp.progress import bar
 from decomp.ranks import RULES, RankSpec, parse_spec
 
 FORMAT = "decomp-plan-1"
@@ -157,13 +155,7 @@ class Plan(Mapping[str, Choice]):
             ValueError: the plan replaces no layer, or was made for another model.
         """
         replaced = layers_to_replace(model, self, self.method_of, needs_values=True)
-        new = {}
-        for name, module in bar(progress, "decompose", replaced.items()):
-            require_finite(name, module)
-            method = self.method_of(name)
-            with naming(name):
-                factors = method.factors(group_kernels(module), self[name].ranks)
-                new[name] = method.layers[type(module)].from_factors(module, factors)
+        new = decomposed(replaced, self, self.method_of, self._candidates, progress)
         return self._swapped(model, new, inplace)
 
     def build(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -173,8 +165,7 @@ class Plan(Mapping[str, Choice]):
             ValueError: the plan replaces no layer, or was made for another model.
         """
         replaced = layers_to_replace(model, self, self.method_of, needs_values=False)
-        layers = {name: self.method_of(name).layers[type(module)] for name, module in replaced.items()}
-        new = {name: layer.like(replaced[name], self[name].ranks) for name, layer in layers.items()}
+        new = structures(replaced, self, self.method_of)
         return self._swapped(model, new, inplace)
 
     def to_json(self) -> str:
@@ -217,8 +208,8 @@ class Plan(Mapping[str, Choice]):
 
     def _swapped(self, model: nn.Module, new: Mapping[str, nn.Module], inplace: bool) -> nn.Module:
         model = surgery.swap(model, new, inplace=inplace)
-        methods = {name: method for name, method in self._methods.items() if self[name].ranks}
-        setattr(model, PLAN, Plan(self._choices, self._before, methods=methods, seconds=self.seconds))
+        own = {n: m for n, m in self._methods.items() if self[n].ranks and m.name not in METHODS}
+        setattr(model, PLAN, Plan(self._choices, self._before, methods=own, seconds=self.seconds))
         return model
 
     def __repr__(self) -> str:

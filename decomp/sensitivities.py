@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from decomp.activations import Batches
 from decomp.forward import Unfused, call, evaluating, to_device_of
 from decomp.layers import group_kernels, join_kernels
+from decomp.layers.kernels import is_input_first
 from decomp.naming import naming
 from decomp.progress import bar
 from decomp.selection import Selector
@@ -126,7 +127,7 @@ def _cut(layer: nn.Module) -> tuple[Tensor, float]:
     cut = (leading @ (leading.mT @ matrices)).reshape(kernels.shape)
     squared_error = float((kernels - cut).square().sum() / kernels.square().sum().clamp(min=1e-300))
     weight: Any = layer.weight
-    joined = join_kernels(cut, transposed=getattr(layer, "transposed", False))
+    joined = join_kernels(cut, input_first=is_input_first(layer))
     return joined.to(weight.device, weight.dtype), squared_error
 
 

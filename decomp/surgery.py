@@ -106,7 +106,7 @@ def _odd_parts(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str:
     more = {*own, *(name for name, _ in buffers), *(name for name, _ in children)} - {"weight", "bias"}
     if more:
         return f"holds more than a weight and a bias: {', '.join(sorted(more))}"
-    if "weight" not in own or not ("bias" in own or module.bias is None):
+    if "weight" not in own or not ("bias" in own or getattr(module, "bias", None) is None):
         return "its weight or bias is no parameter"
     return ""
 

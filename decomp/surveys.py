@@ -12,6 +12,7 @@ from decomp.choices import Change, Choice, undecided
 from decomp.costs import Cost, count_params
 from decomp.fitting import ALREADY_FACTORIZED
 from decomp.layers import Factorized
+from decomp.layers.kernels import qualified_name
 from decomp.methods import METHODS
 from decomp.observing import Call, Observation, observe
 from decomp.plans import PLAN, Plan
@@ -25,7 +26,10 @@ NEVER: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: "never decomposed: its packed projections are read without being called",
     nn.Bilinear: "never decomposed: no method takes three-way products",
 }
-DECOMPOSABLE: tuple[type[nn.Module], ...] = tuple({kind: 0 for m in METHODS.values() for kind in m.layers})
+_KINDS = {kind for method in METHODS.values() for kind in method.layers}
+DECOMPOSABLE = tuple(kind for kind in _KINDS if isinstance(kind, type))
+DECOMPOSABLE_NAMES = {kind for kind in _KINDS if isinstance(kind, str)}
+ASK_FOR_EMBEDDINGS = "an embedding is decomposed only when asked for: layers=torch.nn.Embedding, or its name"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def _out_of_reach(name: str, seen: Observation) -> str:
         return "example_inputs never reach it"
     if name in seen.read:
         return "the model reads its weight and does not only call it: factors would be multiplied each time"
-    return "" if seen.macs[name] else "example_inputs reach it with an empty batch"
+    empty = any(0 in shape for shape, _ in seen.calls[name])
+    return "example_inputs reach it with an empty batch" if empty else ""
 
 
 def _sites(model: nn.Module, takes: Takes) -> dict[str, Site]:
@@ -94,7 +99,7 @@ def _sites(model: nn.Module, takes: Takes) -> dict[str, Site]:
             sites[name] = Site(module, never)
         elif isinstance(module, Factorized):
             sites[name] = Site(module, ALREADY_FACTORIZED)
-        elif isinstance(module, DECOMPOSABLE):
+        elif isinstance(module, DECOMPOSABLE) or qualified_name(type(module)) in DECOMPOSABLE_NAMES:
             reason = surgery.refusal(module, shared) or _subclass(module)
             sites[name] = Site(module, reason or _depthwise(module) or takes(name, module))
         elif any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(False) if not is_lazy(p)):
@@ -103,7 +108,7 @@ def _sites(model: nn.Module, takes: Takes) -> dict[str, Site]:
 
 
 def _subclass(module: nn.Module) -> str:
-    if type(module) in DECOMPOSABLE:
+    if type(module) in DECOMPOSABLE or not isinstance(module, DECOMPOSABLE):
         return ""
     kind = next(kind for kind in DECOMPOSABLE if isinstance(module, kind))
     return f"{type(module).__name__}, a subclass of {kind.__name__}: it may compute otherwise"
@@ -119,7 +124,10 @@ def _depthwise(module: nn.Module) -> str:
 def _selected(sites: dict[str, Site], layers: Selector, exclude: Selector) -> dict[str, Site]:
     """Mark what ``layers=`` leaves out and ``exclude=`` takes out, in that order."""
     modules = {name: site.module for name, site in sites.items()}
-    if layers is not None:
+    if layers is None:
+        embeddings = {n for n, s in sites.items() if isinstance(s.module, nn.Embedding) and not s.reason}
+        sites = {n: replace(s, reason=ASK_FOR_EMBEDDINGS) if n in embeddings else s for n, s in sites.items()}
+    else:
         chosen = select(layers, modules, "layers")
         sites = {
             n: s if n in chosen or s.reason else replace(s, reason="not among layers=") for n, s in sites.items()

@@ -13,7 +13,7 @@ from scipy.optimize import isotonic_regression
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from decomp.costs import Price
+from decomp.costs import Price, example_input
 from decomp.forward import arguments, evaluating, to_device_of
 from decomp.layers.kernels import memory_format_of
 from decomp.observing import Call, meter
@@ -107,8 +107,11 @@ def _measure(layer: nn.Module, calls: tuple[Call, ...], layout: torch.memory_for
     total = 0.0
     for parameter in layer.parameters():
         parameter.fill_(0.01)  # memory that was never written may hold denormal numbers, which are slow
+    for buffer in layer.buffers():
+        buffer.zero_()
     for shape, output_size in calls:
-        x = torch.ones(shape, dtype=parameter.dtype, device=parameter.device).contiguous(memory_format=layout)
+        x = example_input(layer, shape)
+        x = x if x.dim() < 4 else x.contiguous(memory_format=layout)
         names = {"layer": layer, "x": x, "sizes": {} if output_size is None else {"output_size": output_size}}
         timer = Timer("layer(x, **sizes)", globals=names, num_threads=torch.get_num_threads())
         rounds = [timer.blocked_autorange(min_run_time=LEAST_SECONDS_PER_ROUND).median for _ in range(ROUNDS)]

@@ -6,9 +6,43 @@ if __name__ != "decomp.layers":
         "write 'import decomp.layers' instead"
     )
 
+from decomp.layers.block_term import BlockTermConv
+from decomp.layers.cp import CP4Conv, CPConv
 from decomp.layers.factorized import Factorized
+from decomp.layers.filters import (
+    DepthwisePointwiseConv,
+    FlattenedConv,
+    PointwiseDepthwiseConv,
+    SeparableConv,
+    SharedBankConv,
+)
+from decomp.layers.folded import ChannelSVDConv, InputSVDConv
 from decomp.layers.kernels import group_kernels, join_kernels
-from decomp.layers.svd import SVDConv, SVDLinear
+from decomp.layers.monochromatic import MonochromaticConv
+from decomp.layers.svd import SVDConv, SVDEmbedding, SVDLinear
+from decomp.layers.trains import AsymmetricConv, SpatialSVDConv, TensorTrainConv
 from decomp.layers.tucker import TuckerConv
 
-__all__ = ["Factorized", "SVDConv", "SVDLinear", "TuckerConv", "group_kernels", "join_kernels"]
+__all__ = [
+    "AsymmetricConv",
+    "BlockTermConv",
+    "CP4Conv",
+    "CPConv",
+    "ChannelSVDConv",
+    "DepthwisePointwiseConv",
+    "Factorized",
+    "FlattenedConv",
+    "InputSVDConv",
+    "MonochromaticConv",
+    "PointwiseDepthwiseConv",
+    "SVDConv",
+    "SVDEmbedding",
+    "SVDLinear",
+    "SeparableConv",
+    "SharedBankConv",
+    "SpatialSVDConv",
+    "TensorTrainConv",
+    "TuckerConv",
+    "group_kernels",
+    "join_kernels",
+]

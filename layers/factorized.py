@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from decomp.layers.kernels import join_kernels, memory_format_of
+from decomp.layers.kernels import is_input_first, join_kernels, memory_format_of
 
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module)))
-_OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape"))
+_OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape", "input_first"))
 
 
 class Factorized(nn.Module):
@@ -26,12 +26,14 @@ class Factorized(nn.Module):
     ranks: tuple[int, ...]
     dense_type: type[nn.Module]
     dense_shape: tuple[int, ...]
+    input_first: bool
 
     def __init__(self, dense: Any, ranks: tuple[int, ...], device: Any) -> None:
         super().__init__()
         self.ranks = ranks
         self.dense_type = type(dense)
         self.dense_shape = tuple(dense.weight.shape)  # known without multiplying the factors
+        self.input_first = is_input_first(dense)
         for name, value in vars(dense).items():
             if name not in _OF_EVERY_MODULE:
                 setattr(self, name, value)
@@ -64,8 +66,16 @@ class Factorized(nn.Module):
         kernels = cls.factor_kernels(dense, factors)
         layer = cls.like(dense, cls.ranks_of(kernels), device="meta")
         for role, child in layer.named_children():
-            _fill(child, kernels[role], dense, f"{cls.__name__}.{role}")
+            layer.fill(child, kernels[role], dense, f"{cls.__name__}.{role}")
         return layer
+
+    def fill(self, child: Any, kernel: Tensor, dense: Any, where: str) -> None:
+        """Give a child its kernel, and the bias of ``dense`` if it has one.
+
+        Raises:
+            ValueError: the kernel does not fit; ``where`` names the child.
+        """
+        _fill(child, kernel, dense, where)
 
     @classmethod
     @abstractmethod
@@ -83,30 +93,31 @@ class Factorized(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Multiply the factors: the weight that this layer applies, in the layout of the dense layer."""
-        return join_kernels(self.dense_kernels(), transposed=getattr(self, "transposed", False))
+        return join_kernels(self.dense_kernels(), input_first=self.input_first)
 
     def to_dense(self) -> nn.Module:
         """Build the ordinary layer that this one stands for, with the product of the factors as its weight."""
-        factor = next(self.parameters())
-        options: dict[str, Any] = {"bias": self.bias is not None, "device": "meta", "dtype": factor.dtype}
-        if issubclass(self.dense_type, nn.Linear):
-            sizes: tuple[Any, ...] = (self.in_features, self.out_features)
-        else:
-            sizes = (self.in_channels, self.out_channels, self.kernel_size)
-            names = ["stride", "padding", "dilation", "groups", "padding_mode"]
-            names += ["output_padding"] if self.transposed else []
-            options |= {name: getattr(self, name) for name in names}
-        dense: Any = self.dense_type(*sizes, **options).train(self.training)
+        with torch.device("meta"):
+            dense: Any = self.empty_dense().to(next(self.parameters()).dtype).train(self.training)
         for name, value in vars(self).items():
             if name not in _OF_EVERY_MODULE and name not in _OF_FACTORIZED and not hasattr(dense, name):
                 setattr(dense, name, value)
-        widest: Tensor = max((p for p in self.parameters()), key=lambda parameter: parameter.numel())
+        factors = [parameter for name, parameter in self.named_parameters() if not name.endswith("bias")]
+        widest: Tensor = max(factors, key=lambda parameter: parameter.numel())
         weight = self.dense_weight().detach().contiguous(memory_format=memory_format_of(widest))
-        trained = any(cast(Tensor, child.weight).requires_grad for child in self.children())
+        trained = any(parameter.requires_grad for parameter in factors)
         dense.weight = nn.Parameter(weight, requires_grad=trained)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return cast(nn.Module, dense)
+
+    def empty_dense(self) -> nn.Module:
+        """Build a layer of the dense type with the options of this one; its values do not count."""
+        names = ["stride", "padding", "dilation", "groups", "padding_mode"]
+        names += ["output_padding"] if self.transposed else []
+        options = {name: getattr(self, name) for name in names}
+        sizes = (self.in_channels, self.out_channels, self.kernel_size)
+        return self.dense_type(*sizes, bias=self.bias is not None, **options)
 
     @property
     def weight(self) -> Tensor:
@@ -118,20 +129,29 @@ class Factorized(nn.Module):
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         for factor in self.children():
-            if output_size is not None and getattr(factor, "transposed", False):
-                input = factor(input, output_size)
-            else:
-                input = factor(input)
+            input = run_factor(factor, input, output_size)
         return input
 
     def extra_repr(self) -> str:
         return f"ranks={self.ranks}"
 
 
+def run_factor(factor: Any, input: Tensor, output_size: Any) -> Tensor:
+    """Run one factor; a transposed one gives the size asked for along the axes that it changes."""
+    if output_size is None or not getattr(factor, "transposed", False):
+        return cast(Tensor, factor(input))
+    axes = len(factor.kernel_size)
+    changed = [
+        (k, s, p) != (1, 1, 0) for k, s, p in zip(factor.kernel_size, factor.stride, factor.padding, strict=True)
+    ]
+    wanted = zip(changed, output_size[-axes:], input.shape[-axes:], strict=True)
+    return cast(Tensor, factor(input, [asked if turns else given for turns, asked, given in wanted]))
+
+
 def _fill(child: Any, kernel: Tensor, dense: Any, where: str) -> None:
     axes = child.weight.dim() + 1
     kernel = kernel[(..., *(None,) * (axes - kernel.dim()))]
-    weight = join_kernels(kernel, transposed=getattr(child, "transposed", False))
+    weight = join_kernels(kernel, input_first=is_input_first(child))
     if weight.shape != child.weight.shape:
         raise ValueError(
             f"{where}: the factors give a weight of shape {tuple(weight.shape)}, "
@@ -141,6 +161,6 @@ def _fill(child: Any, kernel: Tensor, dense: Any, where: str) -> None:
     weight = weight.detach().to(source.device, source.dtype, copy=True)
     weight = weight.contiguous(memory_format=memory_format_of(source))
     child.weight = nn.Parameter(weight, requires_grad=source.requires_grad)
-    if child.bias is not None:
+    if getattr(child, "bias", None) is not None:
         bias = dense.bias
         child.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)

@@ -1,5 +1,6 @@
 """The weight of a layer as one kernel per group, output channels first, whatever layout torch keeps it in."""
 
+from collections.abc import Sequence
 from typing import TypeAlias, cast
 
 import torch
@@ -14,13 +15,14 @@ TRANSPOSED_CONVOLUTIONS: tuple[type[ConvNd], ...] = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+HUGGING_FACE_CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
 def group_kernels(dense: nn.Module) -> Tensor:
     """Return the weight of a linear layer or convolution as ``(groups, T, S, *kernel)``.
 
     ``T`` and ``S`` are the output and input channels of one group. A linear layer is one group without
-    spatial axes. Transposed convolutions, which torch keeps as ``(S, T, *kernel)``, are turned around.
+    spatial axes. Weights that are kept input first, ``(S, T, *kernel)``, are turned around.
 
     >>> group_kernels(nn.Conv2d(6, 8, 3, groups=2)).shape
     torch.Size([2, 4, 3, 3, 3])
@@ -30,17 +32,31 @@ def group_kernels(dense: nn.Module) -> Tensor:
     weight = cast(Tensor, dense.weight)
     groups = cast(int, getattr(dense, "groups", 1))
     kernels = weight.reshape(groups, -1, *weight.shape[1:])
-    return kernels.transpose(1, 2) if getattr(dense, "transposed", False) else kernels
+    return kernels.transpose(1, 2) if is_input_first(dense) else kernels
 
 
-def join_kernels(kernels: Tensor, *, transposed: bool = False) -> Tensor:
+def join_kernels(kernels: Tensor, *, input_first: bool = False) -> Tensor:
     """Undo :func:`group_kernels`: ``(groups, T, S, *kernel)`` to the layout that torch keeps.
 
     >>> conv = nn.ConvTranspose2d(6, 8, 3, groups=2)
-    >>> torch.equal(join_kernels(group_kernels(conv), transposed=True), conv.weight)
+    >>> torch.equal(join_kernels(group_kernels(conv), input_first=True), conv.weight)
     True
     """
-    return (kernels.transpose(1, 2) if transposed else kernels).flatten(0, 1)
+    return (kernels.transpose(1, 2) if input_first else kernels).flatten(0, 1)
+
+
+def is_input_first(dense: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (S, T, ...): transposed convolutions, embeddings, Conv1D of GPT-2.
+
+    An embedding is the matrix (T x S) that multiplies one-hot vectors; its S is the number of entries.
+    """
+    turned = isinstance(dense, nn.Embedding) or qualified_name(type(dense)) == HUGGING_FACE_CONV1D
+    return turned or bool(getattr(dense, "transposed", False))
+
+
+def qualified_name(kind: type) -> str:
+    """The name by which a type is known where its library need not be installed."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def pointwise_like(dense: ConvNd, inputs: int, outputs: int, *, bias: bool, device: object) -> nn.Module:
@@ -56,22 +72,54 @@ def pointwise_like(dense: ConvNd, inputs: int, outputs: int, *, bias: bool, devi
     )
 
 
-def spatial_like(dense: ConvNd, inputs: int, outputs: int, *, bias: bool, device: object) -> nn.Module:
-    """A convolution with every spatial option of ``dense`` and other channel counts."""
+def spatial_like(
+    dense: ConvNd,
+    inputs: int,
+    outputs: int,
+    *,
+    bias: bool,
+    device: object,
+    groups: int | None = None,
+    axes: tuple[int, ...] | None = None,
+) -> nn.Module:
+    """A convolution with the spatial options of ``dense`` and other channel counts.
+
+    ``groups`` are those of ``dense`` if not given. With ``axes`` the convolution goes along these spatial axes
+    alone: each keeps its own length, stride, padding and dilation, the others have length 1 and none of them.
+    """
+
+    def along(values: Sequence[int] | str, neutral: int) -> object:
+        if axes is None or isinstance(values, str):
+            return values
+        return tuple(value if axis in axes else neutral for axis, value in enumerate(values))
+
     options: dict[str, object] = {
-        "stride": dense.stride,
-        "padding": dense.padding,
-        "dilation": dense.dilation,
-        "groups": dense.groups,
+        "stride": along(dense.stride, 1),
+        "padding": along(dense.padding, 0),
+        "dilation": along(dense.dilation, 1),
+        "groups": dense.groups if groups is None else groups,
         "padding_mode": dense.padding_mode,
         "bias": bias,
         "device": device,
         "dtype": dense.weight.dtype,
     }
     if dense.transposed:
-        options["output_padding"] = dense.output_padding
+        options["output_padding"] = along(dense.output_padding, 0)
     build = cast(type[nn.Conv2d], type(dense))
-    return build(inputs, outputs, cast(tuple[int, int], dense.kernel_size), **options)  # type: ignore[arg-type]
+    return build(inputs, outputs, cast(tuple[int, int], along(dense.kernel_size, 1)), **options)  # type: ignore[arg-type]
+
+
+def spatial_steps(kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
+    """The spatial axes one by one, as a chain of convolutions along single axes takes them.
+
+    Axes of length 1 have nothing to convolve: they go along with the first step.
+
+    >>> spatial_steps((3, 3)), spatial_steps((1, 3, 5)), spatial_steps((1,))
+    ([(0,), (1,)], [(0, 1), (2,)], [(0,)])
+    """
+    long = [axis for axis, length in enumerate(kernel_size) if length > 1] or [0]
+    short = [axis for axis, length in enumerate(kernel_size) if length == 1 and axis not in long]
+    return [tuple(sorted([long[0], *short])), *((axis,) for axis in long[1:])]
 
 
 def memory_format_of(weight: Tensor) -> torch.memory_format:

@@ -34,6 +34,8 @@ class _Matrix(Factorized):
 class SVDLinear(_Matrix):
     """``nn.Linear(S -> r, no bias)`` then ``nn.Linear(r -> T)``: params and MACs r (S + T).
 
+    It stands for ``nn.Linear`` and for the ``Conv1D`` of Hugging Face, which is a linear layer as well.
+
     Source: Denton et al. 2014, section 3.2; Girshick 2015, section 3.1.
 
     >>> layer = SVDLinear.like(nn.Linear(100, 50), (8,))
@@ -44,8 +46,44 @@ class SVDLinear(_Matrix):
     def build(self, dense: nn.Linear, device: Any) -> None:
         (rank,) = self.ranks
         has_bias, dtype = dense.bias is not None, dense.weight.dtype
-        self.reduce = nn.Linear(dense.in_features, rank, bias=False, device=device, dtype=dtype)
-        self.expand = nn.Linear(rank, dense.out_features, bias=has_bias, device=device, dtype=dtype)
+        outputs, inputs = dense.weight.mT.shape if self.input_first else dense.weight.shape
+        self.reduce = nn.Linear(inputs, rank, bias=False, device=device, dtype=dtype)
+        self.expand = nn.Linear(rank, outputs, bias=has_bias, device=device, dtype=dtype)
+
+    def empty_dense(self) -> nn.Module:
+        if self.input_first:
+            return self.dense_type(self.nf, self.nx)
+        return self.dense_type(self.in_features, self.out_features, bias=self.bias is not None)
+
+
+class SVDEmbedding(_Matrix):
+    """``nn.Embedding(n, r)`` then ``nn.Linear(r -> dim, no bias)``: params r (n + dim), MACs r dim per entry.
+
+    The dense embedding is the matrix W (dim x n) that multiplies one-hot vectors.
+
+    >>> layer = SVDEmbedding.like(nn.Embedding(1000, 64), (8,))
+    >>> layer.reduce, layer.expand
+    (Embedding(1000, 8), Linear(in_features=8, out_features=64, bias=False))
+    """
+
+    def build(self, dense: nn.Embedding, device: Any) -> None:
+        (rank,) = self.ranks
+        dtype = dense.weight.dtype
+        self.reduce = nn.Embedding(
+            dense.num_embeddings,
+            rank,
+            padding_idx=dense.padding_idx,
+            scale_grad_by_freq=dense.scale_grad_by_freq,
+            sparse=dense.sparse,
+            device=device,
+            dtype=dtype,
+        )
+        self.expand = nn.Linear(rank, dense.embedding_dim, bias=False, device=device, dtype=dtype)
+
+    def empty_dense(self) -> nn.Module:
+        names = ("padding_idx", "scale_grad_by_freq", "sparse")
+        options = {name: getattr(self, name) for name in names}
+        return self.dense_type(self.num_embeddings, self.embedding_dim, **options)
 
 
 class SVDConv(_Matrix):

@@ -231,7 +231,7 @@ def test_seconds_are_predicted_from_measured_layers():
         ({"params": -3}, "params=-3"),
         ({"params": True}, "params=True"),
         ({"seconds": 0.0}, "seconds=0.0: write seconds above 0"),
-        ({"params": 0.5, "ranks": 4}, "leave method and ranks out"),
+        ({"params": 0.5, "ranks": 4}, "leave method, ranks and options out"),
         ({"params": 0.5, "objective": "best"}, "'best' is unknown: write one of"),
         ({"params": 0.5, "multiple_of": 0}, "multiple_of=0"),
         ({"params": 0.5, "methods": "tuker"}, "'tuker' is unknown"),

@@ -1,8 +1,10 @@
 """Prices against built layers and published counts."""
 
 import json
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import alexnet, resnet18, resnet50, vgg16
@@ -70,16 +72,16 @@ def test_price_equals_every_layer_that_can_be_built(dense, name, shape):
     """The polynomial through a few meta builds, against parameters and a really counted forward pass."""
     method = METHODS[name]
     limits = method.limits(group_kernels(dense))
-    price = Price(dense, method.layers[type(dense)], limits, [Call(shape)])
+    price = Price(dense, method.layer_of(dense), limits, [Call(shape)])
     assert price.dense.params == count_params(dense)
     x = torch.randn(shape)
     assert price.dense.macs == profile(dense, x).total.macs
-    params, macs = price.grid()
-    for ranks in torch.cartesian_prod(*(torch.arange(1, limit + 1) for limit in limits)).reshape(-1, len(limits)):
-        built = method.layers[type(dense)].like(dense, tuple(ranks.tolist()))
+    every = np.array(list(product(*(range(1, limit + 1) for limit in limits))))
+    params, macs = price.at(every)
+    for place, ranks in enumerate(every.tolist()):
+        built = method.layer_of(dense).like(dense, tuple(ranks))
         counted = observe(built, x, {}).total_macs
-        assert price(tuple(ranks.tolist())) == (count_params(built), counted)
-        place = tuple((ranks - 1).tolist())
+        assert price(tuple(ranks)) == (count_params(built), counted)
         assert (params[place], macs[place]) == (count_params(built), counted)
 
 

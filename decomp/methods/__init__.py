@@ -1,9 +1,105 @@
 """The decomposition methods: one file each, one row in the table."""
 
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+from decomp.methods.block_term import BLOCK_TERM, block_term
+from decomp.methods.cp import CP, CP4, cp
+from decomp.methods.filters import CHANNELWISE, FLATTENED, SHARED_BANK
+from decomp.methods.folded import CHANNEL, DEPTHWISE_POINTWISE, FOLDS, INPUT, POINTWISE_DEPTHWISE, SPATIAL
+from decomp.methods.interchange import to_tensorly
+from decomp.methods.monochromatic import MONOCHROMATIC
 from decomp.methods.record import Analysis, Method, Ranks
 from decomp.methods.svd import SVD
-from decomp.methods.tucker import TUCKER
+from decomp.methods.trains import ASYMMETRIC, TENSOR_TRAIN
+from decomp.methods.tucker import TUCKER, tucker
 
-METHODS: dict[str, Method] = {method.name: method for method in (SVD, TUCKER)}
+_ROWS = (
+    *(SVD, CHANNEL, INPUT, SPATIAL, TUCKER, CP, CP4, BLOCK_TERM),
+    *(CHANNELWISE, DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE, SHARED_BANK, FLATTENED),
+    *(ASYMMETRIC, TENSOR_TRAIN, MONOCHROMATIC),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
-__all__ = ["METHODS", "Analysis", "Method", "Ranks"]
+# What a budget chooses among: errors of all ranks at once, and none a special case of another.
+AUTO = ("svd", "tucker")
+
+SCHEMES = {
+    "spatial": SPATIAL,
+    "channelwise": CHANNELWISE,
+    "depthwise_pointwise": DEPTHWISE_POINTWISE,
+    "pointwise_depthwise": POINTWISE_DEPTHWISE,
+    "shared_bank": SHARED_BANK,
+}
+
+
+def svd(*, fold: str = "channel") -> Method:
+    """SVD of spatial kernels folded to matrices; linear layers and 1x1 convolutions are matrices already."""
+    return _row("fold", fold, FOLDS)
+
+
+def separable(*, scheme: str = "spatial") -> Method:
+    """Separable filters, by one of the schemes."""
+    return _row("scheme", scheme, SCHEMES)
+
+
+def _row(option: str, value: str, rows: Any) -> Method:
+    if value not in rows:
+        raise ValueError(f"{option}={value!r} is unknown: write one of {sorted(rows)}")
+    return rows[value]  # type: ignore[no-any-return]
+
+
+FAMILIES: dict[str, Callable[..., Method]] = {
+    "svd": svd,
+    "tucker": tucker,
+    "cp": cp,
+    "block_term": block_term,
+    "separable": separable,
+}
+
+
+def method_named(method: str | Method, options: Any = None) -> Method:
+    """A method by its name and its options, or the record itself.
+
+    Raises:
+        ValueError: the name or the value of an option is unknown.
+        TypeError: the method has no such option.
+    """
+    options = options or {}
+    if isinstance(method, str) and method in FAMILIES:
+        allowed = list(signature(FAMILIES[method]).parameters)
+        unknown = [name for name in options if name not in allowed]
+        if not unknown:
+            return FAMILIES[method](**options)
+        raise TypeError(f"{method} has no option {unknown[0]}=: write {', '.join(f'{name}=' for name in allowed)}")
+    if options:
+        raise TypeError(f"{getattr(method, 'name', method)} has no option {next(iter(options))}=")
+    return row_named(method)
+
+
+def row_named(method: str | Method) -> Method:
+    """A row of the table by its name, or the record itself.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        known = sorted({*METHODS, *FAMILIES})
+        raise ValueError(f"method={method!r} is unknown: write one of {known}, or a decomp.methods.Method")
+    return METHODS[method]
+
+
+__all__ = [
+    "AUTO",
+    "FAMILIES",
+    "METHODS",
+    "Analysis",
+    "Method",
+    "Ranks",
+    "method_named",
+    "row_named",
+    "to_tensorly",
+]

@@ -1,19 +1,21 @@
-"""Truncated SVD of a matrix: linear layers and 1x1 convolutions (Denton et al. 2014, Girshick 2015)."""
-
-from typing import cast
+"""Truncated SVD of a matrix: linear layers, 1x1 convolutions, embeddings (Denton et al. 2014, Girshick 2015)."""
 
 import torch
 from torch import Tensor, nn
 
-from decomp.layers import SVDConv, SVDLinear
-from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from decomp.methods.record import Analysis, Method, Ranks
+from decomp.layers import SVDConv, SVDEmbedding, SVDLinear
+from decomp.layers.kernels import CONVOLUTIONS, HUGGING_FACE_CONV1D, TRANSPOSED_CONVOLUTIONS
+from decomp.methods.record import Analysis, Layers, Method, Ranks
 from decomp.spectra import Spectrum, as_float64, gram_eigenvalues, tail_sums
 
 
-def takes(module: nn.Module) -> bool:
-    """A matrix: a linear layer or a 1x1 convolution."""
-    return isinstance(module, nn.Linear) or set(cast(nn.Conv2d, module).kernel_size) == {1}
+def refuses(module: nn.Module) -> str:
+    """A matrix: a linear layer, a 1x1 convolution, an embedding whose rows stay as they are."""
+    if set(getattr(module, "kernel_size", (1,))) != {1}:
+        return "svd is for matrices, this kernel is spatial: svd(fold=...) folds it to one"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm= changes its rows as they are read"
+    return ""
 
 
 def limits(kernels: Tensor) -> Ranks:
@@ -26,8 +28,7 @@ def analyse(kernels: Tensor) -> Analysis:
     matrices = as_float64(kernels).flatten(2)
     energies = gram_eigenvalues(matrices).cpu().numpy()
     spectrum = Spectrum(energies**0.5, matrices.shape[1], matrices.shape[2])
-    tails = tail_sums(energies).sum(0)
-    return Analysis((spectrum,), tails, float(tails[0]))
+    return Analysis.of_table((spectrum,), tail_sums(energies).sum(0))
 
 
 def factors(kernels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -43,8 +44,10 @@ def factors(kernels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     return left[:, :, :rank] * root[:, None, :], root[:, :, None] * right[:, :rank]
 
 
-LAYERS: dict[type[nn.Module], type[SVDLinear] | type[SVDConv]] = {
+LAYERS: Layers = {
     nn.Linear: SVDLinear,
+    HUGGING_FACE_CONV1D: SVDLinear,
+    nn.Embedding: SVDEmbedding,
     **dict.fromkeys(CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS, SVDConv),
 }
-SVD = Method("svd", ("r",), LAYERS, takes, limits, analyse, factors)
+SVD = Method("svd", ("r",), LAYERS, refuses, limits, analyse, factors)

@@ -1,22 +1,20 @@
 """Tucker-2 of a convolution kernel: HOSVD, then HOOI (Kim et al. 2016; De Lathauwer et al. 2000)."""
 
-from typing import cast
+from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from decomp.layers import TuckerConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from decomp.methods.interchange import Solver, by_tensorly
 from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.takes import spatial
 from decomp.spectra import Spectrum, Values, as_float64, tail_sums
 
 MAX_SWEEPS = 50
 RELATIVE_GAIN = 1e-4
-
-
-def takes(module: nn.Module) -> bool:
-    """A spatial convolution: the Tucker-2 of a matrix is its SVD."""
-    return set(cast(nn.Conv2d, module).kernel_size) != {1}
 
 
 def limits(kernels: Tensor) -> Ranks:
@@ -25,7 +23,12 @@ def limits(kernels: Tensor) -> Ranks:
 
 
 def analyse(kernels: Tensor) -> Analysis:
-    """Spectra of K_(1) and K_(2), and the exact error of the truncated HOSVD at every pair of ranks.
+    """Spectra of K_(1) and K_(2), and the exact error of the truncated HOSVD at every pair of ranks."""
+    return Analysis.of_table(*error_table(kernels))
+
+
+def error_table(kernels: Tensor) -> tuple[tuple[Spectrum, Spectrum], Values]:
+    """The spectra of both modes, and the squared error at the ranks (R4, R3) from (0, 0) on.
 
     With U and V the full bases of both modes and C = K x1 U^T x2 V^T, the truncation to (R4, R3) leaves
     error^2 = sum of |C[a, b]|^2 over a > R4 or b > R3: one cumulative sum over a T x S table.
@@ -35,8 +38,18 @@ def analyse(kernels: Tensor) -> Analysis:
     in_energies, in_basis = _eigenbasis(_gram(tensor, 2))
     spectra = (_spectrum(out_energies, tensor, 1), _spectrum(in_energies, tensor, 2))
     energies = _core(tensor, out_basis, in_basis).square().flatten(3).sum(-1).sum(0).cpu().numpy()
-    squared_errors = _squared_errors(energies)
-    return Analysis(spectra, squared_errors, float(squared_errors[0, 0]))
+    return spectra, _squared_errors(energies)
+
+
+def spectrum_of(kernels: Tensor, mode: int) -> Spectrum:
+    """Singular values of the unfolding of one mode, 1 or 2."""
+    tensor = as_float64(kernels)
+    return _spectrum(_eigenbasis(_gram(tensor, mode))[0], tensor, mode)
+
+
+def leading_basis(tensor: Tensor, mode: int, rank: int) -> Tensor:
+    """The leading left singular vectors of the unfolding of one mode, as (groups, n, rank)."""
+    return _leading(_gram(tensor, mode), rank)
 
 
 def factors(kernels: Tensor, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
@@ -117,11 +130,26 @@ def _core(tensor: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return _project_in(_project_out(tensor, left), right)
 
 
+def tucker(*, solver: Solver | None = None) -> Method:
+    """The method; ``solver`` takes the place of HOOI: a function like ``tensorly.decomposition.partial_tucker``.
+
+    It is called as ``solver(kernel, rank=[R4, R3], modes=[0, 1])`` on a float64 torch tensor (T, S, *kernel), with
+    TensorLy's torch backend, and returns ``(core, [U, V])``, or that and the errors.
+    """
+    return TUCKER if solver is None else replace(TUCKER, factors=partial(_solved, solver))
+
+
+def _solved(solver: Solver, kernels: Tensor, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
+    found = [by_tensorly(solver, kernel, rank=list(ranks), modes=[0, 1]) for kernel in as_float64(kernels)]
+    cores, pairs = zip(*(each[0] if isinstance(each[0], tuple | list) else each for each in found), strict=True)
+    return torch.stack(cores), [torch.stack(factors) for factors in zip(*pairs, strict=True)]
+
+
 TUCKER = Method(
     "tucker",
     ("out", "in"),
     dict.fromkeys(CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS, TuckerConv),
-    takes,
+    spatial("tucker"),
     limits,
     analyse,
     factors,

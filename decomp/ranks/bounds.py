@@ -6,7 +6,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from decomp.ranks.rule import CandidateLike, Ranks, Values, require_share
+from decomp.ranks.rule import CandidateLike, GridLike, Ranks, Values, require_share
+
+MAX_FITS = 40
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class params:
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
         grid = candidate.grid
-        return _least(grid.error, (grid.params_share <= self.share) & grid.pays, grid.params_share)
+        return _least(grid, grid.error, (grid.params_share <= self.share) & grid.pays, grid.params_share)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class macs:
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
         grid = candidate.grid
-        return _least(grid.error, (grid.macs_share <= self.share) & grid.pays, grid.macs_share)
+        return _least(grid, grid.error, (grid.macs_share <= self.share) & grid.pays, grid.macs_share)
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,22 @@ class error:
         require_share("error", self.bound)
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
-        grid = candidate.grid
-        within = grid.error <= self.bound
-        cheaper = within & grid.pays
-        return _least(grid.params_share, cheaper if cheaper.any() else within, grid.macs_share)
+        for _ in range(MAX_FITS):
+            grid = candidate.grid
+            within = grid.error <= self.bound
+            cheaper = within & grid.pays
+            ranks = _least(grid, grid.params_share, cheaper if cheaper.any() else within, grid.macs_share)
+            # Where errors are fitted the grid holds estimates, and each fit mends them.
+            if 0 in ranks or candidate.error(ranks) <= self.bound:
+                return ranks
+        return (0,) * len(candidate.limits)
 
 
-def _least(objective: Values, allowed: NDArray[np.bool_], then: Values) -> Ranks:
+def _least(grid: GridLike, objective: Values, allowed: NDArray[np.bool_], then: Values) -> Ranks:
     """Ranks where ``objective`` is least among those allowed, and ``then`` among equals; zeros if none is."""
     if not allowed.any():
-        return (0,) * objective.ndim
+        return tuple(0 for _ in range(grid.ranks.shape[1]))
     best = allowed & (objective <= objective[allowed].min())
-    place = np.unravel_index(np.where(best, then, np.inf).argmin(), objective.shape)
-    return tuple(int(index) + 1 for index in place)
+    place = int(np.where(best, then, np.inf).argmin())
+    ranks: list[int] = grid.ranks[place].tolist()
+    return tuple(ranks)

@@ -18,16 +18,18 @@ class Fixed:
     ranks: int | tuple[int, ...]
     exact: bool = False
 
-    def fit(self, limits: Ranks) -> tuple[Ranks, bool]:
+    def fit(self, limits: Ranks, preset: tuple[int | None, ...] = ()) -> tuple[Ranks, bool]:
         """Fill every component, clamp it at its limit, and say whether that lowered the ranks.
 
-        An int fills every component and is meant as "at most"; a tuple means its smallest entry for a matrix.
+        An int fills every component that ``preset`` does not, and is meant as "at most"; a tuple means its
+        smallest entry for a matrix.
 
         Raises:
             ValueError: there are too many or too few entries, or a rank for one named layer is past its limit.
         """
         if isinstance(self.ranks, int):
-            wanted, most = (self.ranks,) * len(limits), (max(limits),) * len(limits)
+            wanted = tuple(p or self.ranks for p in preset or (None,) * len(limits))
+            most = (max(limits),) * len(limits)
         elif len(limits) == 1:
             wanted, most = (min(self.ranks),), limits
         else:

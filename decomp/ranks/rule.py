@@ -21,8 +21,10 @@ class SpectrumLike(Protocol):
 
 
 class GridLike(Protocol):
-    """All ranks at once: arrays of the shape of the limits, rank r at index r - 1."""
+    """Many ranks at once: row i of every array is about ``ranks[i]``, of shape (n, modes)."""
 
+    @property
+    def ranks(self) -> NDArray[Any]: ...
     @property
     def params_share(self) -> Values: ...
     @property

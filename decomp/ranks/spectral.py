@@ -25,6 +25,7 @@ class vbmf:
     """
 
     weaken: float = 1.0
+    reads_spectra: ClassVar[bool] = True
     nothing: ClassVar[str] = "noise to vbmf: no component stands above it"
 
     def __post_init__(self) -> None:
@@ -52,6 +53,7 @@ class energy:
 
     share: float
     nuclear: bool = False
+    reads_spectra: ClassVar[bool] = True
     nothing: ClassVar[str] = "its weight is zero"
 
     def __post_init__(self) -> None:
@@ -72,6 +74,7 @@ class gavish_donoho:
     Source: Gavish and Donoho 2014, equations 11 and 4. It presumes that at least half of the spectrum is noise.
     """
 
+    reads_spectra: ClassVar[bool] = True
     nothing: ClassVar[str] = "noise to gavish_donoho: no singular value is above the threshold"
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
@@ -91,6 +94,7 @@ class mdl:
     arithmetic mean of the p - k smallest eigenvalues. Source: Wax and Kailath 1985, equation 17.
     """
 
+    reads_spectra: ClassVar[bool] = True
     nothing: ClassVar[str] = "noise to mdl: rank 0 describes it best"
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
@@ -116,6 +120,7 @@ class stable_rank:
     Source: Rudelson and Vershynin 2007; for ranks of networks Wang et al. 2023 (Cuttlefish).
     """
 
+    reads_spectra: ClassVar[bool] = True
     nothing: ClassVar[str] = "its weight is zero"
 
     def __call__(self, candidate: CandidateLike) -> Ranks:

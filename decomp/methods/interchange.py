@@ -1,0 +1,66 @@
+"""Factors as TensorLy keeps them, and its decompositions as solvers of ours."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import tensorly
+import torch
+from tensorly.cp_tensor import CPTensor
+from tensorly.tucker_tensor import TuckerTensor
+from torch import Tensor
+
+from decomp.layers import CPConv, Factorized, TuckerConv, group_kernels
+
+Solver: TypeAlias = Callable[..., Any]
+
+
+def by_tensorly(solver: Solver, kernel: Tensor, **arguments: Any) -> Any:
+    """Call a decomposition of TensorLy on a torch tensor; the backend of other threads and of the caller stays."""
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        return solver(kernel, **arguments)
+
+
+def to_tensorly(layer: Factorized) -> list[Any]:
+    """The factors of a Tucker-2 or CP layer as one ``TuckerTensor`` or ``CPTensor`` per group.
+
+    Each stands for the kernel (T, S, *kernel) of its group; the spatial modes of a Tucker-2, which have no
+    factors, get identities. For a CP with k x k filters the spatial modes are one of length k^2.
+
+    Raises:
+        TypeError: the layer is neither.
+
+    >>> from torch import nn
+    >>> from tensorly import backend_context
+    >>> layer = TuckerConv.like(nn.Conv2d(8, 6, 3), (3, 2))
+    >>> with backend_context("pytorch", local_threadsafe=True):
+    ...     [tensor.rank for tensor in to_tensorly(layer)]
+    [(3, 2, 3, 3)]
+    """
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        if isinstance(layer, TuckerConv):
+            return _tucker(layer)
+        if isinstance(layer, CPConv):
+            return _cp(layer)
+    raise TypeError(f"{type(layer).__name__} has no form in TensorLy: give a TuckerConv, CPConv or CP4Conv")
+
+
+def _tucker(layer: Any) -> list[TuckerTensor]:
+    cores = group_kernels(layer.core).detach()
+    left = group_kernels(layer.expand).flatten(2).detach() if hasattr(layer, "expand") else None
+    right = group_kernels(layer.reduce).flatten(2).mT.detach() if hasattr(layer, "reduce") else None
+    found = []
+    for group, core in enumerate(cores):
+        eyes = [torch.eye(length, dtype=core.dtype, device=core.device) for length in core.shape]
+        first = eyes[0] if left is None else left[group]
+        second = eyes[1] if right is None else right[group]
+        found.append(TuckerTensor((core, [first, second, *eyes[2:]])))
+    return found
+
+
+def _cp(layer: Any) -> list[CPTensor]:
+    left = group_kernels(layer.expand).flatten(2).detach()
+    right = group_kernels(layer.reduce).flatten(2).mT.detach()
+    axes = [child for role, child in layer.named_children() if role.startswith("axis")]
+    spatial = [group_kernels(child).detach().flatten(1).unflatten(0, (len(left), -1)).mT for child in axes]
+    ones = torch.ones(left.shape[2], dtype=left.dtype, device=left.device)
+    return [CPTensor((ones, [factor[group] for factor in (left, right, *spatial)])) for group in range(len(left))]

@@ -1,0 +1,87 @@
+"""Filters of one colour each, the colours shared by clusters (Denton et al. 2014, section 3.1.1)."""
+
+import torch
+from torch import Tensor
+
+from decomp.layers import MonochromaticConv
+from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from decomp.methods.fits import Fit, fitted_analysis
+from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.takes import spatial
+from decomp.spectra import as_float64
+
+MAX_ROUNDS = 100
+
+Factors = tuple[Tensor, Tensor, Tensor]
+
+
+def limits(kernels: Tensor) -> Ranks:
+    """A colour for every filter."""
+    return (kernels.shape[1],)
+
+
+def fit(kernels: Tensor, ranks: Ranks) -> Fit:
+    """Colours c (C x S), clusters q (T) and filters F[t] = c[q(t)]^T K[t], by Lloyd's rounds on the error itself.
+
+    Each filter goes to the colour that leaves most of it, each colour is the leading left singular vector of the
+    filters of its cluster: sum_t ||K[t] - c[q(t)] F[t]||^2 never rises. The first colours are those of the filters
+    that the colours before keep least of. The paper clusters the colours of rank-1 filters, whatever their norm.
+    """
+    tensor = as_float64(kernels).flatten(3)
+    found = [_cluster(filters, ranks[0]) for filters in tensor]
+    colours, clusters, filters = (torch.stack(parts) for parts in zip(*found, strict=True))
+    chosen = torch.stack([each[cluster] for each, cluster in zip(colours, clusters, strict=True)])
+    rebuilt = chosen[:, :, :, None] * filters[:, :, None]
+    squared_error = float((tensor - rebuilt).square().sum())
+    return Fit((colours, clusters, filters.unflatten(2, kernels.shape[3:])), squared_error)
+
+
+def factors(kernels: Tensor, ranks: Ranks) -> Factors:
+    """The factors (c, q, F) of shapes (groups, C, S), (groups, T) and (groups, T, *kernel)."""
+    return fit(kernels, ranks).factors  # type: ignore[no-any-return]
+
+
+def analyse(kernels: Tensor) -> Analysis:
+    """Fits at a few numbers of colours: even one for every filter leaves what is not of rank 1 in them."""
+    return fitted_analysis(kernels, [(colours,) for colours in range(1, kernels.shape[1] + 1)], fit)
+
+
+def _cluster(filters: Tensor, count: int) -> Factors:
+    """One group: filters (T, S, k)."""
+    grams = filters @ filters.mT
+    colours = _first_colours(grams, count)
+    cluster = torch.full((len(filters),), -1, device=filters.device)
+    for _ in range(MAX_ROUNDS):
+        kept = torch.einsum("cs,tsr,cr->tc", colours, grams, colours)
+        before, cluster = cluster, kept.argmax(1)
+        if torch.equal(before, cluster):
+            break
+        sums = torch.zeros(count, *grams.shape[1:], dtype=grams.dtype, device=grams.device)
+        sums.index_add_(0, cluster, grams)
+        used = torch.bincount(cluster, minlength=count) > 0
+        colours = torch.where(used[:, None], torch.linalg.eigh(sums)[1][..., -1], colours)
+    return colours, cluster, torch.einsum("ts,tsk->tk", colours[cluster], filters)
+
+
+def _first_colours(grams: Tensor, count: int) -> Tensor:
+    """Leading vectors of filters that the colours before keep least of."""
+    own = torch.linalg.eigh(grams)[1][..., -1]
+    energies = torch.einsum("tss->t", grams)
+    missing, colours = energies.clone(), []
+    for _ in range(count):
+        colour = own[int(missing.argmax())]
+        colours.append(colour)
+        missing = torch.minimum(missing, energies - torch.einsum("s,tsr,r->t", colour, grams, colour))
+    return torch.stack(colours)
+
+
+MONOCHROMATIC = Method(
+    "monochromatic",
+    ("colours",),
+    dict.fromkeys(CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS, MonochromaticConv),
+    spatial("monochromatic"),
+    limits,
+    analyse,
+    factors,
+    closed_form=False,
+)

@@ -1,0 +1,135 @@
+"""Block-term decomposition by alternating least squares (De Lathauwer and Nion 2008)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_SWEEPS = 60
+SWEEPS_AFTER_COMPRESSION = 8
+TOLERANCE = 1e-5
+CORE_STEPS = 25
+RELATIVE_RIDGE = 1e-10
+
+
+@dataclass
+class Blocks:
+    """K[t, s, j] ~= sum over n, a, b of left[t, n, a] core[n, a, b, j] right[s, n, b]."""
+
+    left: Tensor
+    core: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """Multiply the blocks: (T, S, J)."""
+        return torch.einsum("tna,nabj,snb->tsj", self.left, self.core, self.right)
+
+
+def fit_block_term(tensor: Tensor, blocks: int, rank_out: int, rank_in: int) -> tuple[Blocks, float, float]:
+    """G blocks of ranks (out, in, J) of one (T, S, J) tensor, their squared error, and their degeneracy.
+
+    Compressed by HOSVD to G times the ranks first, started by taking one block after the other off the rest, then
+    alternating least squares for all left factors, all right factors and all cores. Left and right factors of
+    each block are orthonormal in the result. Degeneracy is sum_g ||C_g||^2 / ||K||^2: far above 1, blocks cancel.
+
+    >>> blocks, squared_error, degeneracy = fit_block_term(torch.randn(12, 10, 9, dtype=torch.float64), 2, 4, 3)
+    >>> blocks.left.shape, blocks.core.shape, blocks.right.shape
+    (torch.Size([12, 2, 4]), torch.Size([2, 4, 3, 9]), torch.Size([10, 2, 3]))
+    """
+    energy = float(tensor.square().sum())
+    left_basis = _leading(tensor, 0, min(tensor.shape[0], blocks * rank_out))
+    right_basis = _leading(tensor, 1, min(tensor.shape[1], blocks * rank_in))
+    small = torch.einsum("tsj,tx,sy->xyj", tensor, left_basis, right_basis)
+    found = _sweeps(small, _deflated(small, blocks, rank_out, rank_in), energy, MAX_SWEEPS)
+    found.left = torch.einsum("tx,xna->tna", left_basis, found.left)
+    found.right = torch.einsum("sy,ynb->snb", right_basis, found.right)
+    if small.shape != tensor.shape:
+        found = _sweeps(tensor, found, energy, SWEEPS_AFTER_COMPRESSION)
+    squared_error = float((tensor - found.dense()).square().sum())
+    return found, squared_error, float(found.core.square().sum()) / energy if energy else 0.0
+
+
+def _sweeps(tensor: Tensor, found: Blocks, energy: float, most: int) -> Blocks:
+    before = energy
+    for _ in range(most):
+        found.left = _side(tensor, found.core, found.right)
+        found.left, found.core = _orthonormal(found.left, found.core)
+        turned = found.core.transpose(1, 2)
+        found.right = _side(tensor.transpose(0, 1), turned, found.left)
+        found.right, turned = _orthonormal(found.right, turned)
+        found.core, squared_error = _cores(tensor, found.left, turned.transpose(1, 2), found.right)
+        if before - squared_error <= TOLERANCE * energy:
+            break
+        before = squared_error
+    return found
+
+
+def _side(tensor: Tensor, core: Tensor, other: Tensor) -> Tensor:
+    """The least-squares left factors of all blocks, given cores and right ones: two products, one solve."""
+    blocks, rank = core.shape[:2]
+    projected = torch.einsum("tsj,snb->tnbj", tensor, other)
+    moments = torch.einsum("tnbj,nabj->tna", projected, core).flatten(1)
+    overlaps = torch.einsum("snb,smc->nbmc", other, other)
+    normal = torch.einsum("nbmc,mdcj->nbmdj", overlaps, core)
+    normal = torch.einsum("nabj,nbmdj->namd", core, normal).flatten(2).flatten(0, 1)
+    ridge = RELATIVE_RIDGE * float(normal.diagonal().mean()) + torch.finfo(normal.dtype).tiny
+    normal = normal + ridge * torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
+    factor: Tensor = torch.linalg.solve(normal, moments.T).T.unflatten(1, (blocks, rank))
+    return factor
+
+
+def _cores(tensor: Tensor, left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, float]:
+    """Conjugate gradients for all cores from where they are, and the squared error that is left.
+
+    The normal matrix (U_g^T U_h) (x) (V_g^T V_h) has an identity for every block on its diagonal.
+    """
+    target = torch.einsum("tsj,tna->nasj", tensor, left)
+    target = torch.einsum("nasj,snb->nabj", target, right)
+    overlap_left = torch.einsum("tna,tmd->namd", left, left)
+    overlap_right = torch.einsum("snb,smc->nbmc", right, right)
+
+    def apply(cores: Tensor) -> Tensor:
+        half = torch.einsum("namd,mdcj->namcj", overlap_left, cores)
+        return torch.einsum("namcj,nbmc->nabj", half, overlap_right)
+
+    residual = target - apply(core)
+    direction, size = residual, float(residual.square().sum())
+    enough = 1e-16 * float(target.square().sum())
+    for _ in range(CORE_STEPS):
+        if size <= enough:
+            break
+        image = apply(direction)
+        step = size / float((direction * image).sum())
+        core, residual = core + step * direction, residual - step * image
+        size, last = float(residual.square().sum()), size
+        direction = residual + size / last * direction
+    # ||K - M||^2 = ||K||^2 - <C, target> - <C, residual> for any C.
+    return core, float(tensor.square().sum() - (core * (target + residual)).sum())
+
+
+def _orthonormal(factor: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the columns of each block orthonormal, and let its core take up the change."""
+    basis, triangle = torch.linalg.qr(factor.transpose(0, 1))
+    return basis.transpose(0, 1), torch.einsum("nad,ndbj->nabj", triangle, core)
+
+
+def _deflated(tensor: Tensor, blocks: int, rank_out: int, rank_in: int) -> Blocks:
+    """One Tucker-2 block after the other, each of what the ones before leave."""
+    lefts, cores, rights = [], [], []
+    for _ in range(blocks):
+        right = _leading(tensor, 1, rank_in)
+        left = _leading(torch.einsum("tsj,sb->tbj", tensor, right), 0, rank_out)
+        right = _leading(torch.einsum("tsj,ta->asj", tensor, left), 1, rank_in)
+        core = torch.einsum("tsj,ta,sb->abj", tensor, left, right)
+        tensor = tensor - torch.einsum("ta,abj,sb->tsj", left, core, right)
+        lefts.append(left)
+        cores.append(core)
+        rights.append(right)
+    return Blocks(torch.stack(lefts, 1), torch.stack(cores), torch.stack(rights, 1))
+
+
+def _leading(tensor: Tensor, mode: int, rank: int) -> Tensor:
+    """Leading left singular vectors of an unfolding, by its Gram matrix."""
+    unfolded = tensor.transpose(0, mode).flatten(1)
+    vectors: Tensor = torch.linalg.eigh(unfolded @ unfolded.T)[1]
+    return vectors[:, -rank:].flip(1)
