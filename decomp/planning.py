@@ -109,6 +109,7 @@ def _methods(named: Method, earlier: Plan | None) -> Callable[[str, nn.Module], 
         if earlier is not None and name in earlier and earlier[name].ranks:
             return earlier.method_of(name)
         matrix = METHODS["svd"]
-        return matrix if named.why_not(module) and not matrix.why_not(module) else named
+        taken = not named.why_not(module) or (matrix.why_not(module) and named.layer_of(module))
+        return named if taken else matrix
 
     return method_of

@@ -1,4 +1,4 @@
-"""Solvers without a closed form: CP by accelerated alternating least squares, and its error-preserving correction."""
+"""Solvers for what has no closed form: CP by accelerated alternating least squares, with bounded terms."""
 
 from decomp.solvers.cp import CP, fit_cp
 

@@ -4,8 +4,7 @@ Kolda & Bader 2009 (ALS); Phan, Tichavsky & Cichocki 2013 (products with the ten
 De Lathauwer & Kindermann 2008 (damping); Mitchell, Ye & De Sterck 2020 (Nesterov steps with restarts).
 """
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ FLOORS = {torch.float64: 0.0, torch.float32: 0.03}
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors (batch, n_1, ..., n_d) of norm one or zero, n_1 and n_2 the largest modes, laid out for two products.
+    """Tensors (batch, n_1, ..., n_d) of norm one or zero, n_1 and n_2 the largest modes, in two layouts.
 
     ``rows`` is (batch, n_3 ... n_d, n_1, n_2), ``columns`` the same transposed; ``sizes`` are n_3, ..., n_d.
     """
@@ -71,16 +70,18 @@ class Descent:
     calm: Tensor
 
     @staticmethod
-    def start(factors: list[Tensor], damping: float) -> "Descent":
-        zero = torch.zeros(factors[0].shape[0], dtype=torch.float64, device=factors[0].device)
-        return Descent(factors, factors, zero + math.inf, zero, zero + damping, zero, zero)
+    def start(problem: Problem, factors: list[Tensor], damping: Tensor | float) -> "Descent":
+        zero = torch.zeros_like(problem.energy)
+        return Descent(factors, factors, problem.energy, zero, zero + damping, zero, zero)
 
     def take(self, chosen: Tensor) -> "Descent":
-        return Descent(*(_take(getattr(self, field.name), chosen) for field in fields(self)))
+        vectors = (self.squared_error, self.size, self.damping, self.age, self.calm)
+        factors, before = ([factor[chosen] for factor in side] for side in (self.factors, self.before))
+        return Descent(factors, before, *(vector[chosen] for vector in vectors))
 
 
 def minimise(
-    problem: Problem, factors: list[Tensor], rules: Rules, max_sweeps: int, damping: float
+    problem: Problem, factors: list[Tensor], rules: Rules, max_sweeps: int, damping: Tensor | float
 ) -> tuple[list[Tensor], Tensor, int]:
     """Factors, squared errors and the number of sweeps, from a start that gives all modes but the first.
 
@@ -89,7 +90,7 @@ def minimise(
     while they are far from the tensor, which leads to lower minima sooner, and from diverging at the end.
     """
     decay = min(DECAY, LEAST_DAMPING ** (2 / max_sweeps))
-    descent = Descent.start(factors, damping)
+    descent = Descent.start(problem, factors, damping)
     result = [factor.clone() for factor in factors]
     errors = descent.squared_error.clone()
     places = torch.arange(len(errors), device=errors.device)
@@ -117,7 +118,7 @@ def _advance(problem: Problem, descent: Descent, rules: Rules, decay: float) -> 
     objective = (squared_error + damping * size).sqrt()
     gain = (descent.squared_error + damping * descent.size).sqrt() - objective
     least = rules.share * squared_error
-    decaying = damping > LEAST_DAMPING
+    decaying = damping > (rules.share * descent.squared_error).clamp(min=LEAST_DAMPING)
     accepted = (gain >= 0) | (age == 0) | decaying
     settled = (gain < rules.tolerance) & ~decaying | (objective < FLOORS[factors[0].dtype])
     calm = torch.where(accepted, torch.where(settled, descent.calm + 1, 0), descent.calm)
@@ -184,7 +185,3 @@ def _without(inner: Tensor, small: list[Tensor], mode: int) -> Tensor:
             shape[0], shape[1 + other], shape[-1] = small[other].shape
             inner = (inner * small[other].reshape(shape)).sum(1 + other, keepdim=True)
     return inner.reshape(small[mode].shape)
-
-
-def _take(value: list[Tensor] | Tensor, chosen: Tensor) -> list[Tensor] | Tensor:
-    return value[chosen] if isinstance(value, Tensor) else [part[chosen] for part in value]

@@ -3,17 +3,18 @@
 import torch
 from torch import Tensor
 
-from decomp.solvers.terms import khatri_rao, spread, unit, weights
+from decomp.solvers.terms import khatri_rao, residual, spread, unit, weights
 
 DEGENERACY = 4.0
 SLACK = 1.0003
 MAX_SWEEPS = 30
 GAIN = 1e-3
 HALVINGS = 60
+ROUNDING = 1e-6
 
 
 def correct(tensor: Tensor, factors: list[Tensor]) -> list[Tensor]:
-    """Lower the sum of squared term norms of tensors of norm one while the error stays within 0.5 %.
+    """Lower the sum of squared term norms of tensors of norm one while the error stays within 0.03 %.
 
     With all factors but F fixed, min sum_r w_r ||f_r||^2, w_r the squared norm of the other columns, subject to
     ||K - K~|| <= delta has the closed form F = G (Gamma + nu W)^-1, with G the product of the unfolding and the
@@ -25,7 +26,7 @@ def correct(tensor: Tensor, factors: list[Tensor]) -> list[Tensor]:
     chosen = tensor[degenerate]
     mended = spread([factor[degenerate] for factor in factors])
     energy = chosen.flatten(1).square().sum(1)
-    bound = squared_error(chosen, mended, energy) * SLACK**2
+    bound = residual(chosen, mended) * SLACK**2
     norms = weights(mended).square().sum(1)
     for _ in range(MAX_SWEEPS):
         for mode in range(len(mended)):
@@ -34,33 +35,32 @@ def correct(tensor: Tensor, factors: list[Tensor]) -> list[Tensor]:
         before, norms = norms, weights(mended).square().sum(1)
         if bool((before - norms <= GAIN * before).all()):
             break
+    kept = residual(chosen, mended) <= bound * (1 + ROUNDING)
+    places = degenerate.nonzero()[kept, 0]
     result = [factor.clone() for factor in factors]
     for factor, part in zip(result, mended, strict=True):
-        factor[degenerate] = part
+        factor[places] = part[kept]
     return result
-
-
-def squared_error(tensor: Tensor, factors: list[Tensor], energy: Tensor) -> Tensor:
-    model = factors[0] @ khatri_rao(factors[1:]).mT
-    return (tensor.flatten(2) - model).square().sum((1, 2))
 
 
 def _update(tensor: Tensor, factors: list[Tensor], mode: int, energy: Tensor, bound: Tensor) -> Tensor:
     others = factors[:mode] + factors[mode + 1 :]
     product = tensor.movedim(mode + 1, 1).flatten(2) @ khatri_rao(others)
-    norms = weights(others).clamp(min=1e-15)
+    norms = weights(others)[:, None]
+    scale = torch.where(norms > 0, 1 / norms, 0)
     values, vectors = torch.linalg.eigh(_correlations(others))
     values = values.clamp(min=1e-13)
-    rotated = (product / norms[:, None]) @ vectors
+    rotated = (product * scale) @ vectors
     energies = rotated.square().sum(1)
     shift = _secular(values, energies, energy, bound)
-    return (rotated / (values + shift)[:, None]) @ vectors.mT / norms[:, None]
+    updated: Tensor = (rotated / (values + shift)[:, None]) @ vectors.mT * scale
+    return updated
 
 
 def _correlations(factors: list[Tensor]) -> Tensor:
-    """Cosines between the terms of all modes but one: (batch, R, R)."""
+    """Cosines between the outer products of the columns of some modes: (batch, R, R)."""
     unitary = [unit(factor) for factor in factors]
-    product = unitary[0].mT @ unitary[0]
+    product: Tensor = unitary[0].mT @ unitary[0]
     for factor in unitary[1:]:
         product = product * (factor.mT @ factor)
     return product

@@ -17,12 +17,13 @@ def khatri_rao(factors: list[Tensor]) -> Tensor:
 
 def unit(factor: Tensor) -> Tensor:
     """Columns of norm one; zero columns stay zero."""
-    return factor / factor.norm(dim=1, keepdim=True).clamp(min=TINY)
+    norms: Tensor = factor.norm(dim=1, keepdim=True)
+    return factor / norms.clamp(min=TINY)
 
 
 def weights(factors: list[Tensor]) -> Tensor:
     """Norm of every rank-1 term: (batch, R)."""
-    product = factors[0].norm(dim=1)
+    product: Tensor = factors[0].norm(dim=1)
     for factor in factors[1:]:
         product = product * factor.norm(dim=1)
     return product
@@ -32,6 +33,12 @@ def spread(factors: list[Tensor]) -> list[Tensor]:
     """The same terms with columns of equal norm in every mode; a zero term is zero in all of them."""
     root = weights(factors).pow(1 / len(factors))[:, None]
     return [unit(factor) * root for factor in factors]
+
+
+def residual(tensor: Tensor, factors: list[Tensor]) -> Tensor:
+    """Squared error of a model, from the difference itself: exact where the error is tiny."""
+    model = factors[0] @ khatri_rao(factors[1:]).mT
+    return (tensor.flatten(2) - model).square().sum((1, 2))
 
 
 def solve(matrix: Tensor, right: Tensor, ridge: Tensor) -> Tensor:
