@@ -5,9 +5,9 @@ from torch import Tensor
 
 from decomp.solvers.terms import khatri_rao, residual, spread, unit, weights
 
-DEGENERACY = 4.0
+DEGENERACY = 10.0
 SLACK = 1.0003
-MAX_SWEEPS = 30
+MAX_SWEEPS = 20
 GAIN = 1e-3
 HALVINGS = 60
 ROUNDING = 1e-6
