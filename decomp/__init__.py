@@ -2,15 +2,19 @@
 
 from decomp import layers, ranks
 from decomp.api import compress, densify, plan
+from decomp.calibration import Statistics, calibrate
 from decomp.decompositions import block_term, cp, flattened, separable, svd, tucker
 from decomp.finetuning import finetune_layerwise
 from decomp.plans import Plan
+from decomp.repairing import repair
 from decomp.reports import compare, profile
 from decomp.sensitivities import sensitivity
 
 __all__ = [
     "Plan",
+    "Statistics",
     "block_term",
+    "calibrate",
     "compare",
     "compress",
     "cp",
@@ -21,6 +25,7 @@ __all__ = [
     "plan",
     "profile",
     "ranks",
+    "repair",
     "sensitivity",
     "separable",
     "svd",

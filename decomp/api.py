@@ -1,15 +1,16 @@
 """The calls that decide: plans, budgets; and the way back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from decomp import surgery
+from decomp.applying import apply_plan
 from decomp.budgets import Budget, Wish
 from decomp.layers import Factorized
 from decomp.methods import Method
-from decomp.planning import make_budget_plan, make_plan
+from decomp.planning import Scope, make_budget_plan, make_plan
 from decomp.plans import Plan, drop_plan
 from decomp.selection import Selector
 
@@ -29,6 +30,8 @@ def plan(
     layers: Selector = None,
     exclude: Selector = (),
     example_inputs: Any = None,
+    data: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
     progress: bool | None = None,
     **options: Any,
 ) -> Plan:
@@ -52,17 +55,18 @@ def plan(
     """
     budget = Budget.of(macs=macs, params=params, seconds=seconds)
     wish = Wish(objective, multiple_of, weights)
+    scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
     if budget is None:
         if (methods, wish) != ("auto", Wish()):
             raise ValueError(
                 "methods=, objective=, multiple_of=, weights= go with a budget: macs=, params=, seconds="
             )
-        return make_plan(model, method, options, ranks, layers, exclude, example_inputs, progress)
+        return make_plan(model, method, options, ranks, scope)
     if (method, ranks, options) != ("tucker", "vbmf", {}):
         raise ValueError(
             "a budget chooses methods and ranks itself: leave method, ranks and options out, write methods="
         )
-    return make_budget_plan(model, budget, methods, wish, layers, exclude, example_inputs, progress)
+    return make_budget_plan(model, budget, methods, wish, scope)
 
 
 def compress(
@@ -78,6 +82,9 @@ def compress(
     weights: Mapping[str, float] | None = None,
     layers: Selector = None,
     exclude: Selector = (),
+    data: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
+    finetune: bool | Mapping[str, Any] = False,
     inplace: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -102,6 +109,9 @@ def compress(
             :func:`decomp.sensitivity`.
         layers: which layers; see :func:`tucker`.
         exclude: which of these stay dense.
+        data: batches, or what :func:`decomp.calibrate` made of them; see :func:`decomp.tucker`.
+        inputs: what the model is called with, from a batch of ``data``.
+        finetune: fine-tune layer by layer afterwards; see :func:`decomp.tucker`.
         inplace: change ``model`` itself.
         progress: show progress bars; by default where there is a terminal.
 
@@ -128,9 +138,12 @@ def compress(
         layers=layers,
         exclude=exclude,
         example_inputs=example_inputs,
+        data=data,
+        inputs=inputs,
         progress=progress,
     )
-    return decided.apply(model, inplace=inplace, progress=progress)
+    scope = Scope(data=data, inputs=inputs, progress=progress)
+    return apply_plan(model, decided, scope, finetune=finetune, inplace=inplace)
 
 
 def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:

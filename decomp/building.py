@@ -1,16 +1,19 @@
 """From choices to factorized layers: decomposed weights, or the bare structure."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
-from decomp.candidates import Candidate, require_finite
+from decomp.candidates import Candidate
 from decomp.choices import Choice
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import Method, Ranks
-from decomp.naming import naming
+from decomp.metrics import lost_mean, output_factors
+from decomp.naming import naming, require_finite
 from decomp.progress import bar
+from decomp.spectra import as_float64
 
 MethodOf = Callable[[str], Method]
 
@@ -31,9 +34,9 @@ def decomposed(
     for name, module in bar(progress, "decompose", dense.items()):
         require_finite(name, module)
         method, ranks = method_of(name), choices[name].ranks
+        candidate = next((found for found in candidates.get(name, ()) if found.method is method), None)
         with naming(name):
-            factors = _factors(group_kernels(module).detach(), method, ranks, candidates.get(name, ()))
-            new[name] = _layer(method, module).from_factors(module, factors)
+            new[name] = _layer_of(module, method, ranks, candidate)
     return new
 
 
@@ -50,11 +53,47 @@ def _layer(method: Method, module: nn.Module) -> type[Factorized]:
     return cast(type[Factorized], method.layer_of(module))
 
 
-def _factors(kernels: Tensor, method: Method, ranks: Ranks, candidates: Sequence[Candidate]) -> Any:
-    """What was fitted when the ranks were chosen, if the weight is still the same; else the factors anew."""
-    for candidate in candidates:
-        if candidate.method is method and candidate.analysis.factors is not None:
-            factors = candidate.analysis.factors(kernels, ranks)
-            if factors is not None:
-                return factors
-    return method.factors(kernels, ranks)
+def _layer_of(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None) -> Factorized:
+    """Decompose the weight, or the output where the candidate has moments."""
+    layer, kernels = _layer(method, module), group_kernels(module).detach()
+    if candidate is None:
+        return layer.from_factors(module, method.factors(kernels, ranks))
+    if candidate.moments is None:
+        # What was fitted when the ranks were chosen serves, if the weight is still the same.
+        known = candidate.analysis.factors
+        factors = known(kernels, ranks) if known is not None else None
+        return layer.from_factors(module, method.factors(kernels, ranks) if factors is None else factors)
+    moments = candidate.moments.to(kernels.device)
+    return layer.from_kernels(module, output_factors(method, layer, module, ranks, moments))
+
+
+@torch.no_grad()
+def correct_means(
+    model: nn.Module,
+    dense: Mapping[str, nn.Module],
+    new: Mapping[str, Factorized],
+    candidates: Mapping[str, Sequence[Candidate]],
+) -> None:
+    """Put what the factors took off the mean of the outputs into the bias, or into the BatchNorm that follows.
+
+    Only layers decomposed by their output; one with neither a bias nor a BatchNorm gets none.
+    """
+    for name, layer in new.items():
+        moments = next((candidate.moments for candidate in candidates.get(name, ())), None)
+        shift = None if moments is None else lost_mean(layer, dense[name], moments.to(layer.weight.device))
+        if moments is None or shift is None:
+            continue
+        bias = layer.bias
+        if bias is not None:
+            bias.add_(shift.to(bias.dtype))
+        elif moments.normalization:
+            mean = cast(Tensor, model.get_submodule(moments.normalization).running_mean)
+            mean.sub_(shift.to(mean.device, mean.dtype))
+
+
+@torch.no_grad()
+def weight_error(layer: Factorized, dense: nn.Module) -> float:
+    """Relative error of the weight, ||W - W'|| / ||W||."""
+    weight = as_float64(cast(Tensor, dense.weight))
+    energy = float(weight.norm())
+    return float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0

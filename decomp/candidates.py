@@ -7,37 +7,21 @@ from operator import index
 from typing import cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from decomp.choices import Change, Choice, describe
 from decomp.costs import Price
+from decomp.grids import Grid
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import METHODS, Analysis, Method, Ranks
-from decomp.naming import naming
+from decomp.metrics import Moments, output_kernels
+from decomp.naming import naming, require_finite
 from decomp.observing import Call
 from decomp.ranks import Fixed, Rule
 from decomp.ranks.allocation import Front
 from decomp.spectra import Spectrum, Values
 from decomp.timing import Stopwatch
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Many ranks of a candidate at once: row i of every array is about ``ranks[i]``, of shape (n, modes)."""
-
-    ranks: NDArray[np.int32]
-    params: NDArray[np.int64]
-    macs: NDArray[np.int64]
-    params_share: NDArray[np.float64]
-    macs_share: NDArray[np.float64]
-    error: NDArray[np.float64]
-
-    @property
-    def pays(self) -> NDArray[np.bool_]:
-        """Where both costs are below the dense layer's, or parameters where that has no MACs."""
-        return (self.params_share < 1) & (self.macs_share < 1)
 
 
 @dataclass(frozen=True)
@@ -49,33 +33,64 @@ class Candidate:
     shape: tuple[int, ...]
     method: Method
     limits: Ranks
+    weight_analysis: Analysis
     analysis: Analysis
     price: Price
     absolute_macs: bool
     stopwatch: Stopwatch | None = None
     reference: "Callable[[], Candidate] | None" = None
+    moments: Moments | None = None
 
     @classmethod
     def of(
-        cls, name: str, module: nn.Module, method: Method, calls: list[Call] | None, *, timed: bool = False
+        cls,
+        name: str,
+        module: nn.Module,
+        method: Method,
+        calls: list[Call] | None,
+        *,
+        timed: bool = False,
+        moments: Moments | None = None,
     ) -> "Candidate":
-        """Analyse the weight of ``module``; ``calls`` are those of an example, where they are known."""
+        """Analyse the weight of ``module``, and its output where there are moments; ``calls`` are those of an
+        example."""
         require_finite(name, module)
         kernels = group_kernels(module).detach()
         limits = method.limits(kernels)
         with naming(name):
             layer = cast(type[Factorized], method.layer_of(module))
             price = Price(module, layer, limits, calls)
-            analysis = method.analyse(kernels)
+            weight_analysis = analysis = method.analyse(kernels)
+            if moments is not None:
+                analysis = method.analyse(output_kernels(layer, kernels, moments))
             stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
         # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses.
-        reference = None if analysis.spectra else partial(cls.of, name, module, METHODS["tucker"], calls)
-        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-        absolute = calls is not None
-        return cls(name, describe(module), shape, method, limits, analysis, price, absolute, stopwatch, reference)
+        reference = None
+        if not analysis.spectra:
+            reference = partial(cls.of, name, module, METHODS["tucker"], calls, moments=moments)
+        return cls(
+            name,
+            describe(module),
+            tuple(module.weight.shape),  # type: ignore[arg-type]
+            method,
+            limits,
+            weight_analysis,
+            analysis,
+            price,
+            calls is not None,
+            stopwatch,
+            reference,
+            moments,
+        )
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
+        """Of the weight: what is signal in it, and what noise."""
+        return self.weight_analysis.spectra
+
+    @property
+    def output_spectra(self) -> tuple[Spectrum, ...]:
+        """Of the weight as the outputs see it, where there are data; else of the weight."""
         return self.analysis.spectra
 
     @cached_property
@@ -139,7 +154,7 @@ class Candidate:
         return self._choice(ranks, reason="" if ranks else reason)
 
     def error(self, ranks: Ranks) -> float:
-        """Relative error of the weight at these ranks."""
+        """Relative error at these ranks: of the output where there are data, else of the weight."""
         return self.analysis.error(ranks)
 
     def params_share(self, ranks: Ranks) -> float:
@@ -219,26 +234,12 @@ class Candidate:
             ranks,
             Change(dense.params, cost.params),
             Change(dense.macs, cost.macs) if self.absolute_macs else share,
-            self.error(ranks) if ranks else 0.0,
+            0.0 if not ranks else self.error(ranks) if self.moments is None else None,
             reason,
             "; ".join(filter(None, notes)),
+            None if self.moments is None else self.error(ranks) if ranks else 0.0,
         )
 
 
 def _ranks(ranks: Ranks) -> str:
     return str(ranks[0]) if len(ranks) == 1 else str(ranks)
-
-
-def require_finite(name: str, module: nn.Module) -> None:
-    """Refuse a weight with NaN or infinite entries.
-
-    Raises:
-        ValueError: names the layer and how many entries.
-    """
-    weight = cast(Tensor, module.weight).detach()
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        raise ValueError(
-            f"layer {name!r}: {bad} of {weight.numel()} weights are NaN or infinite; mend the weights, "
-            f"or leave the layer alone with exclude={name!r}"
-        )

@@ -29,8 +29,9 @@ class Choice:
 
     ``ranks`` is empty and ``method`` is "dense" where the layer stays as it is; ``reason`` then says why.
     ``params`` counts the layer's parameters. ``macs`` counts its multiply-adds on the example inputs (ints), or
-    is a share of the dense layer's (floats). ``error`` is the relative error of the weight. ``note`` says what
-    was adjusted.
+    is a share of the dense layer's (floats). ``error`` is the relative error of the weight; in a plan from data
+    it is None until the plan is applied. ``output_error`` is that of the layer's output on these data, predicted,
+    and None without data. ``note`` says what was adjusted.
     """
 
     layer: str
@@ -39,9 +40,10 @@ class Choice:
     ranks: Ranks
     params: Change
     macs: Change
-    error: float
+    error: float | None
     reason: str = ""
     note: str = ""
+    output_error: float | None = None
 
     def as_dense(self, reason: str) -> "Choice":
         """Return the choice to leave this layer dense."""
@@ -54,6 +56,7 @@ class Choice:
             error=0.0,
             reason=reason,
             note="",
+            output_error=None if self.output_error is None else 0.0,
         )
 
     @classmethod
@@ -73,7 +76,8 @@ class Choice:
     def row(self, name: str) -> tuple[str, ...]:
         """The row of a table with the columns ``COLUMNS``."""
         costs = [_change(change, replaced=bool(self.ranks)) for change in (self.params, self.macs)]
-        ranks, error = " x ".join(map(str, self.ranks)), f"{self.error:.3f}" if self.ranks else ""
+        error_shown = self.error if self.output_error is None else self.output_error
+        ranks, error = " x ".join(map(str, self.ranks)), f"{error_shown:.3f}" if self.ranks else ""
         return (name or "(the model)", self.layer, self.method, ranks, *costs, error, self.reason or self.note)
 
 

@@ -1,11 +1,13 @@
 """One call per decomposition: plan and apply in one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from decomp.planning import make_plan
+from decomp.applying import apply_plan
+from decomp.planning import Scope, make_plan
 from decomp.plans import Plan
 from decomp.selection import Selector
 
@@ -17,6 +19,9 @@ def tucker(
     layers: Selector = None,
     exclude: Selector = (),
     example_inputs: Any = None,
+    data: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
+    finetune: bool | Mapping[str, Any] = False,
     inplace: bool = False,
     progress: bool | None = None,
     solver: Any = None,
@@ -35,6 +40,11 @@ def tucker(
         exclude: which of these stay dense, written likewise.
         example_inputs: a batch as the model is called with, to count MACs at its sizes. Without it MACs are
             compared in the limit of large inputs.
+        data: batches as the model is called with, or what :func:`decomp.calibrate` made of them. The factors then
+            minimize the error of each layer's output on them, and energy, error and budgets are about that error.
+        inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
+        finetune: True, or arguments of :func:`decomp.finetune_layerwise` as a mapping: train the factors layer by
+            layer on ``data``; the report is the attribute ``decomp_finetuning`` of the result.
         inplace: change ``model`` itself. Every factor is computed before the first swap.
         progress: show progress bars; by default where there is a terminal.
         solver: takes the place of HOOI: ``tensorly.decomposition.partial_tucker``, or a function like it.
@@ -58,8 +68,8 @@ def tucker(
       (expand): Conv2d(16, 64, kernel_size=(1, 1), stride=(1, 1))
     )
     """
-    given = layers, exclude, example_inputs
-    return _decompose(model, "tucker", {"solver": solver}, ranks, given, inplace, progress)
+    scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
+    return _decompose(model, "tucker", {"solver": solver}, ranks, scope, finetune, inplace)
 
 
 def svd(
@@ -69,6 +79,9 @@ def svd(
     layers: Selector = None,
     exclude: Selector = (),
     example_inputs: Any = None,
+    data: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
+    finetune: bool | Mapping[str, Any] = False,
     inplace: bool = False,
     progress: bool | None = None,
     fold: str = "channel",
@@ -86,8 +99,8 @@ def svd(
     >>> small[0].first.weight.shape, small[0].second.weight.shape
     (torch.Size([8, 32, 3, 1]), torch.Size([64, 8, 1, 3]))
     """
-    given = layers, exclude, example_inputs
-    return _decompose(model, "svd", {"fold": fold}, ranks, given, inplace, progress)
+    scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
+    return _decompose(model, "svd", {"fold": fold}, ranks, scope, finetune, inplace)
 
 
 def cp(
@@ -97,6 +110,9 @@ def cp(
     layers: Selector = None,
     exclude: Selector = (),
     example_inputs: Any = None,
+    data: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
+    finetune: bool | Mapping[str, Any] = False,
     inplace: bool = False,
     progress: bool | None = None,
     modes: int = 3,
@@ -117,8 +133,8 @@ def cp(
     >>> [tuple(factor.weight.shape) for factor in small[0].children()]
     [(16, 32, 1, 1), (16, 1, 3, 3), (64, 16, 1, 1)]
     """
-    given = layers, exclude, example_inputs
-    return _decompose(model, "cp", {"modes": modes, "solver": solver}, ranks, given, inplace, progress)
+    scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
+    return _decompose(model, "cp", {"modes": modes, "solver": solver}, ranks, scope, finetune, inplace)
 
 
 def block_term(
@@ -128,6 +144,9 @@ def block_term(
     layers: Selector = None,
     exclude: Selector = (),
     example_inputs: Any = None,
+    data: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
+    finetune: bool | Mapping[str, Any] = False,
     inplace: bool = False,
     progress: bool | None = None,
     blocks: int = 4,
@@ -145,8 +164,8 @@ def block_term(
     >>> small[0].ranks, small[0].core.groups
     ((2, 8, 8), 2)
     """
-    given = layers, exclude, example_inputs
-    return _decompose(model, "block_term", {"blocks": blocks}, ranks, given, inplace, progress)
+    scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
+    return _decompose(model, "block_term", {"blocks": blocks}, ranks, scope, finetune, inplace)
 
 
 def separable(
@@ -156,6 +175,9 @@ def separable(
     layers: Selector = None,
     exclude: Selector = (),
     example_inputs: Any = None,
+    data: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
+    finetune: bool | Mapping[str, Any] = False,
     inplace: bool = False,
     progress: bool | None = None,
     scheme: str = "spatial",
@@ -172,8 +194,8 @@ def separable(
     >>> [tuple(factor.weight.shape) for factor in small[0].children()]
     [(64, 1, 3, 3), (64, 64, 1, 1)]
     """
-    given = layers, exclude, example_inputs
-    return _decompose(model, "separable", {"scheme": scheme}, ranks, given, inplace, progress)
+    scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
+    return _decompose(model, "separable", {"scheme": scheme}, ranks, scope, finetune, inplace)
 
 
 def flattened(
@@ -183,6 +205,9 @@ def flattened(
     layers: Selector = None,
     exclude: Selector = (),
     example_inputs: Any = None,
+    data: Any = None,
+    inputs: Callable[[Any], Any] | None = None,
+    finetune: bool | Mapping[str, Any] = False,
     inplace: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -198,8 +223,8 @@ def flattened(
     >>> [tuple(factor.weight.shape) for factor in small[0].children()]
     [(64, 32, 1, 1), (64, 1, 3, 1), (64, 1, 1, 3)]
     """
-    given = layers, exclude, example_inputs
-    return _decompose(model, "flattened", {}, ranks, given, inplace, progress)
+    scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
+    return _decompose(model, "flattened", {}, ranks, scope, finetune, inplace)
 
 
 def _decompose(
@@ -207,17 +232,18 @@ def _decompose(
     method: str,
     options: Mapping[str, Any],
     ranks: Any,
-    given: tuple[Selector, Selector, Any],
+    scope: Scope,
+    finetune: bool | Mapping[str, Any],
     inplace: bool,
-    progress: bool | None,
 ) -> nn.Module:
-    """``given`` are layers, exclude and example_inputs."""
     if isinstance(ranks, Plan):
-        if given[0] is not None or given[1] != () or given[2] is not None:
+        if replace(scope, progress=None, data=None, inputs=None) != Scope():
             raise ValueError(
                 "a Plan says itself which layers it is about: leave layers=, exclude= and example_inputs= out"
             )
+        if scope.data is not None and finetune is False:
+            raise ValueError("a Plan says itself what it was made from: give data= to decomp.plan")
         decided = ranks
     else:
-        decided = make_plan(model, method, options, ranks, *given, progress)
-    return decided.apply(model, inplace=inplace, progress=progress)
+        decided = make_plan(model, method, options, ranks, scope)
+    return apply_plan(model, decided, scope, finetune=finetune, inplace=inplace)

@@ -1,31 +1,54 @@
 """Making a plan: from rank rules, every layer by itself, or from a budget, all layers together."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from decomp.budgets import Budget, Wish
+from decomp.calibration import Statistics, calibrate
 from decomp.candidates import Candidate
 from decomp.choices import Change
 from decomp.methods import AUTO, METHODS, Method, method_named, row_named
+from decomp.metrics import Moments
 from decomp.plans import Plan
 from decomp.progress import bar
 from decomp.ranks import RULES, parse_request
 from decomp.selection import Selector
-from decomp.surveys import survey
+from decomp.surveys import Survey, Takes, survey
 from decomp.timing import latency, layer_seconds
 
 
+@dataclass(frozen=True)
+class Scope:
+    """What a plan is about and what it may look at: the arguments that all calls share."""
+
+    layers: Selector = None
+    exclude: Selector = ()
+    example_inputs: Any = None
+    data: Any = None
+    inputs: Callable[[Any], Any] | None = None
+    progress: bool | None = None
+
+    def statistics(self, model: nn.Module) -> Statistics | None:
+        """The statistics that were given as data, or those of the data; None without any."""
+        if self.data is None or isinstance(self.data, Statistics):
+            return self.data
+        return calibrate(
+            model, self.data, inputs=self.inputs, layers=self.layers, exclude=self.exclude, progress=self.progress
+        )
+
+    def survey(self, model: nn.Module, takes: Takes, statistics: Statistics | None) -> Survey:
+        """The layers; sizes come from the example inputs, else from the data."""
+        example = self.example_inputs
+        if example is None and statistics is not None:
+            example = statistics.example
+        return survey(model, takes, self.layers, self.exclude, example)
+
+
 def make_plan(
-    model: nn.Module,
-    method: str | Method,
-    options: Mapping[str, Any],
-    ranks: Any,
-    layers: Selector,
-    exclude: Selector,
-    example_inputs: Any,
-    progress: bool | None,
+    model: nn.Module, method: str | Method, options: Mapping[str, Any], ranks: Any, scope: Scope
 ) -> Plan:
     """Plan every layer of ``model``; see :func:`decomp.plan`."""
     earlier = ranks if isinstance(ranks, Plan) else None
@@ -34,7 +57,8 @@ def make_plan(
     def takes(name: str, module: nn.Module) -> str:
         return method_of(name, module).why_not(module)
 
-    surveyed = survey(model, takes, layers, exclude, example_inputs)
+    statistics = scope.statistics(model)
+    surveyed = scope.survey(model, takes, statistics)
     if earlier is not None:
         earlier.require_fit({name: site.module for name, site in surveyed.sites.items()})
         kept = {name: choice.ranks for name, choice in earlier.items() if choice.ranks}
@@ -42,8 +66,9 @@ def make_plan(
     request_of = parse_request(ranks, surveyed.open, RULES)
     choices = dict(surveyed.refused)
     candidates: dict[str, list[Candidate]] = {}
-    for name, module in bar(progress, "analyse", surveyed.open.items()):
-        candidate = Candidate.of(name, module, method_of(name, module), surveyed.calls(name))
+    for name, module in bar(scope.progress, "analyse", surveyed.open.items()):
+        moments = moments_of(statistics, name, module)
+        candidate = Candidate.of(name, module, method_of(name, module), surveyed.calls(name), moments=moments)
         candidates[name] = [candidate]
         choices[name] = candidate.decide(request_of(name))
         if earlier is not None and not choices[name].ranks and name in earlier:
@@ -56,13 +81,10 @@ def make_budget_plan(
     budget: Budget,
     methods: str | Sequence[str | Method],
     wish: Wish,
-    layers: Selector,
-    exclude: Selector,
-    example_inputs: Any,
-    progress: bool | None,
+    scope: Scope,
 ) -> Plan:
     """Plan all layers of ``model`` together under a budget; see :func:`decomp.compress`."""
-    if example_inputs is None and budget.kind != "params":
+    if scope.example_inputs is None and scope.data is None and budget.kind != "params":
         raise ValueError(f"a budget of {budget.kind} needs the sizes of inputs: give example_inputs=")
     names: Sequence[str | Method] = AUTO if methods == "auto" else methods
     allowed = [row_named(name) for name in ([names] if isinstance(names, str) else names)]
@@ -73,20 +95,38 @@ def make_budget_plan(
     def takes(name: str, module: nn.Module) -> str:
         return "" if fitting(module) else f"none of {[method.name for method in allowed]} is for this layer"
 
-    surveyed = survey(model, takes, layers, exclude, example_inputs)
+    statistics = scope.statistics(model)
+    surveyed = scope.survey(model, takes, statistics)
     timed = budget.kind == "seconds"
-    candidates = {
-        name: [Candidate.of(name, module, m, surveyed.calls(name), timed=timed) for m in fitting(module)]
-        for name, module in bar(progress, "time and analyse" if timed else "analyse", surveyed.open.items())
-    }
+    candidates = {}
+    for name, module in bar(scope.progress, "time and analyse" if timed else "analyse", surveyed.open.items()):
+        calls, moments = surveyed.calls(name), moments_of(statistics, name, module)
+        candidates[name] = [
+            Candidate.of(name, module, each, calls, timed=timed, moments=moments) for each in fitting(module)
+        ]
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
         raise ValueError(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
     dense = {name: found[0].choose((), "undecided") for name, found in candidates.items()}
     choices = surveyed.refused | dense
-    seconds = _timed_together(model, surveyed.open, candidates, example_inputs) if timed else None
+    seconds = _timed_together(model, surveyed.open, candidates, surveyed.example) if timed else None
     plan = Plan({name: choices[name] for name in surveyed.sites}, surveyed.cost, candidates, seconds=seconds)
     return plan.with_budget(**{budget.kind: budget.value}, wish=wish)
+
+
+def moments_of(statistics: Statistics | None, name: str, module: nn.Module) -> Moments | None:
+    """What was seen of a layer; None where there were no data, or none that reached it.
+
+    Raises:
+        ValueError: the statistics are those of another model.
+    """
+    moments = None if statistics is None else statistics.get(name)
+    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+    if moments is not None and moments.shape != shape:
+        raise ValueError(
+            f"data: the statistics are of another model, layer {name!r} had weight {moments.shape}, now {shape}"
+        )
+    return moments
 
 
 def _timed_together(

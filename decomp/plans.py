@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from decomp import surgery, tables
 from decomp.budgets import Budget, Wish, spend, total_cost
-from decomp.building import decomposed, structures
+from decomp.building import correct_means, decomposed, structures, weight_error
 from decomp.candidates import Candidate
 from decomp.choices import COLUMNS, Change, Choice
 from decomp.costs import Cost
@@ -156,7 +156,13 @@ class Plan(Mapping[str, Choice]):
         """
         replaced = layers_to_replace(model, self, self.method_of, needs_values=True)
         new = decomposed(replaced, self, self.method_of, self._candidates, progress)
-        return self._swapped(model, new, inplace)
+        known = {
+            name: weight_error(layer, replaced[name]) for name, layer in new.items() if self[name].error is None
+        }
+        settled = {name: replace(self[name], error=error) for name, error in known.items()}
+        small = self._swapped(model, new, inplace, settled)
+        correct_means(small, replaced, new, self._candidates)
+        return small
 
     def build(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Return ``model`` with untrained factorized layers: the structure for ``load_state_dict``, or to train.
@@ -166,7 +172,7 @@ class Plan(Mapping[str, Choice]):
         """
         replaced = layers_to_replace(model, self, self.method_of, needs_values=False)
         new = structures(replaced, self, self.method_of)
-        return self._swapped(model, new, inplace)
+        return self._swapped(model, new, inplace, {})
 
     def to_json(self) -> str:
         """Write the plan as JSON; :meth:`from_json` reads it back."""
@@ -206,10 +212,12 @@ class Plan(Mapping[str, Choice]):
         """Refuse layers that are not those that the plan replaces; see :func:`decomp.fitting.require_fit`."""
         require_fit(self, self.method_of, modules)
 
-    def _swapped(self, model: nn.Module, new: Mapping[str, nn.Module], inplace: bool) -> nn.Module:
+    def _swapped(
+        self, model: nn.Module, new: Mapping[str, nn.Module], inplace: bool, settled: Mapping[str, Choice]
+    ) -> nn.Module:
         model = surgery.swap(model, new, inplace=inplace)
         own = {n: m for n, m in self._methods.items() if self[n].ranks and m.name not in METHODS}
-        setattr(model, PLAN, Plan(self._choices, self._before, methods=own, seconds=self.seconds))
+        setattr(model, PLAN, Plan(self._choices | dict(settled), self._before, methods=own, seconds=self.seconds))
         return model
 
     def __repr__(self) -> str:

@@ -51,6 +51,7 @@ class Survey:
     refused: dict[str, Choice]
     cost: Cost
     seen: Observation | None
+    example: Any = None
 
     @property
     def open(self) -> dict[str, nn.Module]:
@@ -77,7 +78,7 @@ def survey(model: nn.Module, takes: Takes, layers: Selector, exclude: Selector, 
     factorized = [refused[name] for name, site in sites.items() if isinstance(site.module, Factorized)]
     params = count_params(model) + sum(int(c.params.before - c.params.after) for c in factorized)
     macs = seen.total_macs + sum(int(c.macs.before - c.macs.after) for c in factorized) if seen else 0
-    return Survey(sites, refused, Cost(params, macs), seen)
+    return Survey(sites, refused, Cost(params, macs), seen, example_inputs)
 
 
 def _out_of_reach(name: str, seen: Observation) -> str:

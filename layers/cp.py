@@ -50,11 +50,11 @@ class CPConv(Factorized):
             left, right, spatial = left[None], right[None], [factor[None] for factor in spatial]
         if weights is not None:
             left = left * weights.reshape(-1, 1, left.shape[-1])
-        kernels = {"reduce": right.mT, "expand": left}
+        kernels = {"reduce": right.mT}
         for place, (axes, factor) in enumerate(zip(cls.steps(dense), spatial, strict=True)):
             lengths = [k if axis in axes else 1 for axis, k in enumerate(dense.kernel_size)]
             kernels[f"axis{place}"] = factor.mT.reshape(-1, 1, 1, *lengths)
-        return kernels
+        return kernels | {"expand": left}
 
     @classmethod
     def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ class Factorized(nn.Module):
     """
 
     method: ClassVar[str]
+    mixes_inputs: ClassVar[bool] = True
     ranks: tuple[int, ...]
     dense_type: type[nn.Module]
     dense_shape: tuple[int, ...]
@@ -63,7 +64,15 @@ class Factorized(nn.Module):
         Raises:
             ValueError: a factor does not fit the dense layer.
         """
-        kernels = cls.factor_kernels(dense, factors)
+        return cls.from_kernels(dense, cls.factor_kernels(dense, factors))
+
+    @classmethod
+    def from_kernels(cls, dense: Any, kernels: Mapping[str, Tensor]) -> Self:
+        """Build the layer from one kernel per role, as :meth:`factor_kernels` gives them.
+
+        Raises:
+            ValueError: a kernel does not fit the dense layer.
+        """
         layer = cls.like(dense, cls.ranks_of(kernels), device="meta")
         for role, child in layer.named_children():
             layer.fill(child, kernels[role], dense, f"{cls.__name__}.{role}")
@@ -80,7 +89,38 @@ class Factorized(nn.Module):
     @classmethod
     @abstractmethod
     def factor_kernels(cls, dense: nn.Module, factors: Any) -> Mapping[str, Tensor]:
-        """Turn factors, as the method returns them, into one kernel (groups, out, in, ...) per role."""
+        """Turn factors, as the method returns them, into one kernel (groups, out, in, ...) per role.
+
+        The roles are in the order in which they run.
+        """
+
+    @classmethod
+    def mix_inputs(cls, kernels: Mapping[str, Tensor], mixing: Tensor) -> dict[str, Tensor]:
+        """The kernels of K' = K M, K'[t, s] = sum_r K[t, r] M[r, s], for M of shape (groups, S, S).
+
+        Where every input channel has filters of its own (``mixes_inputs`` is false) only the diagonal of M counts.
+        """
+        role, kernel = next(iter(kernels.items()))
+        if cls.mixes_inputs:
+            mixed = torch.einsum("gor...,grs->gos...", kernel, mixing)
+        else:
+            scale = mixing.diagonal(dim1=1, dim2=2).flatten()
+            mixed = kernel * scale.reshape(-1, *(1,) * (kernel.dim() - 1))
+        return {**kernels, role: mixed}
+
+    @classmethod
+    def expand_outputs(cls, kernels: Mapping[str, Tensor], basis: Tensor) -> dict[str, Tensor]:
+        """The kernels of K' = B K for B of shape (groups, T, r): one more 1x1 convolution, or merged with the
+        last."""
+        expand = kernels.get("expand")
+        return {**kernels, "expand": basis if expand is None else basis @ expand.flatten(2)}
+
+    @classmethod
+    def scale_outputs(cls, kernels: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
+        """The kernels of K'[t] = d[t] K[t] for d of shape (groups, T)."""
+        role, kernel = list(kernels.items())[-1]
+        scaled = kernel.flatten(0, 1) * scale.reshape(-1, *(1,) * (kernel.dim() - 2))
+        return {**kernels, role: scaled.reshape(kernel.shape)}
 
     @classmethod
     @abstractmethod

@@ -49,6 +49,7 @@ class DepthwisePointwiseConv(_Filters):
     """
 
     method = "depthwise_pointwise"
+    mixes_inputs = False
     expand: nn.Module
 
     def build(self, dense: ConvNd, device: Any) -> None:
@@ -62,11 +63,11 @@ class DepthwisePointwiseConv(_Filters):
     @classmethod
     def factor_kernels(cls, dense: Any, factors: Any) -> Mapping[str, Tensor]:
         expand, *spatial = factors
-        kernels = {"expand": expand.flatten(2)}
+        kernels = {}
         for place, (lengths, factor) in enumerate(zip(cls.lengths(dense), spatial, strict=True)):
             several = (1, 1) if place else (factor.shape[2], 1)
             kernels[f"axis{place}"] = factor.reshape(-1, *several, *lengths)
-        return kernels
+        return kernels | {"expand": expand.flatten(2)}
 
     @classmethod
     def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -170,6 +171,7 @@ class SharedBankConv(_Filters):
 
     method = "shared_bank"
     split = True
+    mixes_inputs = False
     expand: nn.Module
 
     def build(self, dense: ConvNd, device: Any) -> None:
@@ -184,15 +186,21 @@ class SharedBankConv(_Filters):
     @classmethod
     def factor_kernels(cls, dense: Any, factors: Any) -> Mapping[str, Tensor]:
         expand, *spatial = factors
-        kernels = {"expand": expand.flatten(2)}
+        kernels = {}
         for place, (lengths, factor) in enumerate(zip(cls.lengths(dense), spatial, strict=True)):
             several = (1, 1) if place else (factor.shape[0], 1)
             kernels[f"axis{place}"] = factor.reshape(-1, *several, *lengths)
-        return kernels
+        return kernels | {"expand": expand.flatten(2)}
 
     @classmethod
     def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:
         return (kernels["axis0"].shape[1],)
+
+    @classmethod
+    def mix_inputs(cls, kernels: Mapping[str, Tensor], mixing: Tensor) -> dict[str, Tensor]:
+        scale = mixing.diagonal(dim1=1, dim2=2)[:, None, :, None]
+        expand = kernels["expand"].unflatten(2, (scale.shape[2], -1)) * scale
+        return {**kernels, "expand": expand.flatten(2)}
 
     def dense_kernels(self) -> Tensor:
         expand = group_kernels(self.expand).flatten(2).unflatten(2, (-1, self.ranks[0]))

@@ -49,9 +49,8 @@ class TensorTrainConv(Factorized):
     def factor_kernels(cls, dense: Any, factors: Any) -> Mapping[str, Tensor]:
         reduce, first, second, expand = factors
         before, after = (_lengths(dense, place) for place in (0, 1))
-        kernels = {"first": first.unflatten(-1, before), "second": second.unflatten(-1, after)}
-        if reduce is not None:
-            kernels["reduce"] = reduce
+        kernels = {} if reduce is None else {"reduce": reduce}
+        kernels |= {"first": first.unflatten(-1, before), "second": second.unflatten(-1, after)}
         if expand is not None:
             kernels["expand"] = expand
         return kernels

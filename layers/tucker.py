@@ -49,12 +49,9 @@ class TuckerConv(Factorized):
             core, left = torch.einsum("gta,gab...->gtb...", left, core), None
         if right.shape[-1] == right.shape[-2]:
             core, right = torch.einsum("gab...,gsb->gas...", core, right), None
-        kernels = {"core": core}
-        if left is not None:
-            kernels["expand"] = left
-        if right is not None:
-            kernels["reduce"] = right.mT
-        return kernels
+        kernels = {} if right is None else {"reduce": right.mT}
+        kernels["core"] = core
+        return kernels if left is None else kernels | {"expand": left}
 
     @classmethod
     def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:

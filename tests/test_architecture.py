@@ -11,7 +11,7 @@ BASIS = {"decomp.layers", "decomp.methods", "decomp.naming", "decomp.observing",
 ALLOWED = {
     **dict.fromkeys(("decomp.layers", "decomp.ranks", "decomp.spectra", "decomp.surgery"), LEAVES),
     **dict.fromkeys(("decomp.forward", "decomp.naming", "decomp.progress"), LEAVES),
-    **dict.fromkeys(("decomp.selection", "decomp.tables"), LEAVES),
+    **dict.fromkeys(("decomp.grids", "decomp.selection", "decomp.shrinkage", "decomp.tables"), LEAVES),
     "decomp.following": {"decomp.forward"},
     "decomp.observing": {"decomp.forward"},
     "decomp.solvers": {"decomp.spectra"},
@@ -21,13 +21,20 @@ ALLOWED = {
     "decomp.choices": {"decomp.costs", "decomp.layers", "decomp.tables"},
     "decomp.candidates": {
         *BASIS,
-        *("decomp.choices", "decomp.costs", "decomp.spectra", "decomp.timing"),
+        *("decomp.choices", "decomp.costs", "decomp.grids", "decomp.metrics", "decomp.spectra"),
+        "decomp.timing",
+    },
+    "decomp.metrics": {"decomp.layers", "decomp.methods", "decomp.spectra"},
+    "decomp.sums": {"decomp.layers", "decomp.metrics", "decomp.shrinkage"},
+    "decomp.calibration": {
+        *("decomp.activations", "decomp.forward", "decomp.metrics", "decomp.naming", "decomp.progress"),
+        *("decomp.selection", "decomp.sums", "decomp.surveys"),
     },
     "decomp.budgets": {"decomp.candidates", "decomp.choices", "decomp.costs", "decomp.ranks"},
     "decomp.fitting": {"decomp.choices", "decomp.layers", "decomp.methods", "decomp.surgery"},
     "decomp.building": {
-        *("decomp.candidates", "decomp.choices", "decomp.layers", "decomp.methods", "decomp.naming"),
-        "decomp.progress",
+        *("decomp.candidates", "decomp.choices", "decomp.layers", "decomp.methods", "decomp.metrics"),
+        *("decomp.naming", "decomp.progress", "decomp.spectra"),
     },
     "decomp.plans": {
         *("decomp.budgets", "decomp.building", "decomp.candidates", "decomp.choices", "decomp.costs"),
@@ -40,8 +47,16 @@ ALLOWED = {
     "decomp.planning": {
         *("decomp.budgets", "decomp.candidates", "decomp.choices", "decomp.methods", "decomp.plans"),
         *("decomp.progress", "decomp.ranks", "decomp.selection", "decomp.surveys", "decomp.timing"),
+        *("decomp.calibration", "decomp.metrics"),
     },
+    "decomp.applying": {"decomp.calibration", "decomp.finetuning", "decomp.planning", "decomp.plans"},
     "decomp.activations": {"decomp.following", "decomp.forward"},
+    "decomp.pairing": {"decomp.layers"},
+    "decomp.refitting": {"decomp.layers"},
+    "decomp.repairing": {
+        *("decomp.activations", "decomp.following", "decomp.forward", "decomp.layers", "decomp.naming"),
+        *("decomp.pairing", "decomp.progress", "decomp.refitting", "decomp.tables"),
+    },
     "decomp.finetuning": {
         *("decomp.activations", "decomp.following", "decomp.forward", "decomp.layers", "decomp.naming"),
         *("decomp.progress", "decomp.tables"),
@@ -56,9 +71,11 @@ ALLOWED = {
     },
     "decomp.api": {
         *("decomp.budgets", "decomp.layers", "decomp.methods", "decomp.planning", "decomp.plans"),
-        *("decomp.selection", "decomp.surgery"),
+        *("decomp.applying", "decomp.selection", "decomp.surgery"),
     },
-    "decomp.decompositions": {"decomp.planning", "decomp.plans", "decomp.selection"},
+    "decomp.decompositions": {
+        *("decomp.applying", "decomp.planning", "decomp.plans", "decomp.selection"),
+    },
     "decomp.digits": {"decomp.progress"},
     "decomp.demo": {
         *("decomp.api", "decomp.digits", "decomp.finetuning", "decomp.plans", "decomp.progress"),

@@ -1,6 +1,7 @@
 """SVD of a convolution kernel that is folded to matrices: one SVD each, and the error of every rank known."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -97,7 +98,7 @@ def _folded(name: str, rank_name: str, fold: _Fold, layer: type[Factorized], *, 
     return Method(name, (rank_name,), layers, refuses, limits, analyse, factors)
 
 
-CHANNEL = _folded("svd_channel", "r", _Fold(_channel, _of_channel), ChannelSVDConv)
+CHANNEL = replace(_folded("svd_channel", "r", _Fold(_channel, _of_channel), ChannelSVDConv), out_rank=0)
 INPUT = _folded("svd_input", "r", _Fold(_input, _of_input), InputSVDConv)
 SPATIAL = _folded("svd_spatial", "r", _Fold(_spatial, _of_spatial), SpatialSVDConv, two_axes=True)
 DEPTHWISE_POINTWISE = _folded("depthwise_pointwise", "m", _Fold(_per_input, _of_per_input), DepthwisePointwiseConv)

@@ -56,7 +56,8 @@ class Method:
     ``limits(kernels)`` are the largest ranks, ``analyse(kernels)`` what is known at all ranks,
     ``factors(kernels, ranks)`` what ``from_factors`` of the layer takes. ``layers`` maps the exact type of a dense
     layer, or its qualified name, to its factorized layer; ``refuses(module)`` says why one of these types is out
-    of the question, or returns an empty string. ``preset`` fills the ranks that an int does not set.
+    of the question, or returns an empty string. ``preset`` fills the ranks that an int does not set. ``out_rank``
+    is the place of the rank of the outputs, for whose basis U the rest of the decomposition is that of U^T K.
     ``closed_form`` methods know their error at all ranks at once; the others fit.
     """
 
@@ -68,6 +69,7 @@ class Method:
     analyse: Callable[[Tensor], Analysis]
     factors: Callable[[Tensor, Ranks], Any]
     preset: tuple[int | None, ...] = ()
+    out_rank: int | None = None
     closed_form: bool = True
 
     def layer_of(self, module: nn.Module) -> type[Factorized] | None:

@@ -50,4 +50,4 @@ LAYERS: Layers = {
     nn.Embedding: SVDEmbedding,
     **dict.fromkeys(CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS, SVDConv),
 }
-SVD = Method("svd", ("r",), LAYERS, refuses, limits, analyse, factors)
+SVD = Method("svd", ("r",), LAYERS, refuses, limits, analyse, factors, out_rank=0)

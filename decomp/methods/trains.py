@@ -122,6 +122,7 @@ ASYMMETRIC = Method(
     asymmetric_limits,
     analyse_asymmetric,
     asymmetric_factors,
+    out_rank=1,
 )
 TENSOR_TRAIN = Method(
     "tensor_train",
@@ -131,4 +132,5 @@ TENSOR_TRAIN = Method(
     train_limits,
     analyse_train,
     train_factors,
+    out_rank=2,
 )

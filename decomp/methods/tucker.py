@@ -153,4 +153,5 @@ TUCKER = Method(
     limits,
     analyse,
     factors,
+    out_rank=0,
 )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, cos, pi, sin, sqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.integrate import quad
@@ -45,7 +45,8 @@ class energy:
 
     min {r: sum_{i <= r} sigma_i^2 >= share sum_i sigma_i^2}; for a matrix the relative error of the weight
     is then at most sqrt(1 - share). ``share`` is in (0, 1]. With ``nuclear`` the singular values themselves
-    are added up, the other convention: the same share then keeps far more.
+    are added up, the other convention: the same share then keeps far more. With data the singular values are
+    those of the outputs.
 
     >>> energy(0.9)
     energy(share=0.9, nuclear=False)
@@ -60,7 +61,7 @@ class energy:
         require_share("energy", self.share, upper_included=True)
 
     def __call__(self, candidate: CandidateLike) -> Ranks:
-        return _per_mode(candidate, self._rank)
+        return _per_mode(candidate, self._rank, candidate.output_spectra)
 
     def _rank(self, values: Values, rows: int, columns: int) -> int:
         kept = (_above_rounding(values, max(rows, columns)) if self.nuclear else values**2).cumsum()
@@ -161,14 +162,17 @@ def _above_rounding(values: Values, large: int) -> Values:
     return np.where(values > np.sqrt(large * np.finfo(np.float64).eps) * values[0], values, 0.0)
 
 
-def _per_mode(candidate: CandidateLike, rank: Callable[[Values, int, int], int]) -> Ranks:
-    """The rank of every unfolding, the largest over the groups; a mode whose factor does not pay stays full.
+def _per_mode(
+    candidate: CandidateLike, rank: Callable[[Values, int, int], int], spectra: tuple[Any, ...] | None = None
+) -> Ranks:
+    """The rank of every unfolding of the weight, or of other spectra, the largest over the groups; a mode whose
+    factor does not pay stays full.
 
     A factor pays where it lowers both parameters and MACs, or where the layer is cheaper only with it.
     """
     found = tuple(
         max(rank(values, spectrum.rows, spectrum.columns) for values in spectrum.values)
-        for spectrum in candidate.spectra
+        for spectrum in (candidate.spectra if spectra is None else spectra)
     )
     if 0 in found:
         return found

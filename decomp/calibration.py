@@ -1,0 +1,158 @@
+"""Calibration: the moments of what flows through every layer, from data, in memory that does not grow with it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decomp.activations import Batches
+from decomp.forward import Unfused, call, evaluating, to_device_of
+from decomp.metrics import Moments
+from decomp.naming import naming
+from decomp.progress import bar
+from decomp.selection import Selector
+from decomp.sums import Sums
+from decomp.surveys import survey
+
+HELD_OUT_EVERY = 4
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Statistics(Mapping[str, Moments]):
+    """The moments of every layer, by its name: ``data=`` of many plans, from one pass over the data."""
+
+    def __init__(self, moments: Mapping[str, Moments], example: Any) -> None:
+        self._moments = dict(moments)
+        self.example = example
+
+    def __getitem__(self, name: str) -> Moments:
+        return self._moments[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._moments)
+
+    def __len__(self) -> int:
+        return len(self._moments)
+
+    def __repr__(self) -> str:
+        return f"<Statistics of {len(self)} layers>"
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    layers: Selector = None,
+    exclude: Selector = (),
+    progress: bool | None = None,
+) -> Statistics:
+    """Return the statistics that make factors minimize the error of each layer's output: ``data=`` of every call.
+
+    One pass in eval mode; nothing is changed, BatchNorm statistics neither. Per layer the sums of x x^T over the
+    input channels and of y y^T over the outputs, in float64: memory depends on the channels alone. Every fourth
+    batch is held out to choose how far the moments are shrunk towards the metric of the weight.
+
+    Args:
+        model: the dense model.
+        data: batches as the model is called with; one pass is enough, labels are not needed.
+        inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
+        loss: a function of the model and a batch of ``data`` that gives the loss. The error of each output channel
+            then counts by the mean square of its gradient (Fisher), from a backward pass per batch.
+        layers: which layers; see :func:`decomp.tucker`.
+        exclude: which of these to leave out.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the data is empty.
+        TypeError: a batch does not fit the model.
+
+    Source: Zhang et al. 2016, section 3.1 (outputs); Theis et al. 2018 (Fisher).
+
+    >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> statistics = calibrate(model, [torch.randn(16, 32) for _ in range(4)], progress=False)
+    >>> statistics["2"].samples, statistics["2"].outputs.shape
+    (64, torch.Size([1, 8, 8]))
+    """
+    modules = survey(model, lambda name, module: "", layers, exclude, None).open
+    sums = {name: Sums(name, module) for name, module in modules.items()}
+    example, count = None, 0
+    batches = Batches(data, None if loss is not None else inputs)
+    with evaluating(model), Unfused():
+        for batch in bar(progress, "calibrate", batches):
+            if count == 0:
+                example = inputs(batch) if inputs is not None and loss is not None else batch
+                _find_batch_norms(model, example, sums)
+            _watch(model, batch, sums, held_out=count % HELD_OUT_EVERY == HELD_OUT_EVERY - 1, loss=loss)
+            count += 1
+    if not count:
+        raise ValueError("data is empty: at least one batch is needed")
+    return Statistics({name: each.moments() for name, each in sums.items() if each.samples}, example)
+
+
+@torch.no_grad()
+def _find_batch_norms(model: nn.Module, batch: Any, sums: Mapping[str, Sums]) -> None:
+    """Note which layers feed a BatchNorm directly, and nothing else does: it can take up a shift of their mean."""
+    outputs: dict[int, Sums] = {}
+    kept: list[Tensor] = []  # as long as they live, their ids are their own
+    fed: dict[str, list[Sums | None]] = {}
+
+    def after(each: Sums) -> Any:
+        def hook(module: nn.Module, received: Any, output: Tensor) -> None:
+            kept.append(output)
+            outputs[id(output)] = each
+
+        return hook
+
+    def before(name: str) -> Any:
+        return lambda module, given: fed.setdefault(name, []).append(outputs.get(id(given[0])))
+
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None}
+    handles = [each.module.register_forward_hook(after(each)) for each in sums.values()]
+    handles += [norm.register_forward_pre_hook(before(name)) for name, norm in norms.items()]
+    try:
+        call(model, to_device_of(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    feeds = [each for found in fed.values() for each in found]
+    for name, found in fed.items():
+        if len(found) == 1 and found[0] is not None and feeds.count(found[0]) == 1:
+            found[0].normalization = name
+
+
+def _watch(model: nn.Module, batch: Any, sums: Mapping[str, "Sums"], *, held_out: bool, loss: Any) -> None:
+    seen: list[tuple[Sums, Tensor]] = []
+
+    def watch(each: Sums) -> Any:
+        def hook(module: nn.Module, positional: Any, keywords: Any, output: Tensor) -> Tensor | None:
+            received = positional[0] if positional else next(iter(keywords.values()))
+            with naming(each.name), torch.no_grad():
+                each.add(received.detach(), output.detach(), held_out=held_out)
+            if loss is None:
+                return None
+            # Frozen layers count as well; and an activation in place must not change what is kept here.
+            kept = output if output.requires_grad else output.detach().requires_grad_()
+            seen.append((each, kept))
+            return kept.clone()
+
+        return hook
+
+    handles = [each.module.register_forward_hook(watch(each), with_kwargs=True) for each in sums.values()]
+    try:
+        moved = to_device_of(model, batch)
+        if loss is None:
+            with torch.no_grad():
+                call(model, moved)
+            return
+        with torch.enable_grad():
+            value = loss(model, moved)
+            grads = torch.autograd.grad(value, [kept for _, kept in seen], allow_unused=True)
+        for (each, _), grad in zip(seen, grads, strict=True):
+            if grad is not None:
+                each.add_gradient(grad)
+    finally:
+        for handle in handles:
+            handle.remove()

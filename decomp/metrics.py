@@ -1,0 +1,169 @@
+"""The error of a layer's output in place of that of its weight: moments of inputs and outputs as a metric."""
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from decomp.layers import Factorized, group_kernels
+from decomp.methods import Method, Ranks
+from decomp.spectra import as_float64
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What calibration saw of one layer, in float64.
+
+    ``inputs`` (groups, S, S) are second moments of the input channels and ``outputs`` (groups, T, T) those of the
+    outputs without their bias; about the mean where the layer has a bias or feeds a BatchNorm (``normalization``),
+    which then takes up the shift, about zero where there is neither. Either is None where it would be too large,
+    or says nothing more than the other. ``means`` are mean inputs, one for each size that was seen, with how
+    often it was seen. ``shrinkage`` in [0, 1] is how far both are moved towards the metric of the weight.
+    ``row_weights`` (groups, T) are the roots of how much an error of each output counts for the loss.
+    """
+
+    shape: tuple[int, ...]
+    samples: int
+    inputs: Tensor | None
+    outputs: Tensor | None
+    means: tuple[tuple[Tensor, int], ...]
+    shrinkage: float
+    row_weights: Tensor | None = None
+    normalization: str = ""
+
+    def to(self, device: torch.device) -> "Moments":
+        """The same moments on another device."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        means = tuple((mean.to(device), count) for mean, count in self.means)
+        weights = moved(self.row_weights)
+        return replace(
+            self, inputs=moved(self.inputs), outputs=moved(self.outputs), means=means, row_weights=weights
+        )
+
+
+def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
+    """Kernels whose distance from others in the Frobenius norm is that of the outputs.
+
+    E ||(K - K') x||^2 = ||(K - K') C^1/2||^2 for a matrix; for a spatial kernel C is that of the channels, as if
+    positions were not correlated. Without the moments of the inputs, the root of the outputs' moments has the
+    same singular values as K C^1/2.
+    """
+    kernels = _weighted(as_float64(kernels), moments)
+    if moments.inputs is None and _is_matrix(kernels):
+        return _power(_output_moments(kernels, moments), 0.5)
+    if moments.inputs is None:
+        return kernels
+    return _mixed(kernels, _power(_input_moments(layer, moments.inputs, moments.shrinkage), 0.5))
+
+
+def output_factors(
+    method: Method, layer: type[Factorized], dense: nn.Module, ranks: Ranks, moments: Moments
+) -> Any:
+    """One kernel per role such that the error of the output is small, for ``from_kernels``.
+
+    A rank of the outputs is spent on the leading eigenvectors U of E[y y^T]: K' = U U^T K needs no inverse and is
+    the best there is for a matrix. What is left is decomposed as K C^1/2, and C^-1/2 put into the first factor.
+
+    Source: Zhang et al. 2016, section 3.1, for the outputs; whitening as in SVD-LLM (Wang et al. 2024), section
+    3.1.
+    """
+    kernels = _weighted(as_float64(group_kernels(dense)), moments)
+    basis = None
+    known = moments.outputs is not None
+    if known and method.out_rank is not None and ranks[method.out_rank] < kernels.shape[1]:
+        basis = _leading(_output_moments(kernels, moments), ranks[method.out_rank])
+        kernels = torch.einsum("gta,gt...->ga...", basis, kernels)
+    if basis is not None and len(ranks) == 1:
+        # Nothing is left to decompose: each side gets the root of the norm.
+        root = kernels.flatten(2).norm(dim=2).clamp(min=torch.finfo(kernels.dtype).tiny).sqrt()
+        inside = kernels / root.reshape(*root.shape, *(1,) * (kernels.dim() - 2))
+        inside = inside.flatten(2) if _is_matrix(kernels) else inside
+        found = layer.factor_kernels(dense, (basis * root[:, None], inside))
+    else:
+        found = _whitened(method, layer, dense, kernels, ranks, moments)
+        found = found if basis is None else layer.expand_outputs(found, basis)
+    return found if moments.row_weights is None else layer.scale_outputs(found, 1 / moments.row_weights)
+
+
+@torch.no_grad()
+def lost_mean(layer: Factorized, dense: Any, moments: Moments) -> Tensor | None:
+    """What the factors take off the mean of the outputs; None where no mean was seen.
+
+    Both are linear but for the bias, so that the change of the mean is that of the mean input.
+    """
+    if not moments.means:
+        return None
+    total: int = 0
+    shift: Any = 0.0
+    axes = len(getattr(dense, "kernel_size", ()))
+    for mean, count in moments.means:
+        given = mean.to(dense.weight.device, dense.weight.dtype)[None]
+        change = (dense(given) - layer(given)).to(torch.float64)
+        shift = shift + count * (change[0].flatten(1).mean(1) if axes else change[0])
+        total += count
+    return shift / total  # type: ignore[no-any-return]
+
+
+def _whitened(
+    method: Method, layer: type[Factorized], dense: nn.Module, kernels: Tensor, ranks: Ranks, moments: Moments
+) -> dict[str, Tensor]:
+    if moments.inputs is None:
+        return dict(layer.factor_kernels(dense, method.factors(kernels, ranks)))
+    metric = _input_moments(layer, moments.inputs, moments.shrinkage)
+    factors = method.factors(_mixed(kernels, _power(metric, 0.5)), ranks)
+    return layer.mix_inputs(layer.factor_kernels(dense, factors), _power(metric, -0.5))
+
+
+def _input_moments(layer: type[Factorized], moments: Tensor, shrinkage: float) -> Tensor:
+    """(1 - rho) C + rho tr(C) / S I; the diagonal alone where a layer cannot mix its inputs."""
+    if not layer.mixes_inputs:
+        moments = torch.diag_embed(moments.diagonal(dim1=1, dim2=2))
+    mean = moments.diagonal(dim1=1, dim2=2).mean(1)
+    identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
+    least = torch.finfo(moments.dtype).eps * moments.shape[1]  # a singular moment has a root as well
+    return (1 - shrinkage) * moments + (max(shrinkage, least) * mean[:, None, None]) * identity
+
+
+def _output_moments(kernels: Tensor, moments: Moments) -> Tensor:
+    """Moments of the outputs, moved towards K K^T as those of the inputs are towards the identity."""
+    found = cast(Tensor, moments.outputs)
+    if moments.row_weights is not None:
+        found = moments.row_weights[:, :, None] * moments.row_weights[:, None] * found
+    own = kernels.flatten(2) @ kernels.flatten(2).mT
+    energy, energy_own = (each.diagonal(dim1=1, dim2=2).sum(1) for each in (found, own))
+    share = (energy / energy_own.clamp(min=torch.finfo(own.dtype).tiny))[:, None, None]
+    return (1 - moments.shrinkage) * found + moments.shrinkage * share * own
+
+
+def _is_matrix(kernels: Tensor) -> bool:
+    return kernels[0, 0, 0].numel() == 1
+
+
+def _weighted(kernels: Tensor, moments: Moments) -> Tensor:
+    if moments.row_weights is None:
+        return kernels
+    return kernels * moments.row_weights.reshape(*moments.row_weights.shape, *(1,) * (kernels.dim() - 2))
+
+
+def _mixed(kernels: Tensor, mixing: Tensor) -> Tensor:
+    return torch.einsum("gtr...,grs->gts...", kernels, mixing)
+
+
+def _power(moments: Tensor, power: float) -> Tensor:
+    """A power of symmetric matrices; eigenvalues below rounding count as that, so that the inverse is finite."""
+    values, vectors = torch.linalg.eigh(moments)
+    floor = (
+        values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny) * values.shape[1] * torch.finfo(values.dtype).eps
+    )
+    powers: Tensor = torch.maximum(values, floor).pow(power)
+    result: Tensor = (vectors * powers[:, None]) @ vectors.mT
+    return result
+
+
+def _leading(moments: Tensor, rank: int) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(moments)[1]
+    return vectors.flip(-1)[:, :, :rank]

@@ -1,0 +1,162 @@
+"""Least squares for the last factor of a layer and its bias, from moments that are summed batch by batch."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decomp.layers import Factorized, group_kernels, join_kernels
+from decomp.layers.kernels import is_input_first, spatial_like
+
+RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
+LARGEST_PATCH = 4096
+PATCH_ELEMENTS = 2**24
+
+
+class Refit:
+    """The normal equations of y ~= A z + b for the last factor A of a layer: its inputs z, taken apart in patches.
+
+    ``z`` is what the factors before make of the layer's input. A k x k factor sees patches: those are what a
+    convolution with unit kernels and all its options gives, so that no option needs code of its own.
+    """
+
+    def __init__(self, layer: Factorized) -> None:
+        self._layer = layer
+        self._last: Any = list(layer.children())[-1]
+        self._weight = group_kernels(self._last).detach().to(torch.float64).flatten(2)
+        self._patches = _patches_like(self._last)
+        self._fit, self._held_out = _Moments(), _Moments()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the patches are small enough for normal equations."""
+        return self._weight.shape[2] <= LARGEST_PATCH
+
+    def add(self, received: Tensor, target: Tensor, *, held_out: bool) -> None:
+        """Take in an input of the layer, and what its output should be."""
+        if not self.fits:
+            return
+        axes = len(getattr(self._last, "kernel_size", ()))
+        if received.is_floating_point():
+            received = received.to(self._last.weight.dtype)
+        if received.dim() == axes + 1:
+            received, target = received[None], target[None]
+        per_chunk = max(1, PATCH_ELEMENTS // max(1, target[0].numel() * self._weight.shape[2]))
+        for x, y in zip(received.split(per_chunk), target.split(per_chunk), strict=True):
+            x = self._reaching_last(x)
+            z = x if self._patches is None else self._patches(x)
+            moments = self._held_out if held_out else self._fit
+            groups = len(self._weight)
+            moments.add(_rows(z, axes, groups), _rows(y, axes, groups))
+
+    def _reaching_last(self, received: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        hook = self._last.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        try:
+            self._layer(received)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def error(self) -> float:
+        """Relative error of the layer's output as it is, on the batches held out (on all where none was)."""
+        bias = self._last.bias
+        offset = None if bias is None else bias.detach().to(torch.float64).reshape(len(self._weight), -1)
+        return self._judge.error(self._weight, offset)
+
+    @property
+    def _judge(self) -> "_Moments":
+        return self._held_out if self._held_out.count else self._fit
+
+    @torch.no_grad()
+    def apply(self) -> float:
+        """Put the best of a few ridges into the layer, or leave it; return the relative error that is left."""
+        best = self.error()
+        if not self.fits or not self._fit.count:
+            return best
+        found = None
+        for ridge in RIDGES:
+            weight, bias = self._fit.solve(self._weight, ridge, centred=self._last.bias is not None)
+            error = self._judge.error(weight, bias)
+            if math.isfinite(error) and error < best:
+                best, found = error, (weight, bias)
+        if found is not None:
+            self._put(*found)
+        return best
+
+    def _put(self, weight: Tensor, bias: Tensor | None) -> None:
+        last: Any = self._last
+        kernels = weight.reshape(group_kernels(last).shape)
+        last.weight.copy_(join_kernels(kernels, input_first=is_input_first(last)))
+        if bias is not None:
+            last.bias.copy_(bias.flatten())
+        self._weight = weight
+
+
+class _Moments:
+    """Sums over rows z and y of a group: counts, means and products."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._zz: Any = 0.0
+        self._yz: Any = 0.0
+        self._z: Any = 0.0
+        self._y: Any = 0.0
+        self._yy: Any = 0.0
+
+    def add(self, z: Tensor, y: Tensor) -> None:
+        """Take in rows (groups, n, inputs) and (groups, n, outputs)."""
+        self._zz, self._yz = self._zz + z.mT @ z, self._yz + y.mT @ z
+        self._z, self._y = self._z + z.sum(1), self._y + y.sum(1)
+        self._yy = self._yy + y.square().sum((1, 2))
+        self.count += z.shape[1]
+
+    def solve(self, weight: Tensor, ridge: float, *, centred: bool) -> tuple[Tensor, Tensor | None]:
+        """A = (S_yz + rho A_0) (S_zz + rho I)^-1, b = mean(y) - A mean(z)."""
+        zz, yz = self._zz / self.count, self._yz / self.count
+        z, y = self._z / self.count, self._y / self.count
+        if centred:
+            zz, yz = zz - z[:, :, None] * z[:, None], yz - y[:, :, None] * z[:, None]
+        identity = torch.eye(zz.shape[1], dtype=zz.dtype, device=zz.device)
+        mean = zz.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(zz.dtype).tiny)
+        rho = ridge * mean[:, None, None]
+        solved = torch.linalg.solve(zz + rho * identity, (yz + rho * weight).mT).mT
+        return solved, y - torch.einsum("gtz,gz->gt", solved, z) if centred else None
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """sqrt(sum ||y - A z - b||^2 / sum ||y||^2), from the sums alone."""
+        if not self.count:
+            return math.nan
+        lost = self._yy.sum() - 2 * (weight * self._yz).sum() + ((weight @ self._zz) * weight).sum()
+        if bias is not None:
+            shift = torch.einsum("gtz,gz->gt", weight, self._z) - self._y
+            lost = lost + 2 * (bias * shift).sum() + self.count * bias.square().sum()
+        energy = float(self._yy.sum())
+        return math.sqrt(max(float(lost), 0.0) / energy) if energy else 0.0
+
+
+def _patches_like(last: Any) -> nn.Module | None:
+    """A convolution of unit kernels that gives the patches that ``last`` sees, channel by channel."""
+    kernel_size = getattr(last, "kernel_size", ())
+    neutral = {"stride": 1, "padding": 0, "output_padding": 0}
+    plain = all(set(getattr(last, name, ())) <= {value} for name, value in neutral.items())
+    if set(kernel_size) <= {1} and plain:
+        return None
+    taps = math.prod(kernel_size)
+    channels = last.in_channels
+    patches: Any = spatial_like(
+        last, channels, channels * taps, bias=False, device=last.weight.device, groups=channels
+    )
+    units = torch.eye(taps, dtype=last.weight.dtype, device=last.weight.device).reshape(taps, 1, *kernel_size)
+    with torch.no_grad():
+        kernels = units.expand(channels, *units.shape)
+        patches.weight.copy_(join_kernels(kernels, input_first=is_input_first(last)))
+    return patches  # type: ignore[no-any-return]
+
+
+def _rows(tensor: Tensor, axes: int, groups: int) -> Tensor:
+    """(batch, channels, *positions), or (..., channels), to (groups, rows, channels of a group) in float64."""
+    channels = tensor.dim() - axes - 1
+    rows = tensor.movedim(channels, -1).reshape(-1, groups, tensor.shape[channels] // groups)
+    return rows.transpose(0, 1).to(torch.float64)

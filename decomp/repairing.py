@@ -1,0 +1,186 @@
+"""Repair without gradients: last factors and biases refitted in the order of execution, BatchNorm re-estimated."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from decomp import tables
+from decomp.activations import Activations, Batches, RoutedDifferently
+from decomp.following import tails
+from decomp.forward import Unfused, call, evaluating, to_device_of
+from decomp.layers import Factorized
+from decomp.naming import naming
+from decomp.pairing import pairs_of
+from decomp.progress import bar
+from decomp.refitting import Refit
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """Relative error of one layer's output on the batches held out, before and after its last factor was refitted."""
+
+    error_before: float
+    error_after: float
+    note: str = ""
+
+
+class RepairReport(Mapping[str, LayerRepair]):
+    """What the repair did to each layer, in the order of execution; printed, a table.
+
+    ``output_error_before`` and ``output_error_after`` are relative errors of what the network gives, on all
+    batches.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerRepair], before: float, after: float, note: str) -> None:
+        self._layers = dict(layers)
+        self.output_error_before, self.output_error_after, self.note = before, after, note
+
+    def __getitem__(self, name: str) -> LayerRepair:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __str__(self) -> str:
+        rows = [(name, f"{r.error_before:.3f} => {r.error_after:.3f}", r.note) for name, r in self.items()]
+        whole = f"{self.output_error_before:.3f} => {self.output_error_after:.3f}"
+        columns = ("layer", ">error of the output", "note")
+        return tables.render("", columns, rows, ("whole model", whole, self.note))
+
+
+def repair(
+    small: nn.Module,
+    dense: nn.Module,
+    data: Iterable[Any],
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    batch_norm: bool = True,
+    cache_bytes: int = 2**28,
+    progress: bool | None = None,
+) -> RepairReport:
+    """Refit the last factor and the bias of every factorized layer of ``small``, in place, by least squares.
+
+    Layer by layer in the order of execution: with z what reaches the last factor in the compressed network, and y
+    the output of the dense layer in the dense one, A = (S_yz + rho A_0) (S_zz + rho I)^-1 and b = mean(y) - A
+    mean(z), with moments about the mean; a layer without a bias gets none, and moments about zero. rho, a share
+    of the mean diagonal of S_zz, is chosen on every fourth batch, which is held out of the fit, and the old
+    factor stays where none is better. Then the statistics of BatchNorm are estimated anew, and kept where they
+    lower the error of what the network gives. No labels and no gradients are needed.
+
+    Args:
+        small: what :func:`decomp.tucker` or another call returned.
+        dense: the model it was made from, in which nothing is changed.
+        data: an iterable of batches that can be gone through again.
+        inputs: what the model is called with, from a batch.
+        batch_norm: estimate the statistics of BatchNorm anew.
+        cache_bytes: inputs and targets of a layer that are held in memory at once.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: ``dense`` does not match ``small``, or the data is empty.
+        TypeError: the data can be gone through only once, or a batch does not fit the model.
+
+    Source: Zhang et al. 2016, section 3.3 (targets of the dense network, inputs of the compressed one); He, Zhang
+    and Sun 2017, section 3.1 (reconstruction by least squares).
+
+    >>> from decomp import tucker
+    >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    >>> data = [torch.randn(64, 32) for _ in range(8)]
+    >>> report = repair(tucker(model, ranks=8, data=data), model, data, progress=False)
+    >>> report.output_error_after <= report.output_error_before
+    True
+    """
+    pairs = pairs_of(small, dense)
+    batches = Batches(data, inputs)
+    reports: dict[str, LayerRepair] = {}
+    with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
+        before = _output_error(small, dense, batches)
+        for name in bar(
+            progress, "repair", _order(small, batches, {name: pair[0] for name, pair in pairs.items()})
+        ):
+            activations = Activations(small, dense, *pairs[name], [], batches, cache_bytes)
+            with naming(name):
+                reports[name] = _refit(pairs[name][0], activations)
+        after, note = _output_error(small, dense, batches), ""
+        if batch_norm:
+            after, note = _renormalized(small, dense, batches, after)
+    for name in pairs.keys() - reports.keys():
+        reports[name] = LayerRepair(math.nan, math.nan, "the data never reaches it")
+    return RepairReport(reports, before, after, note)
+
+
+def _order(small: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> list[str]:
+    found: list[str] = []
+    for batch in batches:
+        found += [name for name in tails(small, batch, layers) if name not in found]
+        if len(found) == len(layers):
+            break
+    return found
+
+
+def _refit(layer: Factorized, activations: Activations) -> LayerRepair:
+    refit = Refit(layer)
+    count = 0
+    try:
+        for window, _ in activations.windows():
+            for received, target in window:
+                refit.add(received, target, held_out=count % 4 == 3)
+                count += 1
+    except RoutedDifferently:
+        return LayerRepair(math.nan, math.nan, "routed differently: not refitted")
+    if not any(parameter.requires_grad for parameter in layer.parameters()):
+        return LayerRepair(refit.error(), refit.error(), "frozen: not refitted")
+    before = refit.error()
+    after = refit.apply()
+    return LayerRepair(before, after, "" if after < before else "no gain: its factor was kept")
+
+
+def _output_error(small: nn.Module, dense: nn.Module, batches: Batches) -> float:
+    """Relative error of all floating outputs of the network, over the whole data."""
+    lost, energy, empty = 0.0, 0.0, True
+    for batch in batches:
+        empty = False
+        ours, theirs = (_outputs(model, batch) for model in (small, dense))
+        lost += sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True))
+        energy += sum(float(b.square().sum()) for b in theirs)
+    if empty:
+        raise ValueError("data is empty: at least one batch is needed")
+    return math.sqrt(lost / energy) if energy else math.sqrt(lost)
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    leaves = tree_leaves(call(model, to_device_of(model, batch)))
+    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: float) -> tuple[float, str]:
+    """Estimate BatchNorm statistics by one cumulative average over the data; undone where the error would rise."""
+    norms = [m for m in small.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+    if not norms:
+        return before, ""
+    kept = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, norm.training = None, True
+    for batch in batches:
+        call(small, to_device_of(small, batch))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum, norm.training = momentum, False
+    after = _output_error(small, dense, batches)
+    if after < before:
+        return after, f"{len(norms)} BatchNorm re-estimated"
+    for norm, values in zip(norms, kept, strict=True):
+        for name, value in values.items():
+            getattr(norm, name).copy_(value)
+    return before, f"no gain: the statistics of {len(norms)} BatchNorm were kept"

@@ -1,0 +1,135 @@
+"""Running sums of what flows through one layer: moments in memory that does not grow with the data."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decomp.layers import group_kernels
+from decomp.metrics import Moments
+from decomp.shrinkage import chosen_shrinkage, oracle_shrinkage
+
+LARGEST_MOMENTS = 4096  # channels: 134 MB in float64
+LARGEST_SELECTION = 1024
+MOST_SIZES = 8
+
+
+class Sums:
+    """Running sums of one layer, of all batches and of those held out."""
+
+    def __init__(self, name: str, module: Any) -> None:
+        self.name, self.module = name, module
+        self.kernels = group_kernels(module).detach()
+        groups, outputs, inputs = self.kernels.shape[:3]
+        spatial = self.kernels[0, 0, 0].numel() > 1
+        wants_inputs = inputs <= LARGEST_MOMENTS and (spatial or inputs <= outputs)
+        wants_outputs = outputs <= LARGEST_MOMENTS and (spatial or outputs < inputs)
+        if isinstance(module, nn.Embedding):
+            wants_inputs, wants_outputs = False, True
+        self._inputs = Accumulator(groups, inputs) if wants_inputs else None
+        self._held_out = Accumulator(groups, inputs) if wants_inputs else None
+        self._outputs = Accumulator(groups, outputs) if wants_outputs else None
+        self._means: dict[tuple[int, ...], tuple[Tensor, int]] = {}
+        self._gradients: Tensor | None = None
+        self.samples = 0
+        self.normalization = ""
+
+    @property
+    def _centred(self) -> bool:
+        return getattr(self.module, "bias", None) is not None or bool(self.normalization)
+
+    def add(self, received: Tensor, output: Tensor, *, held_out: bool) -> None:
+        """Take in the input and the output of one call."""
+        if not received.numel():
+            return
+        axes = len(getattr(self.module, "kernel_size", ()))
+        is_embedding = isinstance(self.module, nn.Embedding)
+        bias = getattr(self.module, "bias", None)
+        if bias is not None:
+            output = output - bias.detach().reshape(-1, *(1,) * axes)
+        if not is_embedding:
+            received = received.reshape(-1, *received.shape[len(received.shape) - axes - 1 :])
+            self._add_mean(received)
+            if self._inputs is not None and self._held_out is not None:
+                rows = _rows(received, axes, self.kernels.shape[0])
+                self._inputs.add(rows)
+                if held_out:
+                    self._held_out.add(rows)
+        if self._outputs is not None:
+            self._outputs.add(_rows(output, axes, self.kernels.shape[0]))
+        self.samples += received.numel() if is_embedding else len(received)
+
+    def add_gradient(self, grad: Tensor) -> None:
+        """Take in the gradient of the loss by the output: its square is summed per channel."""
+        axes = len(getattr(self.module, "kernel_size", ()))
+        squares = _rows(grad, axes, 1)[0].square().sum(0)
+        self._gradients = squares if self._gradients is None else self._gradients + squares
+
+    def _add_mean(self, received: Tensor) -> None:
+        size = tuple(received.shape[1:])
+        if size in self._means or len(self._means) < MOST_SIZES:
+            total, count = self._means.get(size, (torch.zeros((), dtype=torch.float64, device=received.device), 0))
+            self._means[size] = (total + received.to(torch.float64).sum(0), count + len(received))
+
+    def moments(self) -> Moments:
+        """The moments, about the mean where a bias or a BatchNorm can take up the shift."""
+        centred = self._centred
+        inputs = None if self._inputs is None else self._inputs.second(centred=centred)
+        outputs = None if self._outputs is None else self._outputs.second(centred=centred)
+        means = tuple((total / count, count) for total, count in self._means.values())
+        row_weights = None
+        if self._gradients is not None:
+            weights = self._gradients.reshape(self.kernels.shape[:2])
+            # A channel that the loss does not feel still counts a little: it may matter on other data.
+            row_weights = (weights / weights.mean().clamp(min=1e-300) + 1e-3).sqrt()
+        shape = tuple(self.module.weight.shape)
+        return Moments(
+            shape, self.samples, inputs, outputs, means, self._shrinkage(centred), row_weights, self.normalization
+        )
+
+    def _shrinkage(self, centred: bool) -> float:
+        """Chosen on the batches held out; by formula where there are none, or too many channels."""
+        sums = self._inputs or self._outputs
+        formula = oracle_shrinkage(sums.second(centred=True), self.samples) if sums is not None else 0.0
+        if self._inputs is None or self._held_out is None or self.kernels.shape[2] > LARGEST_SELECTION:
+            return formula
+        train = self._inputs.without(self._held_out)
+        if not train.count or not self._held_out.count:
+            return formula
+        held_out = self._held_out.second(centred=centred)
+        return chosen_shrinkage(self.kernels, train.second(centred=centred), held_out, formula)
+
+
+class Accumulator:
+    """Sums of rows and of their outer products per group."""
+
+    def __init__(self, groups: int, channels: int) -> None:
+        self._total: Any = torch.zeros(groups, channels, dtype=torch.float64)
+        self._outer: Any = torch.zeros(groups, channels, channels, dtype=torch.float64)
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Take in (groups, rows, channels)."""
+        self._total = self._total.to(rows.device) + rows.sum(1)
+        self._outer = self._outer.to(rows.device) + rows.mT @ rows
+        self.count += rows.shape[1]
+
+    def without(self, other: "Accumulator") -> "Accumulator":
+        """What is left when the rows of another are taken away."""
+        left = Accumulator(*self._total.shape)
+        left._total, left._outer = self._total - other._total.to(self._total.device), self._outer - other._outer
+        left.count = self.count - other.count
+        return left
+
+    def second(self, *, centred: bool) -> Tensor:
+        """Second moments, about the mean or about zero."""
+        mean = self._total / max(self.count, 1)
+        second: Tensor = self._outer / max(self.count, 1)
+        return second - mean[:, :, None] * mean[:, None] if centred else second
+
+
+def _rows(tensor: Tensor, axes: int, groups: int) -> Tensor:
+    """(batch, channels, *positions), or (..., channels), to (groups, rows, channels of a group)."""
+    channels = tensor.dim() - axes - 1
+    rows = tensor.movedim(channels, -1).reshape(-1, groups, tensor.shape[channels] // groups)
+    return rows.transpose(0, 1).to(torch.float64)
