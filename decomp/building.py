@@ -1,6 +1,7 @@
 """From choices to factorized layers: decomposed weights, or the bare structure."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from decomp.candidates import Candidate
 from decomp.choices import Choice
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import Method, Ranks
-from decomp.metrics import lost_mean, output_factors
+from decomp.metrics import lost_mean, output_error, output_factors
 from decomp.naming import naming, require_finite
 from decomp.progress import bar
 from decomp.spectra import as_float64
@@ -64,7 +65,13 @@ def _layer_of(module: nn.Module, method: Method, ranks: Ranks, candidate: Candid
         factors = known(kernels, ranks) if known is not None else None
         return layer.from_factors(module, method.factors(kernels, ranks) if factors is None else factors)
     moments = candidate.moments.to(kernels.device)
-    return layer.from_kernels(module, output_factors(method, layer, module, ranks, moments))
+    found = layer.from_kernels(module, output_factors(method, layer, module, ranks, moments))
+    if hasattr(found, "expand") and layer.mixes_inputs:
+        return found
+    # The metric of the channels is no more than near that of the patches: where it can be checked, it is.
+    plain = layer.from_factors(module, method.factors(kernels, ranks))
+    errors = [output_error(each, module, moments) for each in (found, plain)]
+    return plain if errors[0] is not None and errors[1] is not None and errors[1] < errors[0] else found
 
 
 @torch.no_grad()
@@ -92,8 +99,21 @@ def correct_means(
 
 
 @torch.no_grad()
-def weight_error(layer: Factorized, dense: nn.Module) -> float:
-    """Relative error of the weight, ||W - W'|| / ||W||."""
-    weight = as_float64(cast(Tensor, dense.weight))
-    energy = float(weight.norm())
-    return float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
+def measured(
+    choices: Mapping[str, Choice],
+    dense: Mapping[str, nn.Module],
+    new: Mapping[str, Factorized],
+    candidates: Mapping[str, Sequence[Candidate]],
+) -> dict[str, Choice]:
+    """The choices of layers decomposed by their output, with both errors as they are."""
+    found = {}
+    for name, layer in new.items():
+        moments = next((candidate.moments for candidate in candidates.get(name, ())), None)
+        if moments is not None:
+            weight = as_float64(cast(Tensor, dense[name].weight))
+            energy = float(weight.norm())
+            error = float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
+            output = output_error(layer, dense[name], moments.to(weight.device))
+            output = choices[name].output_error if output is None else output
+            found[name] = replace(choices[name], error=error, output_error=output)
+    return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from operator import index
 from typing import cast
 
@@ -12,14 +12,14 @@ from torch import nn
 
 from decomp.choices import Change, Choice, describe
 from decomp.costs import Price
-from decomp.grids import Grid
+from decomp.grids import Grid, undominated
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import METHODS, Analysis, Method, Ranks
+from decomp.methods.fits import Unchanged
 from decomp.metrics import Moments, output_kernels
 from decomp.naming import naming, require_finite
 from decomp.observing import Call
 from decomp.ranks import Fixed, Rule
-from decomp.ranks.allocation import Front
 from decomp.spectra import Spectrum, Values
 from decomp.timing import Stopwatch
 
@@ -61,13 +61,14 @@ class Candidate:
             layer = cast(type[Factorized], method.layer_of(module))
             price = Price(module, layer, limits, calls)
             weight_analysis = analysis = method.analyse(kernels)
-            if moments is not None:
-                analysis = method.analyse(output_kernels(layer, kernels, moments))
+            outputs = None if moments is None else output_kernels(layer, kernels, moments)
+            if outputs is not None:
+                analysis = method.analyse(outputs)
             stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
         # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses.
         reference = None
         if not analysis.spectra:
-            reference = partial(cls.of, name, module, METHODS["tucker"], calls, moments=moments)
+            reference = cache(partial(cls._reference, Unchanged(kernels), name, module, calls))
         return cls(
             name,
             describe(module),
@@ -83,6 +84,13 @@ class Candidate:
             moments,
         )
 
+    @classmethod
+    def _reference(cls, kernels: Unchanged, name: str, module: nn.Module, calls: list[Call] | None) -> "Candidate":
+        """The layer under Tucker-2, or SVD where it is a matrix."""
+        kernels()
+        tucker = METHODS["tucker"]
+        return cls.of(name, module, METHODS["svd"] if tucker.why_not(module) else tucker, calls)
+
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
         """Of the weight: what is signal in it, and what noise."""
@@ -90,7 +98,7 @@ class Candidate:
 
     @property
     def output_spectra(self) -> tuple[Spectrum, ...]:
-        """Of the weight as the outputs see it, where there are data; else of the weight."""
+        """Of the weight as the outputs see it, where data tell it; else of the weight."""
         return self.analysis.spectra
 
     @cached_property
@@ -127,21 +135,16 @@ class Candidate:
         if key not in self._fronts:
             grid = self.grid
             costs = self._stopwatch(grid.macs) if kind == "seconds" else getattr(grid, kind).astype(np.float64)
-            allowed = grid.pays & (costs < self.dense_cost(kind))
-            for mode, (limit, preset) in enumerate(zip(self.limits, self._preset, strict=True)):
-                ranks = grid.ranks[:, mode]
-                allowed &= (ranks % multiple_of == 0) | (ranks == limit) | (preset is not None)
-            places = np.flatnonzero(allowed)
-            costs, squared = costs[places], grid.error[places] ** 2
-            if len(places):
-                best = Front.of(costs, squared).places
-                places, costs, squared = places[best], costs[best], squared[best]
-            self._fronts[key] = ([tuple(row) for row in grid.ranks[places].tolist()], costs, squared)
+            fixed = tuple(preset is not None for preset in self._preset)
+            places = undominated(grid, costs, self.dense_cost(kind), self.limits, multiple_of, fixed)
+            ranks = [tuple(row) for row in grid.ranks[places].tolist()]
+            self._fronts[key] = (ranks, costs[places], grid.error[places] ** 2)
         return self._fronts[key]
 
     @property
     def _preset(self) -> tuple[int | None, ...]:
-        return self.method.preset or (None,) * len(self.limits)
+        preset = self.method.preset or (None,) * len(self.limits)
+        return tuple(p and min(p, limit) for p, limit in zip(preset, self.limits, strict=True))
 
     @property
     def _stopwatch(self) -> Stopwatch:
@@ -154,7 +157,7 @@ class Candidate:
         return self._choice(ranks, reason="" if ranks else reason)
 
     def error(self, ranks: Ranks) -> float:
-        """Relative error at these ranks: of the output where there are data, else of the weight."""
+        """Relative error at these ranks: of the output where data tell it, else of the weight."""
         return self.analysis.error(ranks)
 
     def params_share(self, ranks: Ranks) -> float:
@@ -194,7 +197,9 @@ class Candidate:
 
     def _fitted(self, request: Fixed) -> tuple[Ranks, str]:
         try:
-            ranks, clamped = request.fit(self.limits, self._preset)
+            ranks, clamped = request.fit(
+                self.limits, self._preset, is_matrix=self.method.name == METHODS["svd"].name
+            )
         except ValueError as error:
             raise ValueError(f"layer {self.name!r}: {error}") from None
         return ranks, f"clamped to {_ranks(ranks)}" if clamped else ""
@@ -234,10 +239,10 @@ class Candidate:
             ranks,
             Change(dense.params, cost.params),
             Change(dense.macs, cost.macs) if self.absolute_macs else share,
-            0.0 if not ranks else self.error(ranks) if self.moments is None else None,
+            self.weight_analysis.error(ranks) if ranks else 0.0,
             reason,
             "; ".join(filter(None, notes)),
-            None if self.moments is None else self.error(ranks) if ranks else 0.0,
+            None if self.analysis is self.weight_analysis else self.error(ranks) if ranks else 0.0,
         )
 
 

@@ -29,9 +29,10 @@ class Choice:
 
     ``ranks`` is empty and ``method`` is "dense" where the layer stays as it is; ``reason`` then says why.
     ``params`` counts the layer's parameters. ``macs`` counts its multiply-adds on the example inputs (ints), or
-    is a share of the dense layer's (floats). ``error`` is the relative error of the weight; in a plan from data
-    it is None until the plan is applied. ``output_error`` is that of the layer's output on these data, predicted,
-    and None without data. ``note`` says what was adjusted.
+    is a share of the dense layer's (floats). ``error`` is the relative error of the weight. ``output_error`` is
+    that of the layer's output about its mean, and None without data. Factors from data have another error of the
+    weight than is planned: the plan that an applied model carries has both as they are. ``note`` says what was
+    adjusted.
     """
 
     layer: str
@@ -40,7 +41,7 @@ class Choice:
     ranks: Ranks
     params: Change
     macs: Change
-    error: float | None
+    error: float
     reason: str = ""
     note: str = ""
     output_error: float | None = None
@@ -76,8 +77,9 @@ class Choice:
     def row(self, name: str) -> tuple[str, ...]:
         """The row of a table with the columns ``COLUMNS``."""
         costs = [_change(change, replaced=bool(self.ranks)) for change in (self.params, self.macs)]
-        error_shown = self.error if self.output_error is None else self.output_error
-        ranks, error = " x ".join(map(str, self.ranks)), f"{error_shown:.3f}" if self.ranks else ""
+        ranks, error = " x ".join(map(str, self.ranks)), f"{self.error:.3f}" if self.ranks else ""
+        if self.ranks and self.output_error is not None:
+            error += f" / {self.output_error:.3f}"
         return (name or "(the model)", self.layer, self.method, ranks, *costs, error, self.reason or self.note)
 
 

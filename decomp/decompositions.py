@@ -11,6 +11,8 @@ from decomp.planning import Scope, make_plan
 from decomp.plans import Plan
 from decomp.selection import Selector
 
+DEFAULTS = {"fold": "channel", "modes": 3, "solver": None, "blocks": 4, "scheme": "spatial"}
+
 
 def tucker(
     model: nn.Module,
@@ -243,6 +245,9 @@ def _decompose(
             )
         if scope.data is not None and finetune is False:
             raise ValueError("a Plan says itself what it was made from: give data= to decomp.plan")
+        changed = {name: value for name, value in options.items() if value != DEFAULTS[name]}
+        if changed:
+            raise ValueError(f"a Plan says itself which methods it uses: leave {next(iter(changed))}= out")
         decided = ranks
     else:
         decided = make_plan(model, method, options, ranks, scope)

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import Method, Ranks
+from decomp.projecting import refitted
 from decomp.spectra import as_float64
+
+RELATIVE_RIDGE = 1e-6
+LARGEST_PATCH_SHRINKAGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Moments:
     shrinkage: float
     row_weights: Tensor | None = None
     normalization: str = ""
+    patches: Tensor | None = None
 
     def to(self, device: torch.device) -> "Moments":
         """The same moments on another device."""
@@ -39,25 +44,42 @@ class Moments:
             return None if tensor is None else tensor.to(device)
 
         means = tuple((mean.to(device), count) for mean, count in self.means)
-        weights = moved(self.row_weights)
         return replace(
-            self, inputs=moved(self.inputs), outputs=moved(self.outputs), means=means, row_weights=weights
+            self,
+            inputs=moved(self.inputs),
+            outputs=moved(self.outputs),
+            means=means,
+            row_weights=moved(self.row_weights),
+            patches=moved(self.patches),
         )
 
 
-def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
-    """Kernels whose distance from others in the Frobenius norm is that of the outputs.
+def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor | None:
+    """A matrix whose distance from others in the Frobenius norm is that of the outputs; None for spatial kernels.
 
-    E ||(K - K') x||^2 = ||(K - K') C^1/2||^2 for a matrix; for a spatial kernel C is that of the channels, as if
-    positions were not correlated. Without the moments of the inputs, the root of the outputs' moments has the
-    same singular values as K C^1/2.
+    E ||(W - W') x||^2 = ||(W - W') C^1/2||^2; without the moments of the inputs, the root of those of the outputs
+    has the same singular values. The moments of the channels of a spatial kernel do not say it: as if positions
+    were not correlated, they put the error far too low.
     """
+    if not _is_matrix(kernels):
+        return None
     kernels = _weighted(as_float64(kernels), moments)
-    if moments.inputs is None and _is_matrix(kernels):
-        return _power(_output_moments(kernels, moments), 0.5)
     if moments.inputs is None:
-        return kernels
+        return _power(_output_moments(kernels, moments), 0.5)
     return _mixed(kernels, _power(_input_moments(layer, moments.inputs, moments.shrinkage), 0.5))
+
+
+@torch.no_grad()
+def output_error(layer: Factorized, dense: nn.Module, moments: Moments) -> float | None:
+    """Relative error of the output about its mean, ||(W - W') x|| / ||W x||; None without the moments for it."""
+    kernels = as_float64(group_kernels(dense))
+    inside = moments.inputs if _is_matrix(kernels) else moments.patches
+    if inside is None:
+        return None
+    weight = kernels.flatten(2)
+    lost = weight - as_float64(layer.dense_kernels()).flatten(2)
+    squared, energy = (float(((each @ inside) * each).sum()) for each in (lost, weight))
+    return (max(squared, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
 
 
 def output_factors(
@@ -86,6 +108,9 @@ def output_factors(
     else:
         found = _whitened(method, layer, dense, kernels, ranks, moments)
         found = found if basis is None else layer.expand_outputs(found, basis)
+        if moments.patches is not None:
+            whole = _weighted(as_float64(group_kernels(dense)), moments)
+            found = refitted(layer, dense, found, whole, _patch_moments(moments))
     return found if moments.row_weights is None else layer.scale_outputs(found, 1 / moments.row_weights)
 
 
@@ -126,6 +151,14 @@ def _input_moments(layer: type[Factorized], moments: Tensor, shrinkage: float) -
     identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
     least = torch.finfo(moments.dtype).eps * moments.shape[1]  # a singular moment has a root as well
     return (1 - shrinkage) * moments + (max(shrinkage, least) * mean[:, None, None]) * identity
+
+
+def _patch_moments(moments: Moments) -> Tensor:
+    patches = cast(Tensor, moments.patches)
+    mean = patches.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    identity = torch.eye(patches.shape[1], dtype=patches.dtype, device=patches.device)
+    rho = max(min(moments.shrinkage, LARGEST_PATCH_SHRINKAGE), RELATIVE_RIDGE)
+    return (1 - rho) * patches + rho * mean * identity
 
 
 def _output_moments(kernels: Tensor, moments: Moments) -> Tensor:

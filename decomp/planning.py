@@ -10,8 +10,8 @@ from decomp.budgets import Budget, Wish
 from decomp.calibration import Statistics, calibrate
 from decomp.candidates import Candidate
 from decomp.choices import Change
+from decomp.layers import Factorized
 from decomp.methods import AUTO, METHODS, Method, method_named, row_named
-from decomp.metrics import Moments
 from decomp.plans import Plan
 from decomp.progress import bar
 from decomp.ranks import RULES, parse_request
@@ -33,6 +33,8 @@ class Scope:
 
     def statistics(self, model: nn.Module) -> Statistics | None:
         """The statistics that were given as data, or those of the data; None without any."""
+        if isinstance(self.data, Statistics):
+            _require_same_model(self.data, model)
         if self.data is None or isinstance(self.data, Statistics):
             return self.data
         return calibrate(
@@ -67,7 +69,7 @@ def make_plan(
     choices = dict(surveyed.refused)
     candidates: dict[str, list[Candidate]] = {}
     for name, module in bar(scope.progress, "analyse", surveyed.open.items()):
-        moments = moments_of(statistics, name, module)
+        moments = statistics.get(name) if statistics is not None else None
         candidate = Candidate.of(name, module, method_of(name, module), surveyed.calls(name), moments=moments)
         candidates[name] = [candidate]
         choices[name] = candidate.decide(request_of(name))
@@ -100,7 +102,7 @@ def make_budget_plan(
     timed = budget.kind == "seconds"
     candidates = {}
     for name, module in bar(scope.progress, "time and analyse" if timed else "analyse", surveyed.open.items()):
-        calls, moments = surveyed.calls(name), moments_of(statistics, name, module)
+        calls, moments = surveyed.calls(name), statistics.get(name) if statistics is not None else None
         candidates[name] = [
             Candidate.of(name, module, each, calls, timed=timed, moments=moments) for each in fitting(module)
         ]
@@ -114,19 +116,15 @@ def make_budget_plan(
     return plan.with_budget(**{budget.kind: budget.value}, wish=wish)
 
 
-def moments_of(statistics: Statistics | None, name: str, module: nn.Module) -> Moments | None:
-    """What was seen of a layer; None where there were no data, or none that reached it.
-
-    Raises:
-        ValueError: the statistics are those of another model.
-    """
-    moments = None if statistics is None else statistics.get(name)
-    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-    if moments is not None and moments.shape != shape:
-        raise ValueError(
-            f"data: the statistics are of another model, layer {name!r} had weight {moments.shape}, now {shape}"
-        )
-    return moments
+def _require_same_model(statistics: Statistics, model: nn.Module) -> None:
+    known = dict(model.named_modules())
+    for name, moments in statistics.items():
+        shape = tuple(getattr(getattr(known.get(name), "weight", None), "shape", ()))
+        if moments.shape != shape and not isinstance(known.get(name), Factorized):
+            raise ValueError(
+                f"data: the statistics are of another model, layer {name!r} had weight {moments.shape}, "
+                f"here it has {shape}"
+            )
 
 
 def _timed_together(

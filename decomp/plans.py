@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from decomp import surgery, tables
 from decomp.budgets import Budget, Wish, spend, total_cost
-from decomp.building import correct_means, decomposed, structures, weight_error
+from decomp.building import correct_means, decomposed, measured, structures
 from decomp.candidates import Candidate
 from decomp.choices import COLUMNS, Change, Choice
 from decomp.costs import Cost
@@ -42,6 +42,14 @@ class Plan(Mapping[str, Choice]):
         self._methods = {name: found[0].method for name, found in self._candidates.items()} | dict(methods or {})
         self._before = before
         self._seconds = seconds
+
+    def __deepcopy__(self, memo: object) -> "Plan":
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """What is pickled: the decision, without the spectra that make it editable."""
+        own = {name: method for name, method in self._methods.items() if method.name not in METHODS}
+        return vars(self) | {"_candidates": {}, "_methods": own}
 
     def __getitem__(self, name: str) -> Choice:
         return self._choices[name]
@@ -156,10 +164,7 @@ class Plan(Mapping[str, Choice]):
         """
         replaced = layers_to_replace(model, self, self.method_of, needs_values=True)
         new = decomposed(replaced, self, self.method_of, self._candidates, progress)
-        known = {
-            name: weight_error(layer, replaced[name]) for name, layer in new.items() if self[name].error is None
-        }
-        settled = {name: replace(self[name], error=error) for name, error in known.items()}
+        settled = measured(self, replaced, new, self._candidates)
         small = self._swapped(model, new, inplace, settled)
         correct_means(small, replaced, new, self._candidates)
         return small
@@ -227,9 +232,10 @@ class Plan(Mapping[str, Choice]):
         replaced = f"{sum(bool(choice.ranks) for choice in self.values())} of {len(self)} replaced"
         params = " => ".join(map(tables.number, self.params))
         macs = " => ".join(map(tables.number, self.macs)) if self.macs else ""
-        columns = [
-            column if column != ">MACs" or self.macs else ">MACs (share, large input)" for column in COLUMNS
-        ]
+        names = {} if self.macs else {">MACs": ">MACs (share, large input)"}
+        if any(choice.output_error is not None for choice in self.values()):
+            names[">error"] = ">error of weight / output"
+        columns = [names.get(column, column) for column in COLUMNS]
         rows = [choice.row(name) for name, choice in self.items()]
         table = tables.render("", columns, rows, ("whole model", replaced, "", "", params, macs, "", ""))
         if self.seconds is None:

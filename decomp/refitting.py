@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from decomp.layers import Factorized, group_kernels, join_kernels
-from decomp.layers.kernels import is_input_first, spatial_like
+from decomp.layers.kernels import is_input_first
+from decomp.patches import patches_like, rows_of
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
 LARGEST_PATCH = 4096
@@ -25,7 +26,7 @@ class Refit:
         self._layer = layer
         self._last: Any = list(layer.children())[-1]
         self._weight = group_kernels(self._last).detach().to(torch.float64).flatten(2)
-        self._patches = _patches_like(self._last)
+        self._patches = patches_like(self._last)
         self._fit, self._held_out = _Moments(), _Moments()
 
     @property
@@ -48,7 +49,7 @@ class Refit:
             z = x if self._patches is None else self._patches(x)
             moments = self._held_out if held_out else self._fit
             groups = len(self._weight)
-            moments.add(_rows(z, axes, groups), _rows(y, axes, groups))
+            moments.add(rows_of(z, axes, groups), rows_of(y, axes, groups))
 
     def _reaching_last(self, received: Tensor) -> Tensor:
         seen: list[Tensor] = []
@@ -134,29 +135,3 @@ class _Moments:
             lost = lost + 2 * (bias * shift).sum() + self.count * bias.square().sum()
         energy = float(self._yy.sum())
         return math.sqrt(max(float(lost), 0.0) / energy) if energy else 0.0
-
-
-def _patches_like(last: Any) -> nn.Module | None:
-    """A convolution of unit kernels that gives the patches that ``last`` sees, channel by channel."""
-    kernel_size = getattr(last, "kernel_size", ())
-    neutral = {"stride": 1, "padding": 0, "output_padding": 0}
-    plain = all(set(getattr(last, name, ())) <= {value} for name, value in neutral.items())
-    if set(kernel_size) <= {1} and plain:
-        return None
-    taps = math.prod(kernel_size)
-    channels = last.in_channels
-    patches: Any = spatial_like(
-        last, channels, channels * taps, bias=False, device=last.weight.device, groups=channels
-    )
-    units = torch.eye(taps, dtype=last.weight.dtype, device=last.weight.device).reshape(taps, 1, *kernel_size)
-    with torch.no_grad():
-        kernels = units.expand(channels, *units.shape)
-        patches.weight.copy_(join_kernels(kernels, input_first=is_input_first(last)))
-    return patches  # type: ignore[no-any-return]
-
-
-def _rows(tensor: Tensor, axes: int, groups: int) -> Tensor:
-    """(batch, channels, *positions), or (..., channels), to (groups, rows, channels of a group) in float64."""
-    channels = tensor.dim() - axes - 1
-    rows = tensor.movedim(channels, -1).reshape(-1, groups, tensor.shape[channels] // groups)
-    return rows.transpose(0, 1).to(torch.float64)

@@ -24,7 +24,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 @dataclass(frozen=True)
 class LayerRepair:
-    """Relative error of one layer's output on the batches held out, before and after its last factor was refitted."""
+    """Relative error of one layer's output on the batches held out, before and after the refit."""
 
     error_before: float
     error_after: float

@@ -12,6 +12,8 @@ def oracle_shrinkage(second: Tensor, samples: int) -> float:
     ``second`` are moments (groups, n, n).
     """
     size, squares = second.shape[1], float(second.square().sum())
+    if size == 1:
+        return 0.0
     trace = float(second.diagonal(dim1=1, dim2=2).sum(1).square().sum())
     above = (1 - 2 / size) * squares + trace
     below = (samples + 1 - 2 / size) * (squares - trace / size)

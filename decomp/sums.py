@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from decomp.layers import group_kernels
 from decomp.metrics import Moments
+from decomp.patches import patches_like, rows_of
 from decomp.shrinkage import chosen_shrinkage, oracle_shrinkage
 
 LARGEST_MOMENTS = 4096  # channels: 134 MB in float64
 LARGEST_SELECTION = 1024
+LARGEST_PATCH = 2304
+PATCH_ELEMENTS = 2**22
 MOST_SIZES = 8
 
 
@@ -29,6 +32,10 @@ class Sums:
         self._inputs = Accumulator(groups, inputs) if wants_inputs else None
         self._held_out = Accumulator(groups, inputs) if wants_inputs else None
         self._outputs = Accumulator(groups, outputs) if wants_outputs else None
+        taps = self.kernels[0, 0, 0].numel()
+        wants_patches = spatial and inputs * taps <= LARGEST_PATCH
+        self._patches = Accumulator(groups, inputs * taps) if wants_patches else None
+        self._unfold = patches_like(module) if wants_patches else None
         self._means: dict[tuple[int, ...], tuple[Tensor, int]] = {}
         self._gradients: Tensor | None = None
         self.samples = 0
@@ -51,19 +58,27 @@ class Sums:
             received = received.reshape(-1, *received.shape[len(received.shape) - axes - 1 :])
             self._add_mean(received)
             if self._inputs is not None and self._held_out is not None:
-                rows = _rows(received, axes, self.kernels.shape[0])
+                rows = rows_of(received, axes, self.kernels.shape[0])
                 self._inputs.add(rows)
                 if held_out:
                     self._held_out.add(rows)
+            self._add_patches(received, axes)
         if self._outputs is not None:
-            self._outputs.add(_rows(output, axes, self.kernels.shape[0]))
+            self._outputs.add(rows_of(output, axes, self.kernels.shape[0]))
         self.samples += received.numel() if is_embedding else len(received)
 
     def add_gradient(self, grad: Tensor) -> None:
         """Take in the gradient of the loss by the output: its square is summed per channel."""
         axes = len(getattr(self.module, "kernel_size", ()))
-        squares = _rows(grad, axes, 1)[0].square().sum(0)
+        squares = rows_of(grad, axes, 1)[0].square().sum(0)
         self._gradients = squares if self._gradients is None else self._gradients + squares
+
+    def _add_patches(self, received: Tensor, axes: int) -> None:
+        if self._patches is None or self._unfold is None:
+            return
+        each = received[0].numel() * self.kernels[0, 0, 0].numel()
+        for part in received.split(max(1, PATCH_ELEMENTS // max(1, each))):
+            self._patches.add(rows_of(self._unfold(part), axes, self.kernels.shape[0]))
 
     def _add_mean(self, received: Tensor) -> None:
         size = tuple(received.shape[1:])
@@ -76,6 +91,7 @@ class Sums:
         centred = self._centred
         inputs = None if self._inputs is None else self._inputs.second(centred=centred)
         outputs = None if self._outputs is None else self._outputs.second(centred=centred)
+        patches = None if self._patches is None else self._patches.second(centred=centred)
         means = tuple((total / count, count) for total, count in self._means.values())
         row_weights = None
         if self._gradients is not None:
@@ -83,15 +99,16 @@ class Sums:
             # A channel that the loss does not feel still counts a little: it may matter on other data.
             row_weights = (weights / weights.mean().clamp(min=1e-300) + 1e-3).sqrt()
         shape = tuple(self.module.weight.shape)
+        shrinkage = self._shrinkage(centred)
         return Moments(
-            shape, self.samples, inputs, outputs, means, self._shrinkage(centred), row_weights, self.normalization
+            shape, self.samples, inputs, outputs, means, shrinkage, row_weights, self.normalization, patches
         )
 
     def _shrinkage(self, centred: bool) -> float:
         """Chosen on the batches held out; by formula where there are none, or too many channels."""
         sums = self._inputs or self._outputs
         formula = oracle_shrinkage(sums.second(centred=True), self.samples) if sums is not None else 0.0
-        if self._inputs is None or self._held_out is None or self.kernels.shape[2] > LARGEST_SELECTION:
+        if self._inputs is None or self._held_out is None or not 1 < self.kernels.shape[2] <= LARGEST_SELECTION:
             return formula
         train = self._inputs.without(self._held_out)
         if not train.count or not self._held_out.count:
@@ -126,10 +143,3 @@ class Accumulator:
         mean = self._total / max(self.count, 1)
         second: Tensor = self._outer / max(self.count, 1)
         return second - mean[:, :, None] * mean[:, None] if centred else second
-
-
-def _rows(tensor: Tensor, axes: int, groups: int) -> Tensor:
-    """(batch, channels, *positions), or (..., channels), to (groups, rows, channels of a group)."""
-    channels = tensor.dim() - axes - 1
-    rows = tensor.movedim(channels, -1).reshape(-1, groups, tensor.shape[channels] // groups)
-    return rows.transpose(0, 1).to(torch.float64)

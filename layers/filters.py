@@ -172,7 +172,7 @@ class SharedBankConv(_Filters):
     method = "shared_bank"
     split = True
     mixes_inputs = False
-    expand: nn.Module
+    expand: Any
 
     def build(self, dense: ConvNd, device: Any) -> None:
         (terms,) = self.ranks
@@ -213,5 +213,5 @@ class SharedBankConv(_Filters):
         for role, child in self.named_children():
             if role.startswith("axis"):
                 x = run_factor(child, x, output_size)
-        x = x.reshape(*input.shape[: -axes - 1], -1, *x.shape[-axes:])
+        x = x.reshape(*input.shape[: -axes - 1], self.expand.in_channels, *x.shape[-axes:])
         return self.expand(x)  # type: ignore[no-any-return]

@@ -1,6 +1,8 @@
 """The methods against published counts, TensorLy, planted kernels, and random layer configurations."""
 
+import copy
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import tensorly
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layer_cases import factorized, with_weight
+from layer_cases import factorized, small_ranks, with_weight
 from tensorly.cp_tensor import cp_to_tensor
 from tensorly.decomposition import parafac, partial_tucker
 from tensorly.tucker_tensor import tucker_to_tensor
@@ -309,3 +311,89 @@ def test_families_name_rows_of_the_table():
         again = decomp.Plan.from_json(plan.to_json())
         assert {again.method_of(layer).name for layer in again if again[layer].ranks} <= {name, "svd"}
         assert np.isfinite([choice.error for choice in plan.values()]).all()
+
+
+SMALL = [
+    *(nn.Conv2d(3, 8, 3), nn.Conv2d(1, 8, 3), nn.Conv2d(8, 2, (1, 3)), nn.Conv2d(6, 9, (3, 5), groups=3)),
+    *(nn.Conv3d(3, 4, (1, 3, 3)), nn.ConvTranspose2d(3, 5, 3), nn.Conv1d(3, 4, 5), nn.Conv2d(4, 4, 3, groups=2)),
+]
+
+
+@pytest.mark.parametrize("dense", SMALL, ids=str)
+def test_listed_ranks_are_within_the_limits_and_their_factors_fit(dense):
+    dense = dense.double()
+    kernels = group_kernels(dense).detach()
+    for name, method in METHODS.items():
+        if method.why_not(dense):
+            continue
+        limits, analysis = method.limits(kernels), method.analyse(kernels)
+        assert (analysis.ranks >= 1).all(), name
+        assert (analysis.ranks <= np.array(limits)).all(), name
+        rows = np.unique(np.linspace(0, len(analysis.ranks) - 1, 3).astype(int))
+        for ranks in analysis.ranks[rows].tolist():
+            layer = factorized(name, dense, tuple(ranks))
+            error = float((layer.weight - dense.weight).detach().norm() / dense.weight.detach().norm())
+            assert error <= analysis.error(tuple(ranks)) + 2e-7, (name, ranks)
+        for rule in (decomp.ranks.params(0.5), decomp.ranks.energy(0.5), "vbmf"):
+            plan = decomp.plan(dense, method, ranks=rule)
+            if plan[""].ranks:
+                plan.apply(dense)
+
+
+def test_the_shared_bank_is_exact_at_its_limit_with_groups():
+    dense = nn.Conv2d(2, 2, (3, 5), groups=2, dtype=torch.float64)
+    (most,) = METHODS["shared_bank"].limits(group_kernels(dense))
+    weight = factorized("shared_bank", dense, (most,)).dense_weight()
+    torch.testing.assert_close(weight, dense.weight, rtol=0, atol=1e-10)
+
+
+def test_plans_of_every_method_can_be_pickled_and_copied():
+    model = nn.Sequential(nn.Conv2d(16, 24, 3), nn.Linear(30, 30))
+    for method in METHODS.values():
+        plan = decomp.plan(model, method, ranks=2)
+        again = pickle.loads(pickle.dumps(plan))
+        assert dict(again) == dict(plan)
+        assert copy.deepcopy(plan).with_ranks("1", 3)["1"].ranks == ((3,) if plan["1"].method != "dense" else ())
+
+
+def test_a_changed_weight_makes_a_fitted_plan_stale():
+    for name in ("cp", "tensor_train"):
+        dense = nn.Conv2d(16, 24, 3)
+        plan = decomp.plan(dense, name, ranks=8)
+        dense.weight.data.mul_(2)
+        for ranks in (8, 9, *(["vbmf"] if name == "cp" else [])):
+            with pytest.raises(ValueError, match="the weight has changed since the plan was made"):
+                plan.with_ranks("", ranks)
+
+
+def test_a_tuple_is_for_matrices_and_methods_of_so_many_ranks():
+    model = nn.Sequential(nn.Conv2d(24, 32, 3), nn.Conv2d(24, 32, 1))
+    assert decomp.plan(model, "tucker", ranks=(16, 8))["1"].ranks == (8,)
+    with pytest.raises(ValueError, match=r"ranks=\(16, 8\) has 2 entries, 1 are needed"):
+        decomp.plan(model, "cp", ranks=(16, 8))
+
+
+def test_options_next_to_a_plan_are_refused():
+    model = nn.Sequential(nn.Conv2d(24, 32, 3))
+    plan = decomp.plan(model, ranks=8)
+    with pytest.raises(ValueError, match="a Plan says itself which methods it uses: leave modes= out"):
+        decomp.cp(model, ranks=plan, modes=4)
+
+
+def test_solvers_do_not_depend_on_the_default_device():
+    dense = nn.Conv2d(8, 8, 3)
+    with torch.device("meta"):
+        for name in METHODS:
+            if not METHODS[name].why_not(dense):
+                METHODS[name].factors(group_kernels(dense).detach(), small_ranks(name, dense))
+
+
+def test_multiples_of_eight_use_the_budget():
+    core = (
+        torch.randn(128, 64, 3, 3)
+        / torch.maximum(torch.arange(1.0, 129)[:, None], torch.arange(1.0, 65))[..., None, None]
+    )
+    dense = with_weight(nn.Conv2d(64, 128, 3), core[None])
+    plan = decomp.plan(dense, params=0.3, methods=["tensor_train"], multiple_of=8)
+    assert all(rank % 8 == 0 for rank in plan[""].ranks)
+    assert plan.params.after > 0.2 * plan.params.before

@@ -87,7 +87,7 @@ def row_named(method: str | Method) -> Method:
     if isinstance(method, Method):
         return method
     if method not in METHODS:
-        known = sorted({*METHODS, *FAMILIES})
+        known = sorted(METHODS)
         raise ValueError(f"method={method!r} is unknown: write one of {known}, or a decomp.methods.Method")
     return METHODS[method]
 

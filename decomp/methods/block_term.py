@@ -58,6 +58,7 @@ def factors(kernels: Tensor, ranks: Ranks) -> Factors:
 def analyse(blocks: int, kernels: Tensor) -> Analysis:
     """Fits along the ranks (G, out, in) whose out and in are the same share of T and S."""
     _, outputs, inputs = kernels.shape[:3]
+    blocks = min(blocks, outputs, inputs)
     shares = [(point + 1) / POINTS for point in range(POINTS)]
     path = {(blocks, max(1, round(share * outputs)), max(1, round(share * inputs))) for share in shares}
     paying = [ranks for ranks in path if _params(kernels, ranks) < kernels[0].numel()]

@@ -71,7 +71,7 @@ def _method(
 
     def limits(kernels: Tensor) -> Ranks:
         """Exact by slices: filters with a single one, or a single channel, whichever is less."""
-        channels = kernels.shape[1] * kernels.shape[2] if channel is None else kernels.shape[channel]
+        channels = kernels.shape[:3].numel() if channel is None else kernels.shape[channel]
         return (most_terms((channels, *as_tensor(kernels, split=True).shape[3:])),)
 
     def fit(kernels: Tensor, ranks: Ranks) -> Fit:

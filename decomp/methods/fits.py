@@ -36,28 +36,42 @@ def fitted_analysis(kernels: Tensor, path: Sequence[Ranks], fit: Callable[[Tenso
     )
 
 
+class Unchanged:
+    """A weight that is looked at later, and must be what it was.
+
+    Raises:
+        ValueError: on call, where it has changed.
+    """
+
+    def __init__(self, kernels: Tensor) -> None:
+        self._kernels, self.digest = kernels, digest(kernels)
+
+    def __call__(self) -> Tensor:
+        if digest(self._kernels) != self.digest:
+            raise ValueError("the weight has changed since the plan was made: make a new plan")
+        return self._kernels
+
+
 class _Fits:
     """Fits of one weight. Errors are kept, factors only of the last ranks that were asked for."""
 
     def __init__(self, kernels: Tensor, path: Sequence[Ranks], fit: Callable[[Tensor, Ranks], Fit]) -> None:
-        self._kernels = kernels
-        self._digest = _digest(kernels)
+        self._kernels = Unchanged(kernels)
         self._places = {ranks: place for place, ranks in enumerate(path)}
         self._fit = fit
         self._errors: dict[Ranks, float] = {}
         self._last: tuple[Ranks, Fit] | None = None
 
     def __call__(self, ranks: Ranks) -> Fit:
+        kernels = self._kernels()
         if self._last is None or self._last[0] != ranks:
-            if _digest(self._kernels) != self._digest:
-                raise ValueError("the weight has changed since the plan was made: make a new plan")
-            self._last = (ranks, self._fit(self._kernels, ranks))
+            self._last = (ranks, self._fit(kernels, ranks))
             self._errors[ranks] = self._last[1].squared_error
         return self._last[1]
 
     def factors(self, kernels: Tensor, ranks: Ranks) -> Any:
         """The factors of these kernels where they were fitted last, else None."""
-        known = self._last is not None and self._last[0] == ranks and _digest(kernels) == self._digest
+        known = self._last is not None and self._last[0] == ranks and digest(kernels) == self._kernels.digest
         return self._last[1].factors if known and self._last is not None else None
 
     def curve(self) -> Values:
@@ -76,6 +90,7 @@ class _Fits:
         return np.asarray(np.interp(np.log1p(np.arange(last + 1)), np.log1p(places), roots) ** 2, np.float64)
 
 
-def _digest(kernels: Tensor) -> bytes:
+def digest(kernels: Tensor) -> bytes:
+    """A fingerprint of all values."""
     values = kernels.detach().contiguous().cpu().view(torch.uint8)
     return blake2b(values.numpy().tobytes(), digest_size=16).digest()

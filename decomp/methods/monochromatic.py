@@ -47,31 +47,34 @@ def analyse(kernels: Tensor) -> Analysis:
 
 
 def _cluster(filters: Tensor, count: int) -> Factors:
-    """One group: filters (T, S, k)."""
-    grams = filters @ filters.mT
-    colours = _first_colours(grams, count)
+    """One group: filters (T, S, k), written in the span of all of them where that is less than S."""
+    wide = filters.transpose(0, 1).flatten(1)
+    basis = None
+    if wide.shape[0] > wide.shape[1]:
+        basis, small = torch.linalg.qr(wide)
+        filters = small.unflatten(1, (len(filters), -1)).transpose(0, 1)
+    colours = _first_colours(filters, count)
     cluster = torch.full((len(filters),), -1, device=filters.device)
     for _ in range(MAX_ROUNDS):
-        kept = torch.einsum("cs,tsr,cr->tc", colours, grams, colours)
+        kept = torch.einsum("cs,tsk->tck", colours, filters).square().sum(2)
         before, cluster = cluster, kept.argmax(1)
         if torch.equal(before, cluster):
             break
-        sums = torch.zeros(count, *grams.shape[1:], dtype=grams.dtype, device=grams.device)
-        sums.index_add_(0, cluster, grams)
-        used = torch.bincount(cluster, minlength=count) > 0
-        colours = torch.where(used[:, None], torch.linalg.eigh(sums)[1][..., -1], colours)
-    return colours, cluster, torch.einsum("ts,tsk->tk", colours[cluster], filters)
+        for each in cluster.unique().tolist():
+            own = filters[cluster == each].transpose(0, 1).flatten(1)
+            colours[each] = torch.linalg.eigh(own @ own.T)[1][:, -1]
+    spatial_filters = torch.einsum("ts,tsk->tk", colours[cluster], filters)
+    return colours if basis is None else colours @ basis.T, cluster, spatial_filters
 
 
-def _first_colours(grams: Tensor, count: int) -> Tensor:
+def _first_colours(filters: Tensor, count: int) -> Tensor:
     """Leading vectors of filters that the colours before keep least of."""
-    own = torch.linalg.eigh(grams)[1][..., -1]
-    energies = torch.einsum("tss->t", grams)
+    energies = filters.square().sum((1, 2))
     missing, colours = energies.clone(), []
     for _ in range(count):
-        colour = own[int(missing.argmax())]
+        colour = torch.linalg.svd(filters[int(missing.argmax())], full_matrices=False)[0][:, 0]
         colours.append(colour)
-        missing = torch.minimum(missing, energies - torch.einsum("s,tsr,r->t", colour, grams, colour))
+        missing = torch.minimum(missing, energies - torch.einsum("s,tsk->tk", colour, filters).square().sum(1))
     return torch.stack(colours)
 
 

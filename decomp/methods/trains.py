@@ -9,6 +9,7 @@ from torch import Tensor
 from decomp.layers import AsymmetricConv, TensorTrainConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, spatial_steps
 from decomp.methods import tucker
+from decomp.methods.fits import Unchanged
 from decomp.methods.record import Analysis, Method, Ranks
 from decomp.methods.takes import needs_two_axes
 from decomp.spectra import Values, as_float64, tail_sums
@@ -65,7 +66,7 @@ def analyse_train(kernels: Tensor) -> Analysis:
     grid = np.stack(np.meshgrid(*modes, indexing="ij"), -1).reshape(-1, 3).astype(np.int32)
     squared = np.minimum(bound, asymmetric.energy).ravel()
     tensor = kernels.detach()
-    return Analysis(asymmetric.energy, grid, lambda: squared, partial(_train_error, tensor), spectra)
+    return Analysis(asymmetric.energy, grid, lambda: squared, partial(_train_error, Unchanged(tensor)), spectra)
 
 
 def train_factors(kernels: Tensor, ranks: Ranks) -> Train:
@@ -89,9 +90,9 @@ def train_factors(kernels: Tensor, ranks: Ranks) -> Train:
     return basis.mT, first, second, expand
 
 
-def _train_error(kernels: Tensor, ranks: Ranks) -> float:
+def _train_error(kernels: Unchanged, ranks: Ranks) -> float:
     """||K - K~||^2, by multiplying the train out."""
-    tensor = as_float64(kernels)
+    tensor = as_float64(kernels())
     reduce, first, second, expand = train_factors(tensor, ranks)
     rebuilt = torch.einsum("gtaj,gasi->gtsij", second, first)
     if expand is not None:
@@ -110,7 +111,10 @@ def _fold(kernels: Tensor) -> Tensor:
 
 
 def _thinned(limit: int) -> Values:
-    return np.unique(np.geomspace(1, limit, RANKS_PER_MODE).round().astype(np.int64))
+    """About so many ranks on a log scale, and the multiples of 8 next to them, which suit GPUs."""
+    ranks = np.geomspace(1, limit, RANKS_PER_MODE).round().astype(np.int64)
+    eights = np.maximum(8 * np.round(ranks / 8).astype(np.int64), min(8, limit))
+    return np.unique(np.concatenate([ranks, np.minimum(eights, limit)]))
 
 
 LAYERS = CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS

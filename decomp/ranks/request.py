@@ -18,7 +18,9 @@ class Fixed:
     ranks: int | tuple[int, ...]
     exact: bool = False
 
-    def fit(self, limits: Ranks, preset: tuple[int | None, ...] = ()) -> tuple[Ranks, bool]:
+    def fit(
+        self, limits: Ranks, preset: tuple[int | None, ...] = (), *, is_matrix: bool = True
+    ) -> tuple[Ranks, bool]:
         """Fill every component, clamp it at its limit, and say whether that lowered the ranks.
 
         An int fills every component that ``preset`` does not, and is meant as "at most"; a tuple means its
@@ -30,7 +32,7 @@ class Fixed:
         if isinstance(self.ranks, int):
             wanted = tuple(p or self.ranks for p in preset or (None,) * len(limits))
             most = (max(limits),) * len(limits)
-        elif len(limits) == 1:
+        elif len(limits) == 1 and is_matrix:
             wanted, most = (min(self.ranks),), limits
         else:
             wanted, most = self.ranks, limits

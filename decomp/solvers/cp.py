@@ -76,7 +76,7 @@ def _slices(tensor: Tensor, rank: int) -> list[Tensor]:
     slices = tensor.reshape(*tensor.shape[:3], -1).movedim(3, 1)
     left, values, right = torch.linalg.svd(slices, full_matrices=False)
     columns = [(left * values[:, :, None]).movedim(1, 2).flatten(2), right.mT.movedim(1, 2).flatten(2)]
-    places = torch.arange(slices.shape[1]).repeat_interleave(values.shape[2]).to(tensor.device)
+    places = torch.arange(slices.shape[1], device="cpu").repeat_interleave(values.shape[2]).to(tensor.device)
     for index, size in zip(_unravel(places, tensor.shape[3:]), tensor.shape[3:], strict=True):
         unit_vectors = torch.eye(size, dtype=tensor.dtype, device=tensor.device)[:, index]
         columns.append(unit_vectors.expand(tensor.shape[0], -1, -1))
@@ -98,7 +98,7 @@ def _compressed(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _best(tensor: Tensor, rank: int, starts: int, seed: int, rules: Rules, max_sweeps: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     best: list[Tensor] = []
     least = torch.full(tensor.shape[:1], math.inf, dtype=tensor.dtype, device=tensor.device)
     for index in range(starts):
@@ -125,7 +125,7 @@ def _run(tensor: Tensor, start: list[Tensor], rules: Rules, max_sweeps: int) -> 
 
 def _start(tensor: Tensor, rank: int, generator: torch.Generator, leading: bool) -> list[Tensor]:
     """Random unit columns; in the second mode its leading eigenvectors first. The first mode is not read."""
-    random = [torch.randn(tensor.shape[0], size, rank, generator=generator) for size in tensor.shape[1:]]
+    random = [torch.randn(tensor.shape[0], size, rank, generator=generator, device="cpu") for size in tensor.shape[1:]]
     factors = [unit(factor.to(tensor)) for factor in random]
     if leading:
         unfolded = tensor.transpose(1, 2).flatten(2)
