@@ -123,8 +123,12 @@ def unpack(content: bytes) -> Any:
     return nested(json.loads(header))
 
 
-def identify(model: nn.Module | None) -> dict[str, str]:
-    """What tells a model from another: its tensors by name and shape, and digests of their values."""
+def identify(**models: nn.Module | None) -> dict[str, str]:
+    """What tells models from others, by the names of the arguments: digests of their layers and of their weights."""
+    return {f"{key} of {name}": value for name, model in models.items() for key, value in _digests(model).items()}
+
+
+def _digests(model: nn.Module | None) -> dict[str, str]:
     tensors = {} if model is None else dict([*model.named_parameters(), *model.named_buffers()])
     shapes = {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(tensors.items())}
     values = hashlib.blake2b(digest_size=16)

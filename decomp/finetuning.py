@@ -192,13 +192,14 @@ def _identity(
     recipe: Recipe,
     together: Team,
 ) -> dict[str, Any]:
-    models = {
-        f"{key} of {name}": value
-        for name, model in (("small", small), ("dense", dense))
-        for key, value in identify(model).items()
-    }
     shares = {"held_out": held_out, "cache_bytes": cache_bytes, "train": sorted(chosen)}
-    return {"call": "finetune_layerwise", **models, **shares, **recipe.identity(), **together.identity()}
+    return {
+        "call": "finetune_layerwise",
+        **identify(small=small, dense=dense),
+        **shares,
+        **recipe.identity(),
+        **together.identity(),
+    }
 
 
 def _tails(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:

@@ -182,7 +182,7 @@ class Lesson:
 
     @torch.no_grad()
     def _error(self, layer: nn.Module, held: Examples[Pair]) -> float | None:
-        """sqrt(sum ||phi(f(x)) - phi(y)||^2 / sum ||phi(y)||^2) over all processes; None where there is no data."""
+        """sqrt(sum ||phi(f(x)) - phi(y)||^2 / sum ||phi(y)||^2) over all processes; None without data."""
         lost = energy = 0.0
         pairs = routed = 0
         try:

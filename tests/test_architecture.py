@@ -41,17 +41,34 @@ ALLOWED = {
         *("decomp.budgets", "decomp.candidates", "decomp.choices", "decomp.methods", "decomp.plans"),
         *("decomp.progress", "decomp.ranks", "decomp.selection", "decomp.surveys", "decomp.timing"),
     },
-    "decomp.activations": {"decomp.following", "decomp.forward"},
+    **dict.fromkeys(("decomp.checkpoints", "decomp.processes", "decomp.randomness", "decomp.streams"), LEAVES),
+    "decomp.batches": {"decomp.forward"},
+    "decomp.losses": {"decomp.forward"},
+    "decomp.training": {"decomp.checkpoints", "decomp.processes"},
+    "decomp.activations": {"decomp.batches", "decomp.following", "decomp.forward", "decomp.streams"},
+    "decomp.lessons": {
+        *("decomp.activations", "decomp.batches", "decomp.checkpoints", "decomp.following", "decomp.processes"),
+        *("decomp.randomness", "decomp.streams", "decomp.training"),
+    },
     "decomp.finetuning": {
-        *("decomp.activations", "decomp.following", "decomp.forward", "decomp.layers", "decomp.naming"),
-        *("decomp.progress", "decomp.tables"),
+        *("decomp.activations", "decomp.batches", "decomp.checkpoints", "decomp.following", "decomp.forward"),
+        *("decomp.layers", "decomp.lessons", "decomp.naming", "decomp.processes", "decomp.progress"),
+        *("decomp.randomness", "decomp.streams", "decomp.tables", "decomp.training"),
+    },
+    "decomp.courses": {
+        *("decomp.batches", "decomp.checkpoints", "decomp.forward", "decomp.losses", "decomp.processes"),
+        *("decomp.randomness", "decomp.streams", "decomp.training"),
+    },
+    "decomp.distilling": {
+        *("decomp.batches", "decomp.checkpoints", "decomp.courses", "decomp.forward", "decomp.losses"),
+        *("decomp.processes", "decomp.progress", "decomp.training"),
     },
     "decomp.reports": {
         *("decomp.choices", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.observing"),
         *("decomp.surgery", "decomp.tables", "decomp.timing"),
     },
     "decomp.sensitivities": {
-        *("decomp.activations", "decomp.forward", "decomp.layers", "decomp.naming", "decomp.progress"),
+        *("decomp.batches", "decomp.forward", "decomp.layers", "decomp.naming", "decomp.progress"),
         *("decomp.selection", "decomp.spectra", "decomp.surveys"),
     },
     "decomp.api": {
