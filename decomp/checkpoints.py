@@ -124,7 +124,7 @@ def unpack(content: bytes) -> Any:
 
 
 def identify(**models: nn.Module | None) -> dict[str, str]:
-    """What tells models from others, by the names of the arguments: digests of their layers and of their weights."""
+    """What tells models from others, by the names of the arguments: digests of their layers and their weights."""
     return {f"{key} of {name}": value for name, model in models.items() for key, value in _digests(model).items()}
 
 

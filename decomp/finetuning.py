@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,6 @@ def finetune_layerwise(
     pairs = _pairs(small, dense)
     chosen = trained_parameters(small, train)
     recipe = Recipe(steps, lr, optimizer, schedule, patience, checkpoint_every)
-    if not 0 <= held_out <= 0.5:
-        raise ValueError(f"held_out={held_out}: write a share of the batches from 0 to 0.5")
     with team(accelerator, small, dense) as together, torch.inference_mode(False):
         together.spread(small)
         identity = _identity(small, dense, held_out, cache_bytes, chosen, recipe, together)
@@ -128,15 +127,14 @@ def finetune_layerwise(
         batches = Batches(OwnRandomness(data, _first_state(store, data, together), again=True), inputs)
         tails_of_small = _tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
         tails_of_dense = _tails(dense, batches, {name: pair[1] for name, pair in pairs.items()})
+        split = Split(held_out, together.rank, together.size)
+        lesson = partial(Lesson, recipe=recipe, split=split, team=together)
         lessons = {
-            name: Lesson(
+            name: lesson(
                 layer=pairs[name][0],
                 trained={inner for inner, _ in pairs[name][0].named_parameters() if f"{name}.{inner}" in chosen},
                 flow=Activations(small, dense, *pairs[name], tails_of_dense[name], batches, cache_bytes),
                 tail=tail,
-                recipe=recipe,
-                split=Split(held_out, together.rank, together.size),
-                team=together,
             )
             for name, tail in tails_of_small.items()
             if name in tails_of_dense

@@ -34,6 +34,10 @@ class Split:
     rank: int = 0
     size: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 0.5:
+            raise ValueError(f"held_out={self.share}: write a share of the batches from 0 to 0.5")
+
     def own(self, index: int) -> bool:
         """Whether the batch is this process's."""
         return index % self.size == self.rank
