@@ -25,7 +25,7 @@ class TuningReport:
     """What end-to-end fine-tuning did.
 
     The loss before and after is that of the batches to validate on, or, without any, the mean over the first and
-    over the best twentieth of the steps. ``losses`` are the means over every twentieth.
+    over the last twentieth of the steps. ``losses`` are the means over every twentieth.
     """
 
     loss_before: float
@@ -68,7 +68,7 @@ class Course:
         self._norm_steps = norm_steps
         self._split = Split(0, together.rank, together.size)
         self._validate = None if validate is None else Batches(validate)
-        self._source = OwnRandomness(data, random_state(data), again=False)
+        self._source = OwnRandomness(data, together.gather(random_state(data))[0], again=False)
         self._batches = Batches(self._source)
         self._stream = Endless[tuple[int, Any]](self._windows)
 

@@ -127,8 +127,7 @@ def finetune_layerwise(
         batches = Batches(OwnRandomness(data, _first_state(store, data, together), again=True), inputs)
         tails_of_small = _tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
         tails_of_dense = _tails(dense, batches, {name: pair[1] for name, pair in pairs.items()})
-        split = Split(held_out, together.rank, together.size)
-        lesson = partial(Lesson, recipe=recipe, split=split, team=together)
+        lesson = partial(Lesson, recipe=recipe, split=Split(held_out, together.rank, together.size), team=together)
         lessons = {
             name: lesson(
                 layer=pairs[name][0],
@@ -171,13 +170,13 @@ def _taught(
 
 
 def _first_state(store: Checkpoint, data: Any, together: Team) -> dict[str, Any]:
-    """The random numbers that this process's data begins with, the same ones in a run that goes on."""
+    """The random numbers that the data begins with, on every process and in a run that goes on."""
     kept = store.load("data")
     together.wait()  # nobody writes before everybody has looked
     if kept is None:
-        kept = together.gather(random_state(data))
+        kept = together.gather(random_state(data))[0]
         store.save("data", kept)
-    state: dict[str, Any] = kept[together.rank]
+    state: dict[str, Any] = kept
     return state
 
 
