@@ -1,7 +1,10 @@
 """Two processes on gloo, each with its share of the data, end with one and the same model."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -23,19 +26,47 @@ assert network.loss_after < network.loss_before, network
 """
 
 
+def launched(script, *arguments):
+    """The script in two processes, in a session of their own, so that they can be killed together."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script]
+    return subprocess.Popen(
+        [*command, *arguments],
+        env=environment(ACCELERATE_USE_CPU="true"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=TESTS,
+        start_new_session=True,
+    )
+
+
+def ended(run):
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_to_the_same_model(tmp_path):
+    script = TESTS / "finetune_job.py"
+    ended(launched(script, tmp_path / "whole", tmp_path / "expected"))
+    for seconds in (1.0, 3.0, 5.0):
+        run = launched(script, tmp_path / "killed", tmp_path / "got")
+        while run.stdout.readline() != "training\n":
+            assert run.poll() is None, run.communicate()[1][-3000:]
+        time.sleep(seconds)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    assert list((tmp_path / "killed").rglob("current.safetensors"))
+    ended(launched(script, tmp_path / "killed", tmp_path / "got"))
+    for rank in range(2):
+        expected, got = (load_file(tmp_path / f"{name}.{rank}.safetensors") for name in ("expected", "got"))
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
 def test_two_processes_end_with_the_same_model_as_one_that_sees_both_shares(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(JOB)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    run = subprocess.run(
-        [*command, script, tmp_path / "two"],
-        env=environment(ACCELERATE_USE_CPU="true"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=TESTS,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    ended(launched(script, tmp_path / "two"))
     first, second = (load_file(tmp_path / f"two.{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     try:

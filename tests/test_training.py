@@ -116,7 +116,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(dense, monkeypatch):
     monkeypatch.setattr(Activations, "_pairs", counted)
     pair_bytes = 2 * 16 * 32 * 4
     peaks = []
-    for count in (20, 40, 80):
+    for count in (40, 80, 160):
         highest = 0
         small = decomp.tucker(dense, ranks=4, layers="2")
         decomp.finetune_layerwise(small, dense, Made(count), steps=30, cache_bytes=8 * pair_bytes, patience=None)
