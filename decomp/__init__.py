@@ -1,9 +1,10 @@
 """Low-rank and tensor decomposition that makes trained PyTorch models smaller and faster."""
 
-from decomp import layers, ranks
+from decomp import layers, losses, ranks
 from decomp.api import compress, densify, plan
 from decomp.calibration import Statistics, calibrate
 from decomp.decompositions import block_term, cp, flattened, separable, svd, tucker
+from decomp.distilling import finetune
 from decomp.finetuning import finetune_layerwise
 from decomp.plans import Plan
 from decomp.repairing import repair
@@ -19,9 +20,11 @@ __all__ = [
     "compress",
     "cp",
     "densify",
+    "finetune",
     "finetune_layerwise",
     "flattened",
     "layers",
+    "losses",
     "plan",
     "profile",
     "ranks",

@@ -1,38 +1,17 @@
 """What flows through one layer: inputs in the compressed network, targets from the dense one."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from decomp.batches import Batches, Part, naming_batch
 from decomp.following import Tail, follow
 from decomp.forward import Unfused, call, to_device_of
+from decomp.streams import Window
 
 Pair = tuple[Tensor, Tensor]
-
-
-class Batches:
-    """The user's data, as what the model is called with."""
-
-    def __init__(self, data: Iterable[Any], inputs: Callable[[Any], Any] | None) -> None:
-        if isinstance(data, Tensor) or not isinstance(data, Iterable):
-            raise TypeError(
-                f"data must be an iterable of batches, not {type(data).__name__}: write [batch] for one"
-            )
-        if isinstance(data, Iterator):
-            raise TypeError(
-                "data can be gone through only once, every layer needs a pass: give a DataLoader or a list"
-            )
-        self._data = data
-        self._inputs = inputs or (lambda batch: batch)
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self._inputs, self._data)
-
-
-class _Reached(Exception):
-    """Ends a forward pass at the layer that it was run for."""
 
 
 class RoutedDifferently(Exception):
@@ -58,25 +37,30 @@ class Activations:
         self._small, self._dense, self._layer, self._twin = small, dense, layer, twin
         self._tail, self._batches, self._cache_bytes = tail, batches, cache_bytes
 
-    def windows(self) -> Iterator[tuple[list[Pair], bool]]:
-        """Go through the data once in windows that fit the cache; the flag says that one window held it all.
+    def windows(self, start: int = 0, part: Part | None = None, share: float = 1.0) -> Iterator[Window[Pair]]:
+        """Go through the data once, in windows that fit a share of the cache.
+
+        Args:
+            start: the batch to begin with.
+            part: which batches are looked at; the others are passed over.
+            share: of the cache.
 
         Raises:
             RoutedDifferently: inputs and targets of a batch do not belong together.
         """
         window: list[Pair] = []
-        size, whole = 0, True
-        for batch in self._batches:
-            pairs = self._pairs(batch)
+        begin, size, whole = start, 0, start == 0
+        for index, batch in self._batches.numbered(start, part):
+            with naming_batch(index, batch):
+                pairs = self._pairs(batch)
             pair_bytes = sum(tensor.numel() * tensor.element_size() for pair in pairs for tensor in pair)
-            if window and size + pair_bytes > self._cache_bytes:
-                whole = False
-                yield window, False
-                window, size = [], 0
+            if window and size + pair_bytes > share * self._cache_bytes:
+                yield Window(begin, window)
+                begin, size, whole, window = index, 0, False, []
             window += pairs
             size += pair_bytes
         if window:
-            yield window, whole
+            yield Window(begin, window, whole)
 
     @torch.no_grad()
     def _pairs(self, batch: Any) -> list[Pair]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decomp.activations import Batches
+from decomp.batches import Batches, naming_batch
 from decomp.forward import Unfused, call, evaluating, to_device_of
 from decomp.metrics import Moments
 from decomp.naming import naming
@@ -57,7 +57,7 @@ def calibrate(
 
     Args:
         model: the dense model.
-        data: batches as the model is called with; one pass is enough, labels are not needed.
+        data: batches as the model is called with; labels are not needed.
         inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
         loss: a function of the model and a batch of ``data`` that gives the loss. The error of each output channel
             then counts by the mean square of its gradient (Fisher), from a backward pass per batch.
@@ -78,16 +78,16 @@ def calibrate(
     """
     modules = survey(model, lambda name, module: "", layers, exclude, None).open
     sums = {name: Sums(name, module) for name, module in modules.items()}
-    example, count = None, 0
+    example = None
     batches = Batches(data, None if loss is not None else inputs)
     with evaluating(model), Unfused():
-        for batch in bar(progress, "calibrate", batches):
-            if count == 0:
-                example = inputs(batch) if inputs is not None and loss is not None else batch
-                _find_batch_norms(model, example, sums)
-            _watch(model, batch, sums, held_out=count % HELD_OUT_EVERY == HELD_OUT_EVERY - 1, loss=loss)
-            count += 1
-    if not count:
+        for count, batch in bar(progress, "calibrate", batches.numbered()):
+            with naming_batch(count, batch):
+                if example is None:
+                    example = inputs(batch) if inputs is not None and loss is not None else batch
+                    _find_batch_norms(model, example, sums)
+                _watch(model, batch, sums, held_out=count % HELD_OUT_EVERY == HELD_OUT_EVERY - 1, loss=loss)
+    if example is None:
         raise ValueError("data is empty: at least one batch is needed")
     return Statistics({name: each.moments() for name, each in sums.items() if each.samples}, example)
 

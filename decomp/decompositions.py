@@ -1,17 +1,13 @@
 """One call per decomposition: plan and apply in one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from decomp.applying import apply_plan
-from decomp.planning import Scope, make_plan
-from decomp.plans import Plan
+from decomp.applying import decompose
+from decomp.planning import Scope
 from decomp.selection import Selector
-
-DEFAULTS = {"fold": "channel", "modes": 3, "solver": None, "blocks": 4, "scheme": "spatial"}
 
 
 def tucker(
@@ -71,7 +67,7 @@ def tucker(
     )
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return _decompose(model, "tucker", {"solver": solver}, ranks, scope, finetune, inplace)
+    return decompose(model, "tucker", {"solver": solver}, ranks, scope, finetune, inplace)
 
 
 def svd(
@@ -102,7 +98,7 @@ def svd(
     (torch.Size([8, 32, 3, 1]), torch.Size([64, 8, 1, 3]))
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return _decompose(model, "svd", {"fold": fold}, ranks, scope, finetune, inplace)
+    return decompose(model, "svd", {"fold": fold}, ranks, scope, finetune, inplace)
 
 
 def cp(
@@ -136,7 +132,7 @@ def cp(
     [(16, 32, 1, 1), (16, 1, 3, 3), (64, 16, 1, 1)]
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return _decompose(model, "cp", {"modes": modes, "solver": solver}, ranks, scope, finetune, inplace)
+    return decompose(model, "cp", {"modes": modes, "solver": solver}, ranks, scope, finetune, inplace)
 
 
 def block_term(
@@ -167,7 +163,7 @@ def block_term(
     ((2, 8, 8), 2)
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return _decompose(model, "block_term", {"blocks": blocks}, ranks, scope, finetune, inplace)
+    return decompose(model, "block_term", {"blocks": blocks}, ranks, scope, finetune, inplace)
 
 
 def separable(
@@ -197,7 +193,7 @@ def separable(
     [(64, 1, 3, 3), (64, 64, 1, 1)]
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return _decompose(model, "separable", {"scheme": scheme}, ranks, scope, finetune, inplace)
+    return decompose(model, "separable", {"scheme": scheme}, ranks, scope, finetune, inplace)
 
 
 def flattened(
@@ -226,29 +222,4 @@ def flattened(
     [(64, 32, 1, 1), (64, 1, 3, 1), (64, 1, 1, 3)]
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return _decompose(model, "flattened", {}, ranks, scope, finetune, inplace)
-
-
-def _decompose(
-    model: nn.Module,
-    method: str,
-    options: Mapping[str, Any],
-    ranks: Any,
-    scope: Scope,
-    finetune: bool | Mapping[str, Any],
-    inplace: bool,
-) -> nn.Module:
-    if isinstance(ranks, Plan):
-        if replace(scope, progress=None, data=None, inputs=None) != Scope():
-            raise ValueError(
-                "a Plan says itself which layers it is about: leave layers=, exclude= and example_inputs= out"
-            )
-        if scope.data is not None and finetune is False:
-            raise ValueError("a Plan says itself what it was made from: give data= to decomp.plan")
-        changed = {name: value for name, value in options.items() if value != DEFAULTS[name]}
-        if changed:
-            raise ValueError(f"a Plan says itself which methods it uses: leave {next(iter(changed))}= out")
-        decided = ranks
-    else:
-        decided = make_plan(model, method, options, ranks, scope)
-    return apply_plan(model, decided, scope, finetune=finetune, inplace=inplace)
+    return decompose(model, "flattened", {}, ranks, scope, finetune, inplace)

@@ -1,36 +1,29 @@
 """Fine-tuning layer by layer: every factorized layer learns to give what the dense layer gave."""
 
-import copy
-import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from decomp import tables
-from decomp.activations import Activations, Batches, Pair, RoutedDifferently
-from decomp.following import Tail, follow, tails
+from decomp.activations import Activations
+from decomp.batches import Batches, naming_batch, require_passes
+from decomp.checkpoints import Checkpoint, identify
+from decomp.following import Tail, tails
 from decomp.forward import evaluating
-from decomp.layers import Factorized
+from decomp.lessons import LayerReport, Lesson
 from decomp.naming import naming
+from decomp.pairing import pairs_of
+from decomp.processes import Team, team
 from decomp.progress import bar
-
-FINAL_LEARNING_RATE_SHARE = 0.01
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """Relative error of one layer's output, after its normalization and activation, before and after training."""
-
-    error_before: float
-    error_after: float
-    steps: int
-    seconds: float
-    note: str = ""
+from decomp.randomness import OwnRandomness, random_state
+from decomp.streams import Split
+from decomp.training import MakeOptimizer, MakeSchedule, Recipe, Trained, adam, cosine, trained_parameters
 
 
 class FinetuneReport(Mapping[str, LayerReport]):
@@ -66,152 +59,156 @@ def finetune_layerwise(
     inputs: Callable[[Any], Any] | None = None,
     cache_bytes: int = 2**28,
     progress: bool | None = None,
+    train: Trained = None,
+    optimizer: MakeOptimizer = adam,
+    schedule: MakeSchedule = cosine,
+    held_out: float = 0.2,
+    patience: int | None = 5,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
+    accelerator: Any = None,
 ) -> FinetuneReport:
     """Train each factorized layer of ``small``, in place, to reproduce what the layer gave in ``dense``.
 
     Layer by layer in the order of execution: minimize ||phi(f(x)) - phi(y)||^2 / ||phi(y)||^2 over the factors of
     f, with x the input that the layer gets in the partly compressed network, y the output of the dense layer in
-    the dense network, and phi the normalization and activation that follow the layer, where there are any. Adam,
-    cosine schedule. No labels are needed. A layer whose error did not fall gets its old factors back.
+    the dense network, and phi the normalization and activation that follow the layer, where there are any. No
+    labels are needed. A copy of the layer is trained, and its best state taken over if its error fell; errors are
+    measured on batches that are held out from training. A NaN ends the layer at its best state before.
+
+    Runs on Hugging Face accelerate. Started in several processes, each takes its share of the batches, gradients
+    are averaged, and all end with the same model. With ``checkpoint``, a run that was killed and is started again
+    with the same arguments goes on where it was, and ends with the same weights as if it had not been.
 
     Args:
         small: what :func:`decomp.tucker` returned.
         dense: the model it was made from, in which nothing is changed.
         data: an iterable of batches that can be gone through again (a DataLoader, a list). A tensor is one
-            argument of the model, a tuple or list positional ones, a mapping keywords.
-        steps: gradient steps per layer.
+            argument of the model, a tuple or list positional ones, a mapping keywords. Every pass is made in the
+            same order, also where it is shuffled.
+        steps: gradient steps per layer, at most.
         lr: learning rate at the start.
         inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
         cache_bytes: inputs and targets of a layer that are held in memory at once.
         progress: show a progress bar; by default where there is a terminal.
+        train: which parameters, by globs on their names or a predicate (name, parameter): ``"*.expand.*"``. Frozen
+            ones never.
+        optimizer: a function of parameters and learning rate; by default Adam.
+        schedule: a function of the optimizer and the steps; by default a cosine down to a hundredth.
+        held_out: share of the batches to measure on; 0 measures on the batches that are trained on.
+        patience: a layer ends early after this many twentieths of its steps without a gain; None: never.
+        checkpoint: a folder, which all processes see.
+        checkpoint_every: steps between two checkpoints; there is one after every layer as well.
+        accelerator: an ``accelerate.Accelerator``, for mixed precision, accumulated gradients or another device.
 
     Raises:
-        ValueError: there is nothing to train, ``dense`` does not match ``small``, or the data is empty.
+        ValueError: there is nothing to train, ``dense`` does not match ``small``, a batch is empty or not finite,
+            or the checkpoint is that of another run.
         TypeError: the data can be gone through only once, or a batch does not fit the model.
+        ImportError: accelerate is not installed.
+
+    >>> import decomp
+    >>> dense = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    >>> small = decomp.tucker(dense, ranks=4)
+    >>> report = decomp.finetune_layerwise(small, dense, [torch.randn(16, 32) for _ in range(5)], steps=20)
+    >>> list(report), report["0"].error_after <= report["0"].error_before
+    (['0', '2'], True)
 
     Source: FitNets (Romero et al. 2015), equation 3, per layer; asymmetric inputs after Zhang et al. 2016, 3.3.
     """
-    pairs = _pairs(small, dense)
-    batches = Batches(data, inputs)
-    small_tails = _tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
-    dense_tails = _tails(dense, batches, {name: pair[1] for name, pair in pairs.items()})
-    order = [name for name in small_tails if name in dense_tails]
-    reports: dict[str, LayerReport] = {}
-    with bar(progress, "fine-tune", total=steps * len(order)) as steps_bar, torch.inference_mode(False):
-        for name in order:
-            steps_bar.set_postfix_str(name)
-            activations = Activations(small, dense, *pairs[name], dense_tails[name], batches, cache_bytes)
-            with evaluating(small, dense), naming(name):
-                reports[name] = _train(pairs[name][0], activations, small_tails[name], steps, lr, steps_bar.update)
-    for name in pairs.keys() - set(order):
-        reports[name] = LayerReport(math.nan, math.nan, 0, 0.0, "the data never reaches it")
-    return FinetuneReport(reports)
+    require_passes(data)
+    pairs = pairs_of(small, dense)
+    chosen = trained_parameters(small, train)
+    recipe = Recipe(steps, lr, optimizer, schedule, patience, checkpoint_every)
+    with team(accelerator, small, dense) as together, torch.inference_mode(False):
+        together.spread(small)
+        identity = _identity(small, dense, held_out, cache_bytes, chosen, recipe, together)
+        store = Checkpoint(checkpoint, identity, writes=together.rank == 0)
+        batches = Batches(OwnRandomness(data, _first_state(store, data, together), again=True), inputs)
+        tails_of_small = _tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
+        tails_of_dense = _tails(dense, batches, {name: pair[1] for name, pair in pairs.items()})
+        lesson = partial(Lesson, recipe=recipe, split=Split(held_out, together.rank, together.size), team=together)
+        lessons = {
+            name: lesson(
+                layer=pairs[name][0],
+                trained={inner for inner, _ in pairs[name][0].named_parameters() if f"{name}.{inner}" in chosen},
+                flow=Activations(small, dense, *pairs[name], tails_of_dense[name], batches, cache_bytes),
+                tail=tail,
+            )
+            for name, tail in tails_of_small.items()
+            if name in tails_of_dense
+        }
+        with evaluating(small, dense):
+            reports = _taught(lessons, store, steps, progress if together.rank == 0 else False)
+    unreached = LayerReport(math.nan, math.nan, 0, 0.0, "the data never reaches it")
+    return FinetuneReport(reports | {name: unreached for name in pairs if name not in reports})
+
+
+def _taught(
+    lessons: Mapping[str, Lesson], store: Checkpoint, steps: int, progress: bool | None
+) -> dict[str, LayerReport]:
+    """Teach layer by layer; where an earlier run has done so, take what it kept."""
+    reports = {}
+    with bar(progress, "fine-tune", total=steps * len(lessons)) as steps_bar:
+        for place, (name, lesson) in enumerate(lessons.items()):
+
+            def advance(steps: int, loss: float, name: str = name) -> None:
+                steps_bar.set_postfix(layer=name, loss=f"{loss:.3g}", refresh=False)
+                steps_bar.update(steps)
+
+            file = f"layer-{place:03d}"
+            done = store.load(file)
+            with naming(name):
+                if done is None:
+                    reports[name] = lesson.teach(name, store, advance)
+                    store.save(file, {"layer": lesson.result(), "report": asdict(reports[name])})
+                else:
+                    reports[name] = LayerReport(**done["report"])
+                    lesson.take(done["layer"])
+                    advance(steps, math.nan)
+    return reports
+
+
+def _first_state(store: Checkpoint, data: Any, together: Team) -> dict[str, Any]:
+    """The random numbers that the data begins with, on every process and in a run that goes on."""
+    kept = store.load("data")
+    together.wait()  # nobody writes before everybody has looked
+    if kept is None:
+        kept = together.gather(random_state(data))[0]
+        store.save("data", kept)
+    state: dict[str, Any] = kept
+    return state
+
+
+def _identity(
+    small: nn.Module,
+    dense: nn.Module,
+    held_out: float,
+    cache_bytes: int,
+    chosen: set[str],
+    recipe: Recipe,
+    together: Team,
+) -> dict[str, Any]:
+    shares = {"held_out": held_out, "cache_bytes": cache_bytes, "train": sorted(chosen)}
+    return {
+        "call": "finetune_layerwise",
+        **identify(small=small, dense=dense),
+        **shares,
+        **recipe.identity(),
+        **together.identity(),
+    }
 
 
 def _tails(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:
     """Tails in the order of execution, from as many batches as it takes to reach every layer."""
     found: dict[str, Tail] = {}
     empty = True
-    for batch in batches:
+    for index, batch in batches.numbered():
         empty = False
-        found |= tails(model, batch, {name: layer for name, layer in layers.items() if name not in found})
+        with naming_batch(index, batch):
+            found |= tails(model, batch, {name: layer for name, layer in layers.items() if name not in found})
         if len(found) == len(layers):
             break
     if empty:
         raise ValueError("data is empty: at least one batch is needed")
     return found
-
-
-def _pairs(small: nn.Module, dense: nn.Module) -> dict[str, tuple[Factorized, nn.Module]]:
-    """The factorized layers of ``small`` and the layers of ``dense`` that they stand for."""
-    factorized = {name: module for name, module in small.named_modules() if isinstance(module, Factorized)}
-    known = dict(dense.named_modules())
-    if not factorized:
-        swapped = any(isinstance(module, Factorized) for module in known.values())
-        hint = "the order is finetune_layerwise(small, dense, data)" if swapped else "compress the model first"
-        raise ValueError(f"small has no factorized layer: {hint}")
-    for name, layer in factorized.items():
-        twin = known.get(name)
-        shape = getattr(getattr(twin, "weight", None), "shape", None)
-        if twin is None or isinstance(twin, Factorized) or shape != layer.dense_shape:
-            found = "nothing" if twin is None else type(twin).__name__ + f" with weight {shape}"
-            raise ValueError(
-                f"layer {name!r}: dense has {found} where small has {type(layer).__name__} of weight "
-                f"{layer.dense_shape}: give the model that small was made from"
-            )
-    return {name: (layer, known[name]) for name, layer in factorized.items()}
-
-
-def _train(
-    layer: Factorized, activations: Activations, tail: Tail, steps: int, lr: float, advance: Callable[[int], Any]
-) -> LayerReport:
-    """Train a copy of ``layer``, and take it over where its error is lower."""
-    start = time.perf_counter()
-    try:
-        window, whole = next(activations.windows(), ([], True))
-    except RoutedDifferently:
-        advance(steps)
-        return LayerReport(math.nan, math.nan, 0, time.perf_counter() - start, "routed differently: not trained")
-    if not window:
-        raise ValueError("data came out empty on a later pass: give what can be gone through again")
-    before = _error(layer, window, tail)
-    if not any(parameter.requires_grad for parameter in layer.parameters()):
-        advance(steps)
-        return LayerReport(before, before, 0, time.perf_counter() - start, "frozen: not trained")
-    student = copy.deepcopy(layer)
-    if next(layer.parameters()).dtype.itemsize < 4:
-        student.float()  # half precision is too coarse for the steps of an optimizer
-    pairs = itertools.cycle(window) if whole else _stream(activations)
-    done = _descend(student, itertools.islice(pairs, steps), tail, steps, lr, advance)
-    advance(steps - done)
-    trained = copy.deepcopy(layer)
-    trained.load_state_dict(student.state_dict())
-    after = _error(trained, window, tail)
-    seconds = time.perf_counter() - start
-    if not after < before:
-        return LayerReport(before, before, done, seconds, "no gain: its factors were kept")
-    layer.load_state_dict(trained.state_dict())
-    return LayerReport(before, after, done, seconds)
-
-
-def _stream(activations: Activations) -> Iterator[Pair]:
-    while True:
-        for window, _ in activations.windows():
-            yield from window
-
-
-def _descend(
-    student: nn.Module, pairs: Iterable[Pair], tail: Tail, steps: int, lr: float, advance: Callable[[int], Any]
-) -> int:
-    """Run Adam over the pairs and return the number of steps; it ends early where the loss is not finite."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, lr * FINAL_LEARNING_RATE_SHARE)
-    done = 0
-    for received, target in pairs:
-        with torch.enable_grad():
-            energy = target.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-            loss = _squared_error(student, received, target, tail) / energy
-        if not torch.isfinite(loss):
-            break
-        optimizer.zero_grad()
-        loss.backward(inputs=parameters)
-        optimizer.step()
-        schedule.step()
-        done += 1
-        advance(1)
-    return done
-
-
-def _squared_error(layer: nn.Module, received: Tensor, target: Tensor, tail: Tail) -> Tensor:
-    dtype = next(layer.parameters()).dtype
-    result = follow(layer(received.to(dtype)).to(target.dtype), tail)
-    return (result.float() - target.float()).square().sum()
-
-
-@torch.no_grad()
-def _error(layer: nn.Module, window: list[Pair], tail: Tail) -> float:
-    """Relative error over a window: sqrt(sum ||phi(f(x)) - phi(y)||^2 / sum ||phi(y)||^2)."""
-    lost = sum(_squared_error(layer, received, target, tail).item() for received, target in window)
-    energy = sum(target.float().square().sum().item() for _, target in window)
-    return math.sqrt(lost / energy) if energy else math.sqrt(lost)

@@ -34,7 +34,7 @@ def call(model: nn.Module, batch: Any) -> Any:
         inspect.signature(model.forward).bind(*positional, **keywords)
     except TypeError as error:
         raise TypeError(
-            f"{type(model).__name__} cannot be called with a batch of {_describe(batch)}: {error}; "
+            f"{type(model).__name__} cannot be called with a batch of {describe(batch)}: {error}; "
             "for batches of (inputs, labels) write inputs=lambda batch: batch[0]"
         ) from None
     return model(*positional, **keywords)
@@ -54,26 +54,37 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def to_device_of(model: nn.Module, batch: Any) -> Any:
     """Move the tensors of a batch to the device of the model's first parameter."""
     parameter = next(model.parameters(), None)
-    return batch if parameter is None else _moved(batch, parameter.device)
+    return batch if parameter is None else moved(batch, parameter.device)
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch to a device."""
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: moved(value, device) for key, value in batch.items()}
     if hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(value, device) for value in batch))
+        return type(batch)(*(moved(value, device) for value in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(_moved(value, device) for value in batch)
+        return type(batch)(moved(value, device) for value in batch)
     return batch
 
 
-def _describe(batch: Any) -> str:
+def describe(batch: Any) -> str:
+    """Say in a few words what a batch is."""
     if isinstance(batch, Tensor):
         return f"one tensor {tuple(batch.shape)}"
-    names = list(batch) if isinstance(batch, Mapping) else [type(value).__name__ for value in batch]
-    return f"{len(names)} elements ({', '.join(map(str, names[:6]))})"
+    if isinstance(batch, Mapping):
+        parts = [f"{name}: {_kind(value)}" for name, value in batch.items()]
+    elif isinstance(batch, tuple | list):
+        parts = [_kind(value) for value in batch]
+    else:
+        return f"one {type(batch).__name__}"
+    return f"{len(parts)} elements ({', '.join(parts[:6])})"
+
+
+def _kind(value: Any) -> str:
+    return f"tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 class Unfused(TorchFunctionMode):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from decomp import tables
-from decomp.activations import Activations, Batches, RoutedDifferently
+from decomp.activations import Activations, RoutedDifferently
+from decomp.batches import Batches
 from decomp.following import tails
 from decomp.forward import Unfused, call, evaluating, to_device_of
 from decomp.layers import Factorized
@@ -132,8 +133,8 @@ def _refit(layer: Factorized, activations: Activations) -> LayerRepair:
     refit = Refit(layer)
     count = 0
     try:
-        for window, _ in activations.windows():
-            for received, target in window:
+        for window in activations.windows():
+            for received, target in window.items:
                 refit.add(received, target, held_out=count % 4 == 3)
                 count += 1
     except RoutedDifferently:

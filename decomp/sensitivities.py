@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from decomp.activations import Batches
+from decomp.batches import Batches
 from decomp.forward import Unfused, call, evaluating, to_device_of
 from decomp.layers import group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first

@@ -30,7 +30,7 @@ ALLOWED = {
     "decomp.metrics": {"decomp.layers", "decomp.methods", "decomp.projecting", "decomp.spectra"},
     "decomp.sums": {"decomp.layers", "decomp.metrics", "decomp.patches", "decomp.shrinkage"},
     "decomp.calibration": {
-        *("decomp.activations", "decomp.forward", "decomp.metrics", "decomp.naming", "decomp.progress"),
+        *("decomp.batches", "decomp.forward", "decomp.metrics", "decomp.naming", "decomp.progress"),
         *("decomp.selection", "decomp.sums", "decomp.surveys"),
     },
     "decomp.budgets": {"decomp.candidates", "decomp.choices", "decomp.costs", "decomp.ranks"},
@@ -53,23 +53,40 @@ ALLOWED = {
         *("decomp.calibration", "decomp.layers"),
     },
     "decomp.applying": {"decomp.calibration", "decomp.finetuning", "decomp.planning", "decomp.plans"},
-    "decomp.activations": {"decomp.following", "decomp.forward"},
     "decomp.pairing": {"decomp.layers"},
     "decomp.refitting": {"decomp.layers", "decomp.patches"},
     "decomp.repairing": {
-        *("decomp.activations", "decomp.following", "decomp.forward", "decomp.layers", "decomp.naming"),
-        *("decomp.pairing", "decomp.progress", "decomp.refitting", "decomp.tables"),
+        *("decomp.activations", "decomp.batches", "decomp.following", "decomp.forward", "decomp.layers"),
+        *("decomp.naming", "decomp.pairing", "decomp.progress", "decomp.refitting", "decomp.tables"),
+    },
+    **dict.fromkeys(("decomp.checkpoints", "decomp.processes", "decomp.randomness", "decomp.streams"), LEAVES),
+    "decomp.batches": {"decomp.forward"},
+    "decomp.losses": {"decomp.forward"},
+    "decomp.training": {"decomp.checkpoints", "decomp.processes"},
+    "decomp.activations": {"decomp.batches", "decomp.following", "decomp.forward", "decomp.streams"},
+    "decomp.lessons": {
+        *("decomp.activations", "decomp.batches", "decomp.checkpoints", "decomp.following", "decomp.processes"),
+        *("decomp.randomness", "decomp.streams", "decomp.training"),
     },
     "decomp.finetuning": {
-        *("decomp.activations", "decomp.following", "decomp.forward", "decomp.layers", "decomp.naming"),
-        *("decomp.progress", "decomp.tables"),
+        *("decomp.activations", "decomp.batches", "decomp.checkpoints", "decomp.following", "decomp.forward"),
+        *("decomp.lessons", "decomp.naming", "decomp.pairing", "decomp.processes", "decomp.progress"),
+        *("decomp.layers", "decomp.randomness", "decomp.streams", "decomp.tables", "decomp.training"),
+    },
+    "decomp.courses": {
+        *("decomp.batches", "decomp.checkpoints", "decomp.forward", "decomp.losses", "decomp.processes"),
+        *("decomp.randomness", "decomp.streams", "decomp.training"),
+    },
+    "decomp.distilling": {
+        *("decomp.batches", "decomp.checkpoints", "decomp.courses", "decomp.forward", "decomp.losses"),
+        *("decomp.processes", "decomp.progress", "decomp.training"),
     },
     "decomp.reports": {
         *("decomp.choices", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.observing"),
         *("decomp.surgery", "decomp.tables", "decomp.timing"),
     },
     "decomp.sensitivities": {
-        *("decomp.activations", "decomp.forward", "decomp.layers", "decomp.naming", "decomp.progress"),
+        *("decomp.batches", "decomp.forward", "decomp.layers", "decomp.naming", "decomp.progress"),
         *("decomp.selection", "decomp.spectra", "decomp.surveys"),
     },
     "decomp.api": {
@@ -77,7 +94,7 @@ ALLOWED = {
         *("decomp.applying", "decomp.selection", "decomp.surgery"),
     },
     "decomp.decompositions": {
-        *("decomp.applying", "decomp.planning", "decomp.plans", "decomp.selection"),
+        *("decomp.applying", "decomp.planning", "decomp.selection"),
     },
     "decomp.digits": {"decomp.progress"},
     "decomp.demo": {

@@ -307,3 +307,14 @@ def test_calibration_changes_nothing(net, data):
     assert net.training
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_a_factorized_embedding_is_calibrated_repaired_and_fine_tuned():
+    model = nn.Sequential(nn.Embedding(60, 16), nn.Flatten(), nn.Linear(80, 10)).eval()
+    data = [torch.randint(0, 60, (32, 5)) for _ in range(6)]
+    for given in (None, data):
+        small = decomp.svd(model, ranks=4, layers=[nn.Embedding, nn.Linear], data=given)
+        before = error(small, model, data)
+        decomp.repair(small, model, data, progress=False)
+        assert error(small, model, data) <= before * (1 + 1e-6)
+        decomp.finetune_layerwise(small, model, data, steps=20, progress=False)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 import decomp
-from decomp.activations import Activations, Batches
+from decomp.activations import Activations
+from decomp.batches import Batches
 from decomp.following import follow, tails
 
 
@@ -81,7 +82,7 @@ def test_every_layer_and_the_output_come_closer_to_the_dense_network(dense, data
     before = output_error(small, dense, data)
     report = decomp.finetune_layerwise(small, dense, data, steps=100)
     assert list(report) == ["conv1", "conv2", "point", "fc"]
-    assert all(layer.error_after < layer.error_before and layer.steps == 100 for layer in report.values())
+    assert all(layer.error_after < layer.error_before and layer.steps <= 100 for layer in report.values())
     assert output_error(small, dense, data) < 0.7 * before
     assert "=>" in str(report)
 
@@ -92,7 +93,7 @@ def test_reported_error_is_that_of_the_features_after_norm_and_activation(dense,
 
     def features(model):
         with torch.no_grad():
-            return torch.cat([functional.relu(model.bn1(model.conv1(x))) for x in data])
+            return functional.relu(model.bn1(model.conv1(data[2])))  # of six batches, number 2 is held out
 
     error = float((features(small) - features(dense)).norm() / features(dense).norm())
     assert report["conv1"].error_after == pytest.approx(error, rel=1e-4)
@@ -120,12 +121,13 @@ def test_frozen_layers_are_reported_and_kept(dense, data):
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
 
 
-@pytest.mark.parametrize("lr", [1e6, float("inf")])
-def test_training_that_diverges_leaves_the_old_factors(dense, data, lr):
+@pytest.mark.parametrize(("lr", "note"), [(1e6, "no gain"), (float("inf"), "NaN in step 1: back to the last")])
+def test_training_that_diverges_leaves_the_old_factors(dense, data, lr, note):
     small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
     before = copy.deepcopy(small.state_dict())
     report = decomp.finetune_layerwise(small, dense, data, steps=5, lr=lr)
-    assert report["conv1"].note == "no gain: its factors were kept"
+    assert report["conv1"].note.startswith(note)
+    assert report["conv1"].note.endswith("its factors were kept")
     assert report["conv1"].error_after == report["conv1"].error_before
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
 
@@ -145,7 +147,7 @@ def test_windows_never_hold_more_than_the_cache(dense, data):
     small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
     pair_bytes = 4 * (data[0].numel() + 8 * 24 * 36)
     flow = Activations(small, dense, small.conv1, dense.conv1, [], Batches(data, None), 2 * pair_bytes)
-    assert [len(window) for window, _ in flow.windows()] == [2, 2, 2]
+    assert [len(window.items) for window in flow.windows()] == [2, 2, 2]
 
 
 def test_half_precision_is_trained_in_float32(dense, data):
@@ -183,7 +185,7 @@ def test_bad_data_is_named(dense, data, error, words):
 
 def test_swapped_or_foreign_models_are_refused(dense, data):
     small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
-    with pytest.raises(ValueError, match=r"finetune_layerwise\(small, dense, data\)"):
+    with pytest.raises(ValueError, match=r"the order of arguments is \(small, dense, data\)"):
         decomp.finetune_layerwise(dense, small, data)
     with pytest.raises(ValueError, match="compress the model first"):
         decomp.finetune_layerwise(dense, dense, data)
@@ -233,7 +235,8 @@ class Routed(nn.Module):
 
 def test_layers_that_only_some_batches_reach_and_layers_called_twice():
     dense = plant_spectra(Routed())
-    batches = [torch.randn(16, 24) for _ in range(8)]
+    mix = torch.randn(24, 24)  # of white inputs the SVD is the best there is, and only noise would be learnt
+    batches = [torch.randn(64, 24) @ mix for _ in range(8)]
     for place, batch in enumerate(batches):
         batch[0, 0] = 1.0 if place % 2 else -1.0
     small = decomp.tucker(dense, ranks=5)

@@ -125,7 +125,8 @@ def _run(tensor: Tensor, start: list[Tensor], rules: Rules, max_sweeps: int) -> 
 
 def _start(tensor: Tensor, rank: int, generator: torch.Generator, leading: bool) -> list[Tensor]:
     """Random unit columns; in the second mode its leading eigenvectors first. The first mode is not read."""
-    random = [torch.randn(tensor.shape[0], size, rank, generator=generator, device="cpu") for size in tensor.shape[1:]]
+    sizes = [(tensor.shape[0], size, rank) for size in tensor.shape[1:]]
+    random = [torch.randn(each, generator=generator, device="cpu") for each in sizes]
     factors = [unit(factor.to(tensor)) for factor in random]
     if leading:
         unfolded = tensor.transpose(1, 2).flatten(2)

@@ -1,0 +1,207 @@
+"""How one factorized layer learns from the dense layer that it stands for."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from decomp.activations import Activations, Pair, RoutedDifferently
+from decomp.batches import Part
+from decomp.checkpoints import Checkpoint
+from decomp.following import Tail, follow
+from decomp.processes import Team
+from decomp.randomness import random_state, set_random_state
+from decomp.streams import Endless, Examples, Split
+from decomp.training import Descent, Halt, Recipe
+
+HELD_OUT_SHARE_OF_CACHE = 0.25
+ROUTED = "routed differently: not trained"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Relative error of one layer's output, after its normalization and activation, before and after training."""
+
+    error_before: float
+    error_after: float
+    steps: int
+    seconds: float
+    note: str = ""
+
+
+class Lesson:
+    """One layer, what flows through it, and the steps by which it is trained.
+
+    Args:
+        layer: a factorized layer.
+        trained: the names of its parameters that are trained.
+        flow: its inputs and targets.
+        tail: what follows it in the compressed network.
+        recipe: how it is trained.
+        split: on which batches.
+        team: with which processes.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        trained: set[str],
+        flow: Activations,
+        tail: Tail,
+        recipe: Recipe,
+        split: Split,
+        team: Team,
+    ) -> None:
+        self._layer, self._trained, self._flow, self._tail = layer, trained, flow, tail
+        self._recipe, self._split, self._team = recipe, split, team
+
+    def teach(self, name: str, store: Checkpoint, advance: Callable[[int, float], None]) -> LayerReport:
+        """Train a copy of the layer, and take it over where its error is lower on what was held out.
+
+        Args:
+            name: of the layer, in checkpoints.
+            store: where an earlier run may have come to, and what this one keeps.
+            advance: moves the progress bar, by steps with their loss.
+        """
+        start = time.perf_counter()
+        try:
+            report = self._teach(name, store, advance)
+        except RoutedDifferently:
+            report = LayerReport(math.nan, math.nan, 0, 0.0, ROUTED)
+        advance(self._recipe.steps - report.steps, math.nan)
+        return replace(report, seconds=time.perf_counter() - start)
+
+    def result(self) -> dict[str, Tensor]:
+        """What the layer is now."""
+        return dict(self._layer.state_dict())
+
+    def take(self, result: dict[str, Tensor]) -> None:
+        """Make the layer what it was when :meth:`result` was read."""
+        self._layer.load_state_dict(result)
+
+    def _teach(self, name: str, store: Checkpoint, advance: Callable[[int, float], None]) -> LayerReport:
+        stream, held, before = self._examples()
+        if stream is None:
+            return LayerReport(before, before, 0, 0.0, "the data of some processes never reaches it: not trained")
+        if not self._trained:
+            return LayerReport(before, before, 0, 0.0, "frozen: not trained")
+        student = copy.deepcopy(self._layer)
+        if next(self._layer.parameters()).dtype.itemsize < 4:
+            student.float()  # half precision is too coarse for the steps of an optimizer
+        tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+        descent = Descent(tensors, self._trained, self._recipe, self._team)
+        descent.best_error = before
+        self._descend(name, student, descent, stream, held, store, advance)
+        trained = copy.deepcopy(self._layer)
+        trained.load_state_dict(student.state_dict())
+        after = self._error(trained, held) or 0.0
+        if not after < before:
+            note = f"{descent.note or 'no gain'}: its factors were kept"
+            return LayerReport(before, before, descent.done, 0.0, note)
+        self._layer.load_state_dict(trained.state_dict())
+        return LayerReport(before, after, descent.done, 0.0, descent.note)
+
+    def _examples(self) -> tuple[Endless[Pair] | None, Examples[Pair], float]:
+        """What is trained on, what is measured on, and the error on that.
+
+        A layer that is not reached by both parts of the data is trained and measured on all of it.
+        """
+        parts: list[tuple[Part, Part]] = [
+            (self._split.train, self._split.held),
+            (self._split.own, self._split.own),
+        ]
+        for train, hold in parts:
+            windows = partial(self._flow.windows, part=hold, share=HELD_OUT_SHARE_OF_CACHE)
+            held = Examples[Pair](windows)
+            error = self._error(self._layer, held)
+            if error is None:
+                continue
+            windows = partial(self._flow.windows, part=train, share=1 - HELD_OUT_SHARE_OF_CACHE)
+            stream = Endless[Pair](windows)
+            if self._agreed(stream.begin):
+                return stream, held, error
+        return None, held, math.nan
+
+    def _agreed(self, begin: Callable[[], bool]) -> bool:
+        """Whether every process has something to train on."""
+        routed = 0
+        try:
+            begun = int(begin())
+        except RoutedDifferently:
+            begun, routed = 0, 1
+        begun_by, routed_by = self._team.totals(begun, routed)
+        if routed_by:
+            raise RoutedDifferently
+        return begun_by == self._team.size
+
+    def _descend(
+        self,
+        name: str,
+        student: nn.Module,
+        descent: Descent,
+        stream: Endless[Pair],
+        held: Examples[Pair],
+        store: Checkpoint,
+        advance: Callable[[int, float], None],
+    ) -> None:
+        reached = store.load("current")
+        if reached is not None and reached["layer"] == name:
+            here = reached["processes"][self._team.rank]
+            descent.set_state(reached["descent"])
+            stream.seek(here["place"])
+            set_random_state(here["random"])
+            advance(descent.done, math.nan)
+
+        def keep() -> None:
+            if store.kept:
+                here = {"place": stream.place, "random": random_state()}
+                processes = self._team.gather(here)
+                store.save("current", {"layer": name, "descent": descent.state(), "processes": processes})
+
+        def loss() -> Tensor:
+            try:
+                received, target = next(stream)
+            except RoutedDifferently:
+                raise Halt(ROUTED) from None
+            energy = target.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+            relative: Tensor = self._squared_error(student, received, target) / energy
+            return relative
+
+        def measure() -> float:
+            try:
+                return self._error(student, held) or 0.0
+            except RoutedDifferently:
+                return math.nan
+
+        descent.run(loss, measure, keep, lambda value: advance(1, value))
+
+    @torch.no_grad()
+    def _error(self, layer: nn.Module, held: Examples[Pair]) -> float | None:
+        """sqrt(sum ||phi(f(x)) - phi(y)||^2 / sum ||phi(y)||^2) over all processes; None without data."""
+        lost = energy = 0.0
+        pairs = routed = 0
+        try:
+            for received, target in held:
+                lost += float(self._squared_error(layer, received, target))
+                energy += float(target.float().square().sum())
+                pairs += 1
+        except RoutedDifferently:
+            routed = 1
+        lost, energy, pairs_of_all, routed_by = self._team.totals(lost, energy, pairs, routed)
+        if routed_by:
+            raise RoutedDifferently
+        if not pairs_of_all:
+            return None
+        return math.sqrt(lost / energy) if energy else math.sqrt(lost)
+
+    def _squared_error(self, layer: nn.Module, received: Tensor, target: Tensor) -> Tensor:
+        dtype = next(layer.parameters()).dtype
+        result = follow(
+            layer(received.to(dtype) if received.is_floating_point() else received).to(target.dtype), self._tail
+        )
+        return (result.float() - target.float()).square().sum()

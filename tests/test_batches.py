@@ -1,0 +1,111 @@
+"""Errors of the data name the batch; the order of passes; windows."""
+
+import copy
+from collections import UserDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import decomp
+from decomp.batches import Batches
+from decomp.randomness import OwnRandomness, random_state
+
+GOOD = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        (torch.ones(0, 3), ValueError, r"batch 1 is empty, a tensor \(0, 3\): leave"),
+        (torch.full((2, 3), torch.nan), ValueError, r"batch 1 holds NaN or infinity, in a tensor \(2, 3\)"),
+        ((GOOD, torch.full((2,), torch.inf)), ValueError, "batch 1 holds NaN or infinity"),
+        ({"x": torch.full((2, 3), torch.inf).half()}, ValueError, "batch 1 holds NaN"),
+        ("text", TypeError, "batch 1 holds no tensor, it is one str: a batch must be a tensor"),
+        (["a", 3], TypeError, "batch 1 holds no tensor, it is 2 elements"),
+        ([], TypeError, "batch 1 holds no tensor"),
+        (None, TypeError, "batch 1 holds no tensor"),
+        (np.ones(3), TypeError, "batch 1 .*torch.from_numpy"),
+    ],
+)
+def test_a_bad_batch_is_named(bad, error, words):
+    with pytest.raises(error, match=words):
+        list(Batches([GOOD, bad]))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        GOOD,
+        (GOOD, "label"),
+        {"x": GOOD, "mask": None},
+        UserDict(x=GOOD),
+        torch.tensor([1, 2]),
+        torch.tensor([[0.0, -torch.inf], [0.0, 0.0]]),  # an additive mask
+        GOOD.to_sparse(),
+    ],
+)
+def test_sound_batches_pass(batch):
+    assert len(list(Batches([batch]))) == 1
+
+
+def test_what_the_model_makes_of_a_batch_is_named_too():
+    dense = nn.Sequential(nn.Linear(16, 8))
+    small = decomp.tucker(dense, ranks=2)
+    data = [torch.randn(4, 16)] * 2 + [torch.randn(4, 15)]
+    for call in (
+        lambda: decomp.finetune_layerwise(copy.deepcopy(small), dense, data, steps=4, held_out=0),
+        lambda: decomp.finetune(copy.deepcopy(small), data, teacher=dense, steps=4),
+    ):
+        with pytest.raises(RuntimeError, match="shapes") as caught:
+            call()
+        assert any("in batch 2 of data: one tensor (4, 15)" in note for note in caught.value.__notes__)
+    with pytest.raises(IndexError) as caught:
+        list(Batches([GOOD, (GOOD,)], lambda batch: batch[1]))
+    assert "in batch 1 of data" in caught.value.__notes__[0]
+
+
+def test_a_pass_that_ends_early_is_named():
+    class Shrinking:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter([GOOD] * (5 - self.passes))
+
+    batches = Batches(Shrinking())
+    assert len(list(batches)) == 4
+    with pytest.raises(ValueError, match="data ended before batch 3 on a later pass, and gave 4 batches before"):
+        list(batches)
+
+
+def test_batches_are_counted_with_and_without_a_length():
+    class Endless:
+        def __iter__(self):
+            return iter([GOOD] * 3)
+
+    assert Batches([GOOD] * 2).count() == 2
+    assert Batches(Endless()).count() == 3
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_data_has_random_numbers_of_its_own(generator):
+    loader = DataLoader(TensorDataset(torch.arange(32)), 4, shuffle=True, generator=generator)
+    state = random_state(loader)
+    expected = [batch[0] for batch in OwnRandomness(loader, state, again=True)]
+    before = torch.get_rng_state()
+    again = OwnRandomness(loader, state, again=True)
+    for _ in range(2):
+        got = []
+        for batch in again:
+            got.append(batch[0])
+            torch.rand(3)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    torch.set_rng_state(before)
+    shuffled = OwnRandomness(loader, state, again=False)
+    first, second = ([batch[0] for batch in shuffled] for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.cat(first), torch.cat(expected))
+    assert not torch.equal(torch.cat(first), torch.cat(second))

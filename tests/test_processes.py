@@ -1,0 +1,100 @@
+"""Two processes on gloo, each with its share of the data, end with one and the same model."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from finetune_job import main
+from safetensors.torch import load_file
+from test_resuming import TESTS, environment
+from torch import nn
+
+import decomp
+
+JOB = """
+import sys
+from finetune_job import main
+layers, network = main(None, sys.argv[1], steps=20, held_out=0.0)
+assert all(layer.error_after < layer.error_before for layer in layers.values()), layers
+assert network.loss_after < network.loss_before, network
+"""
+
+
+def launched(script, *arguments):
+    """The script in two processes, in a session of their own, so that they can be killed together."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script]
+    return subprocess.Popen(
+        [*command, *arguments],
+        env=environment(ACCELERATE_USE_CPU="true"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=TESTS,
+        start_new_session=True,
+    )
+
+
+def ended(run):
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_to_the_same_model(tmp_path):
+    script = TESTS / "finetune_job.py"
+    ended(launched(script, tmp_path / "whole", tmp_path / "expected"))
+    for seconds in (1.0, 3.0, 5.0):
+        run = launched(script, tmp_path / "killed", tmp_path / "got")
+        while run.stdout.readline() != "training\n":
+            assert run.poll() is None, run.communicate()[1][-3000:]
+        time.sleep(seconds)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    assert list((tmp_path / "killed").rglob("current.safetensors"))
+    ended(launched(script, tmp_path / "killed", tmp_path / "got"))
+    for rank in range(2):
+        expected, got = (load_file(tmp_path / f"{name}.{rank}.safetensors") for name in ("expected", "got"))
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_two_processes_end_with_the_same_model_as_one_that_sees_both_shares(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    ended(launched(script, tmp_path / "two"))
+    first, second = (load_file(tmp_path / f"two.{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    try:
+        main(None, tmp_path / "one", steps=20, held_out=0.0, accumulate=2)  # the same two batches in every step
+    finally:
+        AcceleratorState._reset_state(True)
+    one, two = (load_file(tmp_path / f"{name}.layers.0.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_a_default_accelerator_leaves_no_state_behind():
+    dense = nn.Sequential(nn.Linear(16, 8))
+    small = decomp.tucker(dense, ranks=2)
+    decomp.finetune_layerwise(small, dense, [torch.randn(4, 16)], steps=2)
+    try:
+        bf16 = Accelerator(cpu=True, mixed_precision="bf16")
+        report = decomp.finetune(small, [torch.randn(4, 16)], teacher=dense, steps=4, accelerator=bf16)
+        assert report.steps == 4
+        assert (
+            decomp.finetune_layerwise(small, dense, [torch.randn(4, 16)], steps=2, accelerator=bf16)["0"].steps
+            == 2
+        )
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    dense = nn.Sequential(nn.Linear(16, 8))
+    with pytest.raises(ImportError, match=r"pip install 'decomp\[finetune\]'"):
+        decomp.finetune_layerwise(decomp.tucker(dense, ranks=2), dense, [torch.randn(4, 16)])
