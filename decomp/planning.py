@@ -17,6 +17,10 @@ from decomp.surveys import survey
 from decomp.timing import latency, layer_seconds
 
 
+class NothingToDecompose(ValueError):
+    """No layer of the model can be decomposed; the message says why."""
+
+
 def make_plan(
     model: nn.Module,
     method: str | Method,
@@ -81,7 +85,7 @@ def make_budget_plan(
     }
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
-        raise ValueError(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
+        raise NothingToDecompose(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
     dense = {name: found[0].choose((), "undecided") for name, found in candidates.items()}
     choices = surveyed.refused | dense
     seconds = _timed_together(model, surveyed.open, candidates, example_inputs) if timed else None

@@ -53,6 +53,11 @@ class Plan(Mapping[str, Choice]):
         return len(self._choices)
 
     @property
+    def candidates(self) -> Mapping[str, Sequence[Candidate]]:
+        """What each layer was analysed under, the method in use first; empty for a plan that came from JSON."""
+        return self._candidates
+
+    @property
     def params(self) -> Change:
         """Parameters of the whole model, before and after."""
         saved = sum(choice.params.before - choice.params.after for choice in self.values())
@@ -122,12 +127,16 @@ class Plan(Mapping[str, Choice]):
         reason = f"the budget {budget.kind}={budget.value} spends nothing on it"
         if budget.absolute(total) >= total:
             reason = f"the model is within {budget.kind}={budget.value} as it is"
-        choices = {name: candidate.choose(ranks, reason) for name, (candidate, ranks) in spent.items()}
-        chosen_first = {
-            name: sorted(found, key=lambda candidate: candidate is not spent[name][0])
-            for name, found in free.items()
+        return self.choosing({name: (c, c.choose(ranks, reason)) for name, (c, ranks) in spent.items()})
+
+    def choosing(self, chosen: Mapping[str, tuple[Candidate, Choice]]) -> "Plan":
+        """Return the plan with these choices, each with the candidate that it was made from."""
+        first = {
+            name: [candidate, *(other for other in self._candidates.get(name, ()) if other is not candidate)]
+            for name, (candidate, _) in chosen.items()
         }
-        return Plan(self._choices | choices, self._before, self._candidates | chosen_first, seconds=self._seconds)
+        choices = {name: choice for name, (_, choice) in chosen.items()}
+        return Plan(self._choices | choices, self._before, self._candidates | first, seconds=self._seconds)
 
     def keep_dense(self, layers: str) -> "Plan":
         """Return the plan with the layers that match a glob left dense."""
