@@ -17,6 +17,10 @@ from decomp.ranks.allocation import BudgetTooSmall, Front, allocate, allocate_mi
 Values = NDArray[np.float64]
 
 
+class OutOfReach(ValueError):
+    """No choice of ranks keeps the budget; the message says what can be kept."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is made least: a loss of the squared relative error of each layer, and how the losses add up."""
@@ -127,7 +131,7 @@ def spend(
         wish: how the budget is to be spent.
 
     Raises:
-        ValueError: the budget is less than what can be reached; the message says what that is.
+        OutOfReach: the budget is less than what can be reached; the message says what that is.
     """
     unknown = set(wish.weights or ()) - set(layers) - set(settled)
     if unknown:
@@ -158,7 +162,7 @@ def spend(
             reached = f"{least:.3g}"
         else:
             reached = f"{ceil(least):,}, a share of {ceil(1000 * least / total) / 1000:.3f}"
-        raise ValueError(
+        raise OutOfReach(
             f"{budget.kind}={budget.value!r} cannot be reached: the least is {reached} "
             f"({fixed:.3g} of it in what is not decomposed)"
         ) from None

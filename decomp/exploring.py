@@ -11,37 +11,17 @@ from torch import nn
 from decomp import api
 from decomp.budgets import Menu, fixed_cost
 from decomp.candidates import Candidate
-from decomp.choices import Change, Choice
+from decomp.choices import DENSE, Change, Choice
 from decomp.methods import METHODS
 from decomp.planning import NothingToDecompose
 from decomp.plans import KEPT_DENSE, Plan
 from decomp.ranks import Fixed, Ranks, energy
-from decomp.scores import Evaluate, Judge
+from decomp.scores import Evaluate, Judge, Totals
 from decomp.selection import Selector
 from decomp.sensitivities import sensitivity
 
-DENSE = "dense"
 NO_LIMIT = 1e9  # seconds: a plan within them leaves all dense, with every layer timed
 CURVE = tuple(step / 20 for step in range(1, 20))
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Costs of the whole model before and after, and the predicted relative error.
-
-    ``error`` is that of the output, first order, where there is data; else the root mean square over the layers of
-    the error of their weights.
-    """
-
-    params: Change
-    macs: Change
-    seconds: Change | None
-    error: float
-
-    def share(self, kind: str) -> float:
-        """What is left of "params", "macs" or "seconds", as a share."""
-        change = getattr(self, kind)
-        return float(change.after / change.before)
 
 
 @dataclass(frozen=True)
@@ -77,6 +57,8 @@ class Exploration:
         self.judge = Judge(model, example_inputs, evaluate, data, inputs)
         self.held: set[str] = set()
         self.tried: list[Tried] = []
+        self._wanted: dict[str, Ranks] = {}
+        self._curves: dict[tuple[str, ...], list[tuple[float, float]]] = {}
         self.problem = ""
         self._baseline: float | None = None
         self._applied: tuple[Plan, nn.Module] | None = None
@@ -88,12 +70,8 @@ class Exploration:
             self.problem, self.plan = str(error), api.plan(model, layers=layers, exclude=exclude, progress=False)
         self.layers = {name: found[0] for name, found in self.plan.candidates.items() if not self.problem}
         self._found.update({(name, c.method.name): c for name, c in self.layers.items()})
-        for kind in self.kinds if self.layers else ():
-            self._menu.choose(self.layers, kind, 0.0)  # now, so that the first move of a slider is fast as well
-        if not self.problem and not any(len(c.front("macs", 1)[0]) for c in self.layers.values()):
-            self.problem = "no layer has ranks that pay: every decomposition would have more parameters or MACs"
         self._weights: Mapping[str, float] | None = None
-        if data is not None and not self.problem:
+        if data is not None and self.layers:
             self._weights = sensitivity(
                 model,
                 data,
@@ -102,6 +80,10 @@ class Exploration:
                 layers=lambda name, _: name in self.layers,
                 progress=progress,
             )
+        for kind in self.kinds if self.layers else ():
+            self.curve(kind)  # now, so that the first move of a slider is fast as well
+        if not self.problem and not any(len(c.front("macs", 1)[0]) for c in self.layers.values()):
+            self.problem = "no layer has ranks that pay: every decomposition would have more parameters or MACs"
 
     def _analysed(
         self, methods: Any, layers: Selector, exclude: Selector = (), progress: bool | None = False
@@ -109,7 +91,7 @@ class Exploration:
         budget = {"seconds": NO_LIMIT} if self._timed else {"macs": 10**30}
         return api.plan(
             self.model,
-            **budget,  # type: ignore[arg-type]
+            **budget,
             methods=methods,
             layers=layers,
             exclude=exclude,
@@ -146,17 +128,17 @@ class Exploration:
         """
         if kind not in self.kinds:
             raise ValueError(f"kind={kind!r}: write one of {', '.join(map(repr, self.kinds))}")
-        self.plan, least = self._within(kind, share)
+        self.plan, least = self._within(kind, share, self.held)
         return least
 
-    def _within(self, kind: str, share: float) -> tuple[Plan, float]:
-        free = {name: candidate for name, candidate in self.layers.items() if name not in self.held}
+    def _within(self, kind: str, share: float, held: set[str]) -> tuple[Plan, float]:
+        free = {name: candidate for name, candidate in self.layers.items() if name not in held}
         total = float(getattr(self.plan, kind).before)
         settled: dict[str, Choice] = {name: c for name, c in self.plan.items() if name not in free}
         fixed = fixed_cost(kind, {name: [c] for name, c in free.items()}, total, settled)
         if kind == "seconds":
-            held = ((self.layers[name], choice.ranks) for name, choice in settled.items() if name in self.layers)
-            fixed -= sum(c.dense_cost(kind) - c.seconds(ranks) for c, ranks in held if ranks)
+            kept = ((self.layers[name], settled[name].ranks) for name in held)
+            fixed -= sum(c.dense_cost(kind) - c.seconds(ranks) for c, ranks in kept if ranks)
         ranks, least = self._menu.choose(free, kind, share * total - fixed)
         reason = "the budget spends nothing on it"
         chosen = {name: (c, c.choose(ranks[name], reason)) for name, c in free.items()}
@@ -173,11 +155,18 @@ class Exploration:
         candidate = self.layers[name]
         self.plan = self.plan.choosing({name: (candidate, candidate.decide(Fixed(tuple(ranks), exact=True)))})
         self.held.add(name)
+        self._wanted[name] = tuple(ranks)
+
+    def shown_ranks(self, name: str) -> Ranks:
+        """The ranks of a layer; where it is dense those that were asked for last, or the largest."""
+        wanted = self._wanted.get(name) if name in self.held else None
+        return self.plan[name].ranks or wanted or self.layers[name].limits
 
     def choose_method(self, name: str, method: str) -> None:
         """Set the method of one layer, "dense" for none, at about the cost that it has now, and hold it."""
         now = self.plan[name]
         self.held.add(name)
+        self._wanted.pop(name, None)
         if method == DENSE:
             candidate = self.layers[name]
             self.plan = self.plan.choosing({name: (candidate, candidate.choose((), KEPT_DENSE))})
@@ -207,15 +196,18 @@ class Exploration:
         module = self.model.get_submodule(name)
         return [DENSE, *(row.name for row in METHODS.values() if row.closed_form and not row.why_not(module))]
 
-    def release(self, name: str) -> None:
-        """Let budgets and thresholds choose for a layer again."""
-        self.held.discard(name)
+    def hold(self, name: str, held: bool = True) -> None:
+        """Make budgets and thresholds leave a layer as it is now, or let them choose for it again."""
+        (self.held.add if held else self.held.discard)(name)
 
     def curve(self, kind: str) -> list[tuple[float, float]]:
-        """(share, predicted error) of the budgets that can be kept; layers that are held stay as they are."""
-        plans = [self._within(kind, share)[0] for share in CURVE] if self.layers else []
-        points = {getattr(p, kind).after / getattr(p, kind).before: self._predicted(p) for p in plans}
-        return sorted(points.items())
+        """(share, predicted error) of the budgets that can be kept, if no layer were held."""
+        key = (kind, *(candidate.method.name for candidate in self.layers.values()))
+        if key not in self._curves:
+            plans = [self._within(kind, share, set())[0] for share in CURVE] if self.layers else []
+            points = {getattr(p, kind).after / getattr(p, kind).before: self._predicted(p) for p in plans}
+            self._curves[key] = sorted(points.items())
+        return self._curves[key]
 
     @property
     def baseline(self) -> float:

@@ -1,6 +1,7 @@
 """How good a compressed model is: by the user's function, or by the error of its output."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from math import isnan, sqrt
 from typing import Any
 
@@ -8,9 +9,29 @@ import torch
 from torch import nn
 
 from decomp.activations import Batches
+from decomp.choices import Change
 from decomp.forward import Unfused, call, evaluating, flat_output, to_device_of
 
 Evaluate = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Costs of the whole model before and after, and the predicted relative error.
+
+    ``error`` is that of the output, first order, where there is data; else the root mean square over the layers of
+    the error of their weights.
+    """
+
+    params: Change
+    macs: Change
+    seconds: Change | None
+    error: float
+
+    def share(self, kind: str) -> float:
+        """What is left of "params", "macs" or "seconds", as a share."""
+        change = getattr(self, kind)
+        return float(change.after / change.before)
 
 
 class Judge:
