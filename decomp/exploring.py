@@ -140,7 +140,7 @@ class Exploration:
             kept = ((self.layers[name], settled[name].ranks) for name in held)
             fixed -= sum(c.dense_cost(kind) - c.seconds(ranks) for c, ranks in kept if ranks)
         ranks, least = self._menu.choose(free, kind, share * total - fixed)
-        reason = "the budget spends nothing on it"
+        reason = "the budget leaves it dense"
         chosen = {name: (c, c.choose(ranks[name], reason)) for name, c in free.items()}
         return self.plan.choosing(chosen), (fixed + least) / total
 

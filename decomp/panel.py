@@ -206,10 +206,17 @@ class Explorer:
         self._cards.value = f'<div class="decomp-cards">{"".join(cards)}</div>'
         x, name = f"% of the dense {NAMES[kind]}", state.judge.name
         here = totals.share(kind)
-        predicted = sketches.chart("Predicted", (x, f"error {what}"), state.curve(kind), (), (here, totals.error))
+        predicted = sketches.chart(
+            "Predicted (line: budgets; dot: this plan)",
+            (x, f"error {what}"),
+            state.curve(kind),
+            (),
+            (here, totals.error),
+        )
         points = [(tried.totals.share(kind), tried.score) for tried in state.tried]
         baseline = state.baseline if state.tried else None
-        tried = sketches.chart("Evaluated", (x, name), (), points, (here, None), baseline)
+        title = "Evaluated" if points else "Evaluated: nothing yet"
+        tried = sketches.chart(title, (x, name), (), points, (here, None), baseline)
         self._charts.value = f'<div class="decomp-cards">{predicted}{tried}</div>'
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:

@@ -71,15 +71,16 @@ def _cuts(ax: Any, found: Spectrum, rank: int | None, share: float) -> None:
     kept = places <= (rank or len(values))
     floor = 1e-6 * float(values[0]) or 1.0
     values = np.maximum(values, floor)
-    ax.semilogy(places[~kept], values[~kept], "o", color="0.6", markersize=3.5, label="cut off")
+    if not kept.all():
+        ax.semilogy(places[~kept], values[~kept], "o", color="0.6", markersize=3.5, label="cut off")
     ax.semilogy(places[kept], values[kept], "o", color=colors.AFTER, markersize=3.5, label=f"kept: {kept.sum()}")
     noise = _noise(found)
     if 0 < noise < len(values):
         level = float(np.sqrt(values[noise - 1] * values[noise]))
-        ax.axhline(level, color=colors.MARK, linestyle="--", linewidth=1.2, label=f"vbmf threshold: {noise}")
+        ax.axhline(level, color=colors.MARK, linestyle="--", linewidth=1.2, label=f"vbmf threshold, {noise} above")
     energy = (values**2).cumsum()
     at = int(np.searchsorted(energy, share * energy[-1])) + 1
-    ax.axvline(at, color="0.3", linestyle=":", linewidth=1.2, label=f"{share:.0%} of the energy: {at}")
+    ax.axvline(at, color="0.3", linestyle=":", linewidth=1.2, label=f"{share:.0%} of the energy in {at}")
     ax.legend(fontsize=8, framealpha=0.8)
 
 

@@ -78,6 +78,7 @@ class LayerRow:
                 limit, 1, max(limit, 2), description=mode, layout=widgets.Layout(width="290px")
             )
             slider.style.description_width = "34px"
+            slider.disabled = limit == 1
             slider.tooltip = f"rank {mode} of {self.name}, at most {limit}"
             slider.observe(self._ranks_chosen, "value")
             drawing = widgets.HTML(layout=widgets.Layout(width="126px"))

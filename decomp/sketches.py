@@ -5,10 +5,10 @@ from html import escape
 
 from decomp.spectra import Values
 
-KEPT, MARK = "#3d85c6", "#e07b1a"  # legible on white and on black
+KEPT, MARK = "#4a90d9", "#e07b1a"  # legible on white and on black
 MOST_BARS = 64
 WIDTH, HEIGHT = 340, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 24, 34
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 24, 34
 
 Point = tuple[float, float]
 
@@ -102,5 +102,5 @@ def _frame(title: str, labels: tuple[str, str], low: float, high: float) -> str:
         x = LEFT + (right - LEFT) * quarter / 4
         parts.append(f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{25 * quarter}</text>')
     for y, value in ((bottom, low), ((TOP + bottom) / 2, (low + high) / 2), (TOP + 4, high)):
-        parts.append(f'<text x="{LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text x="{LEFT - 4}" y="{y + 3:.1f}" text-anchor="end">{value:.2g}</text>')
     return "".join(parts)

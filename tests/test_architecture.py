@@ -46,9 +46,11 @@ ALLOWED = {
         *("decomp.activations", "decomp.following", "decomp.forward", "decomp.layers", "decomp.naming"),
         *("decomp.progress", "decomp.tables"),
     },
+    "decomp.figures": LEAVES,
+    "decomp.plots": {"decomp.figures", "decomp.plans", "decomp.ranks", "decomp.spectra", "decomp.tables"},
     "decomp.reports": {
         *("decomp.choices", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.observing"),
-        *("decomp.surgery", "decomp.tables", "decomp.timing"),
+        *("decomp.plots", "decomp.surgery", "decomp.tables", "decomp.timing"),
     },
     "decomp.sensitivities": {
         *("decomp.activations", "decomp.forward", "decomp.layers", "decomp.naming", "decomp.progress"),
@@ -58,6 +60,27 @@ ALLOWED = {
         *("decomp.budgets", "decomp.layers", "decomp.methods", "decomp.planning", "decomp.plans"),
         *("decomp.selection", "decomp.surgery"),
     },
+    "decomp.scores": {"decomp.activations", "decomp.choices", "decomp.forward"},
+    "decomp.points": {"decomp.plans", "decomp.plots", "decomp.tables"},
+    "decomp.curves": {
+        *("decomp.api", "decomp.budgets", "decomp.choices", "decomp.methods", "decomp.plans", "decomp.points"),
+        *("decomp.progress", "decomp.ranks", "decomp.scores", "decomp.selection", "decomp.surgery"),
+        *("decomp.surveys", "decomp.timing"),
+    },
+    "decomp.exploring": {
+        *("decomp.api", "decomp.budgets", "decomp.candidates", "decomp.choices", "decomp.methods"),
+        *("decomp.planning", "decomp.plans", "decomp.ranks", "decomp.scores", "decomp.selection"),
+        "decomp.sensitivities",
+    },
+    "decomp.sketches": {"decomp.spectra"},
+    "decomp.rows": {
+        *("decomp.choices", "decomp.exploring", "decomp.ranks", "decomp.sketches", "decomp.tables"),
+    },
+    "decomp.panel": {
+        *("decomp.choices", "decomp.exploring", "decomp.plans", "decomp.rows", "decomp.sketches"),
+        "decomp.tables",
+    },
+    "decomp.explorer": {"decomp.exploring", "decomp.panel", "decomp.scores", "decomp.selection"},
     "decomp.decompositions": {"decomp.planning", "decomp.plans", "decomp.selection"},
     "decomp.digits": {"decomp.progress"},
     "decomp.demo": {
