@@ -25,6 +25,8 @@ STYLE = """<style>
 .decomp-explorer svg {color: inherit; overflow: visible}
 .decomp-gone {display: none}
 .jupyter-widgets-disconnected .decomp-gone {display: block; border: 1px solid #e07b1a; padding: 4px 12px}
+.decomp-explorer .jupyter-widgets-disconnected::before {display: none !important}
+.decomp-explorer.jupyter-widgets-disconnected > :not(:first-child) {opacity: .4; pointer-events: none}
 </style>
 <div class="decomp-gone">The kernel that drew this is gone: run this cell again, after those above it.</div>"""
 
