@@ -174,13 +174,15 @@ class Explorer:
 
     def _act(self, work: Callable[[], None]) -> None:
         work()
+        held = [name for name in self._state.layers if name in self._state.held]
+        self._say(f"Held: {', '.join(held[:6])}{' ...' if len(held) > 6 else ''}" if held else "No layer is held.")
         self._refresh()
 
     def _try(self, work: Callable[[], Any]) -> None:
         """Run what a widget asked for; what goes wrong is said in the panel, which stays as it was."""
         try:
             work()
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:  # an evaluation may be interrupted like any cell
             self._say(f"{type(error).__name__}: {error}", wrong=True)
             self._refresh()
 

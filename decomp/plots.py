@@ -122,7 +122,8 @@ def before_and_after(labels: Sequence[str], rows: Mapping[str, Sequence[Pair]], 
         ax.barh(places, after, 0.45, color=figures.AFTER, label="after")
         _name_bars(ax, list(rows) if column == 0 else [""] * len(rows))
         ax.set_xlabel(label)
-        ax.xaxis.set_major_formatter(lambda value, _: tables.number(value) if value >= 1 else f"{value:.3g}")
+        ax.locator_params(axis="x", nbins=5)
+        ax.xaxis.set_major_formatter(lambda value, _: _tick(value))
     axes[-1].legend(loc="lower right", fontsize=8)
     figure.suptitle(title)
     return figure
@@ -149,6 +150,12 @@ def tradeoffs(
 
 def _noise(found: Spectrum) -> int:
     return max(evbmf_rank(values, found.rows, found.columns) for values in found.values)
+
+
+def _tick(value: float) -> str:
+    """A count as short as a tick needs it: 5 M, not 5.00 M."""
+    number, _, unit = tables.number(value).partition(" ")
+    return f"{float(number):g} {unit}".strip() if value >= 10 else f"{value:g}"
 
 
 def _height(bars: int) -> float:
