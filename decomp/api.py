@@ -11,7 +11,7 @@ from decomp.budgets import Budget, Wish
 from decomp.layers import Factorized
 from decomp.methods import Method
 from decomp.planning import Scope, make_budget_plan, make_plan
-from decomp.plans import Plan, drop_plan
+from decomp.plans import PLAN, Plan
 from decomp.selection import Selector
 
 
@@ -164,4 +164,6 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     dense = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, Factorized)}
     if not dense:
         raise ValueError("the model has no factorized layer: there is nothing to multiply back")
-    return drop_plan(surgery.swap(model, dense, inplace=inplace))
+    model = surgery.swap(model, dense, inplace=inplace)
+    vars(model).pop(PLAN, None)  # it is no longer true of the model
+    return model

@@ -12,9 +12,13 @@ from decomp.candidates import Candidate
 from decomp.choices import Change, Choice
 from decomp.costs import Cost
 from decomp.ranks import Ranks
-from decomp.ranks.allocation import BudgetTooSmall, Front, allocate, allocate_minmax
+from decomp.ranks.allocation import BudgetTooSmall, Front, allocate, allocate_minmax, allocate_quickly
 
 Values = NDArray[np.float64]
+
+
+class OutOfReach(ValueError):
+    """No choice of ranks keeps the budget; the message says what can be kept."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,17 @@ def total_cost(kind: str, before: Cost, seconds: Change | None) -> float:
     return seconds.before if kind == "seconds" and seconds else float(getattr(before, kind))
 
 
+def fixed_cost(
+    kind: str, layers: Mapping[str, Sequence[Candidate]], total: float, settled: Mapping[str, Choice]
+) -> float:
+    """What the model costs beside ``layers``, with the savings of those that are settled."""
+    fixed = total - sum(candidates[0].dense_cost(kind) for candidates in layers.values())
+    if kind == "seconds":  # a model is timed as it is now, with what was factorized earlier
+        return fixed
+    changes = [getattr(choice, kind) for choice in settled.values()]
+    return fixed - float(sum(change.before - change.after for change in changes))
+
+
 def spend(
     layers: Mapping[str, Sequence[Candidate]],
     budget: Budget,
@@ -116,17 +131,14 @@ def spend(
         wish: how the budget is to be spent.
 
     Raises:
-        ValueError: the budget is less than what can be reached; the message says what that is.
+        OutOfReach: the budget is less than what can be reached; the message says what that is.
     """
     unknown = set(wish.weights or ()) - set(layers) - set(settled)
     if unknown:
         raise ValueError(
             f"weights: no layer {sorted(unknown)[0]!r}; layers are {', '.join(map(repr, list(layers)[:8]))}"
         )
-    fixed = total - sum(candidates[0].dense_cost(budget.kind) for candidates in layers.values())
-    if budget.kind != "seconds":  # a model is timed as it is now, with what was factorized earlier
-        changes = [getattr(choice, budget.kind) for choice in settled.values()]
-        fixed -= sum(change.before - change.after for change in changes)
+    fixed = fixed_cost(budget.kind, layers, total, settled)
     objective = OBJECTIVES[wish.objective]
     fronts: list[Front] = []
     tables: list[list[tuple[Candidate, Ranks, float, float]]] = []
@@ -150,9 +162,35 @@ def spend(
             reached = f"{least:.3g}"
         else:
             reached = f"{ceil(least):,}, a share of {ceil(1000 * least / total) / 1000:.3f}"
-        raise ValueError(
+        raise OutOfReach(
             f"{budget.kind}={budget.value!r} cannot be reached: the least is {reached} "
             f"({fixed:.3g} of it in what is not decomposed)"
         ) from None
     taken = [table[place] for table, place in zip(tables, chosen, strict=True)]
     return {name: (row[0], row[1]) for name, row in zip(layers, taken, strict=True)}
+
+
+class Menu:
+    """The options of layers with one candidate each, kept between calls, so that a budget takes milliseconds."""
+
+    def __init__(self) -> None:
+        self._fronts: dict[tuple[int, str], tuple[Candidate, Front, list[Ranks]]] = {}
+
+    def choose(self, layers: Mapping[str, Candidate], kind: str, bound: float) -> tuple[dict[str, Ranks], float]:
+        """Return the ranks of each layer within ``bound``, or the cheapest ones, and the least cost there is."""
+        found = [self.front(candidate, kind) for candidate in layers.values()]
+        fronts = [front for front, _ in found]
+        least = float(sum(front.costs[0] for front in fronts))
+        places = allocate_quickly(fronts, max(bound, least)) if fronts else []
+        named = zip(layers, found, places, strict=True)
+        return {n: ranks[place] if place < len(ranks) else () for n, (_, ranks), place in named}, least
+
+    def front(self, candidate: Candidate, kind: str) -> tuple[Front, list[Ranks]]:
+        """The options of one layer for the product of energies: its ranks, and after them to stay dense."""
+        key = (id(candidate), kind)
+        if key not in self._fronts:
+            ranks, costs, squared = candidate.front(kind, 1)
+            losses = OBJECTIVES["product"].loss(squared)
+            costs = np.append(costs, candidate.dense_cost(kind))
+            self._fronts[key] = (candidate, Front.of(costs, np.append(losses, 0.0)), ranks)
+        return self._fronts[key][1:]

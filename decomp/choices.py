@@ -13,6 +13,7 @@ from decomp.layers import Factorized
 from decomp.layers.kernels import HUGGING_FACE_CONV1D, qualified_name
 
 Ranks = tuple[int, ...]
+DENSE = "dense"  # the method of a layer that stays as it is
 COLUMNS = ("layer", "type", "method", "ranks", ">params", ">MACs", ">error", "why / note")
 
 

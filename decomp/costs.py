@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from functools import reduce
 from itertools import product
+from operator import mul
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -94,8 +95,8 @@ class Price:
 
     def __call__(self, ranks: Ranks) -> Cost:
         """Cost of the factorized layer at these ranks."""
-        params, macs = self.at(np.array([ranks]))
-        return Cost(int(params[0]), int(macs[0]))
+        pairs = zip(ranks, self._limits, strict=True)
+        return Cost(*self._interpolate([self._terms(r, limit, full=r == limit) for r, limit in pairs]))
 
     def at(self, ranks: NDArray[np.integer[Any]]) -> tuple[Counts, Counts]:
         """Parameters and MACs at many ranks (n, modes) at once."""
@@ -105,23 +106,25 @@ class Price:
             rows = np.flatnonzero((full == np.array(pattern)).all(1))
             if len(rows):
                 columns = ranks[rows].astype(np.int64).T
-                terms = [self._terms(r, limit) for r, limit in zip(columns, self._limits, strict=True)]
+                given = zip(columns, self._limits, pattern, strict=True)
+                terms = [self._terms(r, limit, full=is_full) for r, limit, is_full in given]
                 params[rows], macs[rows] = self._interpolate(terms)
         return params, macs
 
     @staticmethod
-    def _terms(ranks: Counts, limit: int) -> list[tuple[int, Counts]]:
-        """The ranks to build at, each with its weight in the interpolation; ``ranks`` are all full or none is."""
-        if ranks[0] == limit:
-            return [(limit, np.ones_like(ranks))]
+    def _terms(ranks: Any, limit: int, *, full: bool) -> list[tuple[int, Any]]:
+        """The ranks to build at, each with its weight in the interpolation, of one rank or of an array of them."""
+        if full:
+            return [(limit, 1)]
         if limit == 2:
-            return [(1, np.ones_like(ranks))]
+            return [(1, 1)]
         return [(1, 2 - ranks), (2, ranks - 1)]
 
-    def _interpolate(self, terms: list[list[tuple[int, Counts]]]) -> tuple[Counts, Counts]:
-        params, macs = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    def _interpolate(self, terms: list[list[tuple[int, Any]]]) -> tuple[Any, Any]:
+        params: Any = 0
+        macs: Any = 0
         for corner in product(*terms):
-            weight = reduce(np.multiply, [weight for _, weight in corner])
+            weight = reduce(mul, [weight for _, weight in corner])
             cost = self._built(tuple(rank for rank, _ in corner))
             params, macs = params + weight * cost.params, macs + weight * cost.macs
         return params, macs

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -49,6 +50,13 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, tuple | list):
         return tuple(batch), {}
     raise TypeError(f"a batch must be a tensor, a tuple, a list or a mapping, not {type(batch).__name__}")
+
+
+def flat_output(result: Any) -> Tensor:
+    """Every floating-point tensor of what a model returned, as one vector."""
+    values = list(result.values()) if hasattr(result, "values") and not isinstance(result, Tensor) else result
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.cat([tensor.float().flatten() for tensor in tensors])
 
 
 def to_device_of(model: nn.Module, batch: Any) -> Any:

@@ -20,6 +20,10 @@ from decomp.surveys import Survey, Takes, survey
 from decomp.timing import latency, layer_seconds
 
 
+class NothingToDecompose(ValueError):
+    """No layer of the model can be decomposed; the message says why."""
+
+
 @dataclass(frozen=True)
 class Scope:
     """What a plan is about and what it may look at: the arguments that all calls share."""
@@ -108,7 +112,7 @@ def make_budget_plan(
         ]
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
-        raise ValueError(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
+        raise NothingToDecompose(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
     dense = {name: found[0].choose((), "undecided") for name, found in candidates.items()}
     choices = surveyed.refused | dense
     seconds = _timed_together(model, surveyed.open, candidates, surveyed.example) if timed else None

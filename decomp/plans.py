@@ -47,8 +47,8 @@ class Plan(Mapping[str, Choice]):
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        """What is pickled: the decision, without the spectra that make it editable."""
-        own = {name: method for name, method in self._methods.items() if method.name not in METHODS}
+        """The decision is pickled, without the spectra that make it editable."""
+        own = {name: found for name, found in self._methods.items() if found.name not in METHODS}
         return vars(self) | {"_candidates": {}, "_methods": own}
 
     def __getitem__(self, name: str) -> Choice:
@@ -59,6 +59,11 @@ class Plan(Mapping[str, Choice]):
 
     def __len__(self) -> int:
         return len(self._choices)
+
+    @property
+    def candidates(self) -> Mapping[str, Sequence[Candidate]]:
+        """What each layer was analysed under, the method in use first; empty for a plan that came from JSON."""
+        return self._candidates
 
     @property
     def params(self) -> Change:
@@ -130,12 +135,16 @@ class Plan(Mapping[str, Choice]):
         reason = f"the budget {budget.kind}={budget.value} spends nothing on it"
         if budget.absolute(total) >= total:
             reason = f"the model is within {budget.kind}={budget.value} as it is"
-        choices = {name: candidate.choose(ranks, reason) for name, (candidate, ranks) in spent.items()}
-        chosen_first = {
-            name: sorted(found, key=lambda candidate: candidate is not spent[name][0])
-            for name, found in free.items()
+        return self.choosing({name: (c, c.choose(ranks, reason)) for name, (c, ranks) in spent.items()})
+
+    def choosing(self, chosen: Mapping[str, tuple[Candidate, Choice]]) -> "Plan":
+        """Return the plan with these choices, each with the candidate that it was made from."""
+        first = {
+            name: [candidate, *(other for other in self._candidates.get(name, ()) if other is not candidate)]
+            for name, (candidate, _) in chosen.items()
         }
-        return Plan(self._choices | choices, self._before, self._candidates | chosen_first, seconds=self._seconds)
+        choices = {name: choice for name, (_, choice) in chosen.items()}
+        return Plan(self._choices | choices, self._before, self._candidates | first, seconds=self._seconds)
 
     def keep_dense(self, layers: str) -> "Plan":
         """Return the plan with the layers that match a glob left dense."""
@@ -164,8 +173,7 @@ class Plan(Mapping[str, Choice]):
         """
         replaced = layers_to_replace(model, self, self.method_of, needs_values=True)
         new = decomposed(replaced, self, self.method_of, self._candidates, progress)
-        settled = measured(self, replaced, new, self._candidates)
-        small = self._swapped(model, new, inplace, settled)
+        small = self._swapped(model, new, inplace, measured(self, replaced, new, self._candidates))
         correct_means(small, replaced, new, self._candidates)
         return small
 
@@ -176,8 +184,7 @@ class Plan(Mapping[str, Choice]):
             ValueError: the plan replaces no layer, or was made for another model.
         """
         replaced = layers_to_replace(model, self, self.method_of, needs_values=False)
-        new = structures(replaced, self, self.method_of)
-        return self._swapped(model, new, inplace, {})
+        return self._swapped(model, structures(replaced, self, self.method_of), inplace, {})
 
     def to_json(self) -> str:
         """Write the plan as JSON; :meth:`from_json` reads it back."""
@@ -241,9 +248,3 @@ class Plan(Mapping[str, Choice]):
         if self.seconds is None:
             return table
         return "{}\n\nlatency {} measured => {} predicted".format(table, *map(tables.milliseconds, self.seconds))
-
-
-def drop_plan(model: nn.Module) -> nn.Module:
-    """Take off the plan that a model was made by, where it is no longer true of it."""
-    vars(model).pop(PLAN, None)
-    return model

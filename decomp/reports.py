@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -12,6 +12,9 @@ from decomp.costs import count_params
 from decomp.layers import Factorized
 from decomp.observing import Observation, observe
 from decomp.timing import latency, layer_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ELSEWHERE = "(elsewhere)"
 
@@ -67,11 +70,31 @@ class Comparison:
             text += f" ({seconds}, predicted {tables.milliseconds(self.predicted_seconds)})"
         return f"{text}\nscore {self.scores[1]:.4f} => {self.scores[0]:.4f}" if self.scores else text
 
+    def plot(self) -> "Figure":
+        """Draw parameters, MACs and milliseconds of the layers that differ, dense and small.
+
+        Raises:
+            ValueError: no layer differs.
+        """
+        from decomp import plots
+
+        changed = self._changed()
+        if not changed:
+            raise ValueError("no layer differs between the two models: there is nothing to draw")
+        rows = {
+            name: [(d.params, s.params), (d.macs, s.macs), (1e3 * d.seconds, 1e3 * s.seconds)]
+            for name, (d, s) in changed.items()
+        }
+        return plots.before_and_after(("parameters", "MACs", "ms"), rows, self.summary)
+
+    def _changed(self) -> dict[str, tuple[Usage, Usage]]:
+        both = ((name, dense, self.small.rows.get(name)) for name, dense in self.dense.rows.items())
+        return {name: (dense, small) for name, dense, small in both if small and small.layer != dense.layer}
+
     def __str__(self) -> str:
         rows = [
-            (name, dense.layer, self.small.rows[name].layer, *_pairs(dense, self.small.rows[name]))
-            for name, dense in self.dense.rows.items()
-            if name in self.small.rows and self.small.rows[name].layer != dense.layer
+            (name, dense.layer, small.layer, *_pairs(dense, small))
+            for name, (dense, small) in self._changed().items()
         ]
         columns = ("layer", "dense", "small", ">params", ">MACs", ">bytes", ">latency")
         total = ("whole model", "", "", *_pairs(self.dense.total, self.small.total))

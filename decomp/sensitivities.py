@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from decomp.batches import Batches
-from decomp.forward import Unfused, call, evaluating, to_device_of
+from decomp.forward import Unfused, call, evaluating, flat_output, to_device_of
 from decomp.layers import group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
 from decomp.naming import naming
@@ -69,7 +68,7 @@ def sensitivity(
 def _measured(
     model: nn.Module, layers: dict[str, nn.Module], batches: list[Any], progress: bool | None
 ) -> dict[str, float]:
-    outputs = [_flat(call(model, batch)) for batch in batches]
+    outputs = [flat_output(call(model, batch)) for batch in batches]
     energy = float(sum(output.square().sum() for output in outputs))
     weights = {}
     for name, layer in bar(progress, "sensitivity", layers.items()):
@@ -77,7 +76,7 @@ def _measured(
             cut, squared_error = _cut(layer)
         with _running_with(layer, cut):
             lost = sum(
-                float((_flat(call(model, batch)) - output).square().sum())
+                float((flat_output(call(model, batch)) - output).square().sum())
                 for batch, output in zip(batches, outputs, strict=True)
             )
         cut_something = energy > 0 and squared_error > SQUARED_ROUNDING
@@ -151,10 +150,3 @@ def _running_with(layer: nn.Module, weight: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _flat(result: Any) -> Tensor:
-    """Every floating-point tensor of what a model returned, as one vector."""
-    values = list(result.values()) if hasattr(result, "values") and not isinstance(result, Tensor) else result
-    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return torch.cat([tensor.float().flatten() for tensor in tensors])

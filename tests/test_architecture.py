@@ -81,9 +81,11 @@ ALLOWED = {
         *("decomp.batches", "decomp.checkpoints", "decomp.courses", "decomp.forward", "decomp.losses"),
         *("decomp.processes", "decomp.progress", "decomp.training"),
     },
+    "decomp.figures": LEAVES,
+    "decomp.plots": {"decomp.figures", "decomp.plans", "decomp.ranks", "decomp.spectra", "decomp.tables"},
     "decomp.reports": {
         *("decomp.choices", "decomp.costs", "decomp.forward", "decomp.layers", "decomp.observing"),
-        *("decomp.surgery", "decomp.tables", "decomp.timing"),
+        *("decomp.plots", "decomp.surgery", "decomp.tables", "decomp.timing"),
     },
     "decomp.sensitivities": {
         *("decomp.batches", "decomp.forward", "decomp.layers", "decomp.naming", "decomp.progress"),
@@ -96,6 +98,27 @@ ALLOWED = {
     "decomp.decompositions": {
         *("decomp.applying", "decomp.planning", "decomp.selection"),
     },
+    "decomp.scores": {"decomp.batches", "decomp.choices", "decomp.forward"},
+    "decomp.points": {"decomp.plans", "decomp.plots", "decomp.tables"},
+    "decomp.curves": {
+        *("decomp.api", "decomp.budgets", "decomp.choices", "decomp.methods", "decomp.plans", "decomp.points"),
+        *("decomp.progress", "decomp.ranks", "decomp.scores", "decomp.selection", "decomp.surgery"),
+        *("decomp.surveys", "decomp.timing"),
+    },
+    "decomp.exploring": {
+        *("decomp.api", "decomp.budgets", "decomp.candidates", "decomp.choices", "decomp.methods"),
+        *("decomp.planning", "decomp.plans", "decomp.ranks", "decomp.scores", "decomp.selection"),
+        "decomp.sensitivities",
+    },
+    "decomp.sketches": {"decomp.spectra"},
+    "decomp.rows": {
+        *("decomp.choices", "decomp.exploring", "decomp.ranks", "decomp.sketches", "decomp.tables"),
+    },
+    "decomp.panel": {
+        *("decomp.choices", "decomp.exploring", "decomp.plans", "decomp.rows", "decomp.sketches"),
+        "decomp.tables",
+    },
+    "decomp.explorer": {"decomp.exploring", "decomp.panel", "decomp.scores", "decomp.selection"},
     "decomp.digits": {"decomp.progress"},
     "decomp.demo": {
         *("decomp.api", "decomp.digits", "decomp.finetuning", "decomp.plans", "decomp.progress"),

@@ -1,5 +1,6 @@
 """The README and the guide say what is true, and their code runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -62,6 +63,19 @@ def test_the_guide_lists_every_method_with_its_ranks_and_every_rule():
         assert rows[name].strip().strip("()") == ", ".join(method.rank_names)
     for name in (*RULES, "energy", "params", "macs"):
         assert f"`{name}(" in guide
+
+
+def test_notebooks_were_run_in_order_and_show_what_the_web_can_show():
+    found = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert len(found) >= 5
+    for path in found:
+        assert f"notebooks/{path.name}" in README
+        cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), path.name
+        outputs = [output for cell in cells for output in cell["outputs"]]
+        assert not [output for output in outputs if output["output_type"] == "error"], path.name
+        # A widget is nothing without its kernel: its text stands in for it.
+        assert not any("widget-view" in kind for output in outputs for kind in output.get("data", {})), path.name
 
 
 def test_public_names_are_documented():

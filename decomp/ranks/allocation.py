@@ -73,6 +73,16 @@ def allocate(fronts: Sequence[Front], budget: float) -> list[int]:
     return _places(fronts, _fill(fronts, chosen, budget))
 
 
+def allocate_quickly(fronts: Sequence[Front], budget: float) -> list[int]:
+    """Like :func:`allocate` without the dynamic programming: within a step of the best, and in a few milliseconds.
+
+    Raises:
+        BudgetTooSmall: even the cheapest options do not fit.
+    """
+    _require_room(fronts, budget)
+    return _places(fronts, _fill(fronts, _lagrangian(fronts, budget), budget))
+
+
 def allocate_minmax(fronts: Sequence[Front], budget: float) -> list[int]:
     """Return one index per layer: least maximum of the losses within ``budget``, then what else it pays for.
 

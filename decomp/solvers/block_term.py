@@ -31,9 +31,9 @@ def fit_block_term(tensor: Tensor, blocks: int, rank_out: int, rank_in: int) -> 
     """G blocks of ranks (out, in, J) of one (T, S, J) tensor, their squared error, and their degeneracy.
 
     Compressed by HOSVD to G times the ranks first, started by taking one block after the other off the rest,
-    alternating least squares for all left factors, all right factors and all cores, at last with next to no ridge.
-    Left and right factors of each block are orthonormal in the result. Degeneracy is sum_g ||C_g||^2 / ||K||^2: far
-    above 1, blocks cancel.
+    then alternating least squares for all left factors, all right factors and all cores, at last with next to no
+    ridge. Left and right factors of each block are orthonormal in the result. Degeneracy is sum_g ||C_g||^2 /
+    ||K||^2: far above 1, blocks cancel.
 
     >>> blocks, squared_error, degeneracy = fit_block_term(torch.randn(12, 10, 9, dtype=torch.float64), 2, 4, 3)
     >>> blocks.left.shape, blocks.core.shape, blocks.right.shape

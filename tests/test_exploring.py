@@ -1,0 +1,244 @@
+"""The explorer without a browser: its state, its widgets, and what it says when something goes wrong."""
+
+import builtins
+import time
+from math import sqrt
+
+import pytest
+import torch
+from networks import plant_spectra, resnet50
+from torch import nn
+
+import decomp
+from decomp import sketches
+from decomp.exploring import Exploration
+from decomp.panel import Explorer
+
+IMAGE = torch.randn(2, 3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return plant_spectra(
+        nn.Sequential(
+            *(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3), nn.ReLU(), nn.Conv2d(48, 64, 1)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 40)),
+        )
+    ).eval()
+
+
+def explored(net, evaluate=None, data=None, **options) -> Exploration:
+    return Exploration(net, IMAGE, evaluate, data, **{"timed": False, "progress": False, **options})
+
+
+def opened(net, evaluate=None, **options) -> Explorer:
+    return decomp.explore(net, IMAGE, evaluate, **{"timed": False, "progress": False, **options})
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.3])
+def test_a_budget_is_kept_and_nearly_as_good_as_that_of_compress(net, kind, share):
+    state = explored(net)
+    state.choose_budget(kind, share)
+    exact = decomp.plan(net, **{kind: share}, example_inputs=IMAGE)
+    assert 0.95 * share < state.totals.share(kind) <= share
+    lost = [1 - sum((1 - c.error**2) for c in plan.values()) / len(plan) for plan in (state.plan, exact)]
+    assert lost[0] < 1.1 * lost[1] + 1e-3
+
+
+def test_below_the_least_budget_the_plan_is_the_cheapest(net):
+    state = explored(net)
+    least = state.choose_budget("macs", 0.001)
+    assert state.totals.share("macs") == pytest.approx(least)
+    with pytest.raises(ValueError, match="'macs', 'params'"):
+        state.choose_budget("seconds", 0.5)
+
+
+def test_a_layer_that_is_held_stays_as_it_is_and_the_budget_counts_it(net):
+    state = explored(net)
+    state.choose_ranks("2", (20, 12))
+    assert state.held == {"2"}
+    for share in (0.9, 0.5):
+        state.choose_budget("macs", share)
+        assert state.plan["2"].ranks == (20, 12)
+        assert state.totals.share("macs") <= share
+    state.choose_energy(0.5)
+    assert state.plan["2"].ranks == (20, 12)
+    state.hold("2", False)
+    state.choose_energy(0.5)
+    assert (
+        state.plan["2"].ranks == decomp.plan(net, ranks=decomp.ranks.energy(0.5), example_inputs=IMAGE)["2"].ranks
+    )
+
+
+def test_ranks_that_do_not_pay_leave_the_layer_dense_and_the_slider_where_it_is(net):
+    state = explored(net)
+    state.choose_ranks("2", (48, 31))
+    assert state.plan["2"].ranks == ()
+    assert "not cheaper" in state.plan["2"].reason
+    assert state.shown_ranks("2") == (48, 31)
+    assert state.totals.share("params") == 1
+
+
+def test_a_method_is_chosen_at_about_the_same_cost(net):
+    state = explored(net)
+    state.choose_budget("macs", 0.5)
+    before = state.plan["2"].macs.after
+    assert "svd_spatial" in state.methods_of("2")
+    assert "cp" not in state.methods_of("2"), "its errors have to be fitted: no slider could follow"
+    state.choose_method("2", "svd_spatial")
+    assert state.plan["2"].method == "svd_spatial"
+    assert state.plan["2"].macs.after <= before
+    state.choose_method("2", "dense")
+    assert state.plan["2"].reason == "kept dense on request"
+    state.choose_budget("macs", 0.5)
+    assert state.plan["2"].ranks == ()
+    with pytest.raises(ValueError, match=r"'svd_channel'|svd_channel"):
+        state.choose_method("2", "magic")
+
+
+def test_the_plan_makes_the_model_that_it_promises(net):
+    state = explored(net)
+    state.choose_method("0", "svd_channel")
+    state.choose_budget("params", 0.4)
+    small = state.apply()
+    assert sum(p.numel() for p in small.parameters()) == state.totals.params.after
+    assert state.apply() is small
+    state.choose_budget("params", 0.5)
+    assert state.apply() is not small
+
+
+def test_the_predicted_error_is_that_of_the_weights_or_from_data_that_of_the_output(net):
+    state = explored(net)
+    state.choose_ranks("7", (20,))
+    errors = [choice.error for name, choice in state.plan.items()]
+    assert state.totals.error == pytest.approx(sqrt(sum(e * e for e in errors) / len(errors)))
+    informed = explored(net, data=[IMAGE])
+    assert informed.predicts_output
+    informed.choose_ranks("7", (20,))
+    tried = informed.evaluate()
+    assert tried.totals.error == pytest.approx(tried.score, rel=0.5), "to first order"
+
+
+def test_seconds_are_estimated_and_can_be_a_budget(net):
+    state = explored(net, timed=True)
+    share = max(0.9, state.choose_budget("seconds", 0.9))  # a network this small may not get faster by that much
+    assert state.totals.seconds.after <= share * state.totals.seconds.before * (1 + 1e-9)
+    state.choose_method("2", "svd_spatial")
+    assert state.totals.seconds.after > 0
+
+
+def test_what_was_evaluated_is_kept_with_the_dense_score(net):
+    state = explored(net, lambda model: float(sum(p.numel() for p in model.parameters())))
+    state.choose_budget("params", 0.5)
+    tried = state.evaluate()
+    assert state.baseline == tried.totals.params.before
+    assert tried.score == tried.totals.params.after
+    assert state.tried == [tried]
+
+
+def test_sliders_of_the_widget_move_the_plan_the_numbers_and_the_plot(net):
+    explorer = opened(net)
+    cards, charts = explorer._cards.value, explorer._charts.value
+    explorer.budget.value = 0.31
+    assert explorer.plan.macs.after <= 0.31 * explorer.plan.macs.before
+    assert (explorer._cards.value, explorer._charts.value) != (cards, charts)
+    assert "31%" in explorer._status.value
+    row = next(row for row in explorer._rows if row.name == "2")
+    row.sliders[0].value = 9
+    assert explorer.plan["2"].ranks[0] == 9
+    assert row.held.value
+    assert "Held: 2" in explorer._status.value
+    row.method.value = "dense"
+    assert explorer.plan["2"].ranks == ()
+    row.method.value = "tensor_train"
+    assert len(row.sliders) == 3
+    row.held.value = False
+    explorer.energy.value = 0.6
+    assert explorer.plan["2"].method == "tensor_train"
+    explorer.kind.value = "params"
+    assert explorer.plan.params.after <= explorer.budget.value * explorer.plan.params.before
+
+
+def test_buttons_evaluate_and_apply(net):
+    explorer = opened(net, lambda model: 0.5)
+    with pytest.raises(RuntimeError, match="press Apply"):
+        _ = explorer.model
+    explorer.evaluate_button.click()
+    assert explorer.tried[0].score == 0.5
+    explorer.apply_button.click()
+    assert explorer.model.decomp_plan.params == explorer.plan.params
+    assert "Applied" in explorer._status.value
+
+
+def test_an_evaluation_that_raises_is_said_and_the_panel_stays_usable(net):
+    def broken(model):
+        raise KeyError("no such metric")
+
+    explorer = opened(net, broken)
+    explorer.evaluate_button.click()
+    assert "KeyError" in explorer._status.value
+    assert "no such metric" in explorer._status.value
+    explorer.budget.value = 0.4
+    explorer.apply_button.click()
+    assert "Applied" in explorer._status.value
+    with pytest.raises(KeyError):
+        explorer.evaluate()
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(nn.Flatten(), nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Linear(192, 1))]
+)
+def test_a_model_too_small_to_compress_is_said(model):
+    explorer = opened(model)
+    assert "There is nothing to choose" in explorer._status.value
+    assert explorer.budget.disabled
+    assert explorer.apply_button.disabled
+    assert all(not choice.ranks for choice in explorer.plan.values())
+
+
+def test_only_a_page_of_rows_exists():
+    deep = nn.Sequential(*(nn.Linear(32, 32) for _ in range(20)))
+    explorer = decomp.explore(deep, torch.randn(1, 32), timed=False, progress=False)
+    assert [row.name for row in explorer._rows] == [str(i) for i in range(8)]
+    explorer.page.value = 2
+    assert [row.name for row in explorer._rows] == ["16", "17", "18", "19"]
+    assert all(row.sliders for row in explorer._rows)
+
+
+def test_without_widgets_the_plan_is_shown_and_without_ipywidgets_the_way_to_get_it(net, monkeypatch):
+    bundle = opened(net)._repr_mimebundle_()
+    assert "whole model" in bundle["text/plain"]
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    real = builtins.__import__
+
+    def missing(name, *rest, **options):
+        if name == "decomp.panel":
+            raise ModuleNotFoundError("No module named 'ipywidgets'", name="ipywidgets")
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ImportError, match=r"pip install 'decomp\[notebook\]'"):
+        opened(net)
+
+
+def test_drawings_say_in_words_what_they_show(net):
+    drawing = sketches.spectrum(torch.linspace(3, 0.1, 200).numpy(), 50)
+    assert "50 of 200 components kept" in drawing
+    chart = sketches.chart("<T>", ("x", "y"), [(0.1, 1.0), (0.5, 0.2)], [(0.5, 0.9)], (0.5, None), 1.0)
+    assert "&lt;T&gt;" in chart
+    assert "nan" not in sketches.chart("T", ("x", "y"), (), [(0.5, 0.0)])
+    assert sketches.spectrum(torch.zeros(4).numpy(), 4)
+
+
+@pytest.mark.slow
+def test_sliders_of_a_resnet50_follow_within_50_ms():
+    model = plant_spectra(resnet50()).eval()
+    explorer = decomp.explore(model, torch.randn(1, 3, 224, 224), timed=False, progress=False)
+    times = []
+    for step in range(20):
+        start = time.perf_counter()
+        explorer.budget.value = 0.2 + 0.03 * step
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[len(times) // 2] < 0.05
