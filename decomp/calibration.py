@@ -120,7 +120,7 @@ def _find_batch_norms(model: nn.Module, batch: Any, sums: Mapping[str, Sums]) ->
     feeds = [each for found in fed.values() for each in found]
     for name, found in fed.items():
         if len(found) == 1 and found[0] is not None and feeds.count(found[0]) == 1:
-            found[0].normalization = name
+            found[0].feed(name, norms[name])
 
 
 def _watch(model: nn.Module, batch: Any, sums: Mapping[str, "Sums"], *, held_out: bool, loss: Any) -> None:

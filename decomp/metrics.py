@@ -24,7 +24,8 @@ class Moments:
     which then takes up the shift, about zero where there is neither. Either is None where it would be too large,
     or says nothing more than the other. ``means`` are mean inputs, one for each size that was seen, with how
     often it was seen. ``shrinkage`` in [0, 1] is how far both are moved towards the metric of the weight.
-    ``row_weights`` (groups, T) are the roots of how much an error of each output counts for the loss.
+    ``row_weights`` (groups, T) are the roots of how much an error of each output counts: by the
+    gradient of a loss where there is one, else by the scale of the BatchNorm behind it.
     """
 
     shape: tuple[int, ...]
@@ -76,8 +77,8 @@ def output_error(layer: Factorized, dense: nn.Module, moments: Moments) -> float
     inside = moments.inputs if _is_matrix(kernels) else moments.patches
     if inside is None:
         return None
-    weight = kernels.flatten(2)
-    lost = weight - as_float64(layer.dense_kernels()).flatten(2)
+    weight = _weighted(kernels, moments).flatten(2)
+    lost = weight - _weighted(as_float64(layer.dense_kernels()), moments).flatten(2)
     squared, energy = (float(((each @ inside) * each).sum()) for each in (lost, weight))
     return (max(squared, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
 

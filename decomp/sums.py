@@ -15,6 +15,7 @@ LARGEST_SELECTION = 1024
 LARGEST_PATCH = 2304
 PATCH_ELEMENTS = 2**22
 MOST_SIZES = 8
+LEAST_COUNT = 1e-3
 
 
 class Sums:
@@ -40,10 +41,17 @@ class Sums:
         self._gradients: Tensor | None = None
         self.samples = 0
         self.normalization = ""
+        self._scale: Tensor | None = None
 
     @property
     def _centred(self) -> bool:
         return getattr(self.module, "bias", None) is not None or bool(self.normalization)
+
+    def feed(self, name: str, norm: Any) -> None:
+        """Note the BatchNorm behind the layer: it scales every output by gamma / sigma, and takes up a shift."""
+        self.normalization = name
+        scale = (norm.running_var.to(torch.float64) + norm.eps).rsqrt()
+        self._scale = scale if norm.weight is None else scale * norm.weight.detach().abs()
 
     def add(self, received: Tensor, output: Tensor, *, held_out: bool) -> None:
         """Take in the input and the output of one call."""
@@ -94,10 +102,11 @@ class Sums:
         patches = None if self._patches is None else self._patches.second(centred=centred)
         means = tuple((total / count, count) for total, count in self._means.values())
         row_weights = None
-        if self._gradients is not None:
-            weights = self._gradients.reshape(self.kernels.shape[:2])
-            # A channel that the loss does not feel still counts a little: it may matter on other data.
-            row_weights = (weights / weights.mean().clamp(min=1e-300) + 1e-3).sqrt()
+        counts = self._scale.square() if self._gradients is None and self._scale is not None else self._gradients
+        if counts is not None:
+            counts = counts.reshape(self.kernels.shape[:2])
+            # A channel that counts for nothing still counts a little: it may matter on other data.
+            row_weights = (counts / counts.mean().clamp(min=1e-300) + LEAST_COUNT).sqrt()
         shape = tuple(self.module.weight.shape)
         shrinkage = self._shrinkage(centred)
         return Moments(
