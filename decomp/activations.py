@@ -67,7 +67,9 @@ class Activations:
         received = _watched(self._small, self._layer, batch, output=False)
         targets = _watched(self._dense, self._twin, batch, output=True)
         alike = len(received) == len(targets)
-        if not alike or any(x.shape[:1] != y.shape[:1] for x, y in zip(received, targets, strict=True)):
+        unbatched = len(getattr(self._twin, "kernel_size", ())) + 1
+        together = zip(received, targets, strict=alike)
+        if not alike or any(x.shape[:1] != y.shape[:1] and x.dim() != unbatched for x, y in together):
             raise RoutedDifferently
         return [(x, follow(y, self._tail)) for x, y in zip(received, targets, strict=True) if x.numel()]
 

@@ -94,20 +94,26 @@ def calibrate(
 
 @torch.no_grad()
 def _find_batch_norms(model: nn.Module, batch: Any, sums: Mapping[str, Sums]) -> None:
-    """Note which layers feed a BatchNorm directly, and nothing else does: it can take up a shift of their mean."""
-    outputs: dict[int, Sums] = {}
+    """Note which layers feed a BatchNorm directly, and are called once: it can take up a shift of their mean."""
+    outputs: dict[int, tuple[Sums, int]] = {}
     kept: list[Tensor] = []  # as long as they live, their ids are their own
     fed: dict[str, list[Sums | None]] = {}
 
     def after(each: Sums) -> Any:
         def hook(module: nn.Module, received: Any, output: Tensor) -> None:
             kept.append(output)
-            outputs[id(output)] = each
+            outputs[id(output)] = (each, output._version)
 
         return hook
 
     def before(name: str) -> Any:
-        return lambda module, given: fed.setdefault(name, []).append(outputs.get(id(given[0])))
+        def hook(module: nn.Module, given: Any) -> None:
+            each, version = outputs.get(id(given[0]), (None, 0))
+            # An operation in place in between gives the same tensor, in another version; and channels are axis 1.
+            direct = each is not None and version == given[0]._version and each.channels_are_axis_1(given[0])
+            fed.setdefault(name, []).append(each if direct else None)
+
+        return hook
 
     norms = {n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None}
     handles = [each.module.register_forward_hook(after(each)) for each in sums.values()]
@@ -117,9 +123,9 @@ def _find_batch_norms(model: nn.Module, batch: Any, sums: Mapping[str, Sums]) ->
     finally:
         for handle in handles:
             handle.remove()
-    feeds = [each for found in fed.values() for each in found]
+    calls = [each for each, _ in outputs.values()]
     for name, found in fed.items():
-        if len(found) == 1 and found[0] is not None and feeds.count(found[0]) == 1:
+        if len(found) == 1 and found[0] is not None and calls.count(found[0]) == 1:
             found[0].feed(name, norms[name])
 
 

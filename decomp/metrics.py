@@ -12,6 +12,7 @@ from decomp.projecting import refitted
 from decomp.spectra import as_float64
 
 RELATIVE_RIDGE = 1e-6
+NOTHING = 1e-18  # a mean square below is what centring leaves of constant inputs
 LARGEST_PATCH_SHRINKAGE = 0.1
 
 
@@ -150,6 +151,8 @@ def _input_moments(layer: type[Factorized], moments: Tensor, shrinkage: float) -
         moments = torch.diag_embed(moments.diagonal(dim1=1, dim2=2))
     mean = moments.diagonal(dim1=1, dim2=2).mean(1)
     identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
+    still = (mean <= NOTHING)[:, None, None]  # inputs that do not move say nothing: the metric of the weight
+    moments, mean = torch.where(still, identity, moments), torch.where(still[:, 0, 0], 1.0, mean)
     least = torch.finfo(moments.dtype).eps * moments.shape[1]  # a singular moment has a root as well
     return (1 - shrinkage) * moments + (max(shrinkage, least) * mean[:, None, None]) * identity
 
@@ -158,6 +161,8 @@ def _patch_moments(moments: Moments) -> Tensor:
     patches = cast(Tensor, moments.patches)
     mean = patches.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     identity = torch.eye(patches.shape[1], dtype=patches.dtype, device=patches.device)
+    still = mean <= NOTHING
+    patches, mean = torch.where(still, identity, patches), torch.where(still, 1.0, mean)
     rho = max(min(moments.shrinkage, LARGEST_PATCH_SHRINKAGE), RELATIVE_RIDGE)
     return (1 - rho) * patches + rho * mean * identity
 
@@ -170,7 +175,8 @@ def _output_moments(kernels: Tensor, moments: Moments) -> Tensor:
     own = kernels.flatten(2) @ kernels.flatten(2).mT
     energy, energy_own = (each.diagonal(dim1=1, dim2=2).sum(1) for each in (found, own))
     share = (energy / energy_own.clamp(min=torch.finfo(own.dtype).tiny))[:, None, None]
-    return (1 - moments.shrinkage) * found + moments.shrinkage * share * own
+    mixed: Tensor = (1 - moments.shrinkage) * found + moments.shrinkage * share * own
+    return torch.where((energy > 0)[:, None, None], mixed, own)
 
 
 def _is_matrix(kernels: Tensor) -> bool:

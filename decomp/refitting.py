@@ -15,6 +15,10 @@ LARGEST_PATCH = 4096
 PATCH_ELEMENTS = 2**24
 
 
+class OtherSize(Exception):
+    """The layer gave an output of another size than its options alone would."""
+
+
 class Refit:
     """The normal equations of y ~= A z + b for the last factor A of a layer: its inputs z, taken apart in patches.
 
@@ -49,7 +53,10 @@ class Refit:
             z = x if self._patches is None else self._patches(x)
             moments = self._held_out if held_out else self._fit
             groups = len(self._weight)
-            moments.add(rows_of(z, axes, groups), rows_of(y, axes, groups))
+            rows = rows_of(z, axes, groups), rows_of(y, axes, groups)
+            if rows[0].shape[1] != rows[1].shape[1]:
+                raise OtherSize
+            moments.add(*rows)
 
     def _reaching_last(self, received: Tensor) -> Tensor:
         seen: list[Tensor] = []

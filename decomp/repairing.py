@@ -1,8 +1,8 @@
 """Repair without gradients: last factors and biases refitted in the order of execution, BatchNorm re-estimated."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from decomp.layers import Factorized
 from decomp.naming import naming
 from decomp.pairing import pairs_of
 from decomp.progress import bar
-from decomp.refitting import Refit
+from decomp.refitting import OtherSize, Refit
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -139,6 +139,8 @@ def _refit(layer: Factorized, activations: Activations) -> LayerRepair:
                 count += 1
     except RoutedDifferently:
         return LayerRepair(math.nan, math.nan, "routed differently: not refitted")
+    except OtherSize:
+        return LayerRepair(math.nan, math.nan, "called with an output_size: not refitted")
     if not any(parameter.requires_grad for parameter in layer.parameters()):
         return LayerRepair(refit.error(), refit.error(), "frozen: not refitted")
     before = refit.error()
@@ -160,7 +162,8 @@ def _output_error(small: nn.Module, dense: nn.Module, batches: Batches) -> float
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    leaves = tree_leaves(call(model, to_device_of(model, batch)))
+    given = call(model, to_device_of(model, batch))
+    leaves = tree_leaves(vars(given) if is_dataclass(given) and not isinstance(given, Mapping) else given)
     return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
@@ -171,17 +174,30 @@ def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: 
         return before, ""
     kept = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum, norm.training = None, True
-    for batch in batches:
-        call(small, to_device_of(small, batch))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum, norm.training = momentum, False
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True
+        for batch in batches:
+            call(small, to_device_of(small, batch))
+    except ValueError as error:
+        _put_back(norms, kept)
+        return before, f"the statistics of BatchNorm were kept: {error}"
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum, norm.training = momentum, False
+    reached = [norm for norm in norms if int(norm.num_batches_tracked or 0)]
+    _put_back(
+        [n for n in norms if n not in reached], [k for n, k in zip(norms, kept, strict=True) if n not in reached]
+    )
     after = _output_error(small, dense, batches)
     if after < before:
-        return after, f"{len(norms)} BatchNorm re-estimated"
+        return after, f"{len(reached)} BatchNorm re-estimated"
+    _put_back(norms, kept)
+    return before, f"no gain: the statistics of {len(reached)} BatchNorm were kept"
+
+
+def _put_back(norms: Sequence[nn.Module], kept: Sequence[Mapping[str, Tensor]]) -> None:
     for norm, values in zip(norms, kept, strict=True):
         for name, value in values.items():
             getattr(norm, name).copy_(value)
-    return before, f"no gain: the statistics of {len(norms)} BatchNorm were kept"

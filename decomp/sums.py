@@ -16,6 +16,7 @@ LARGEST_PATCH = 2304
 PATCH_ELEMENTS = 2**22
 MOST_SIZES = 8
 LEAST_COUNT = 1e-3
+ROUNDING = 1e-12
 
 
 class Sums:
@@ -46,6 +47,10 @@ class Sums:
     @property
     def _centred(self) -> bool:
         return getattr(self.module, "bias", None) is not None or bool(self.normalization)
+
+    def channels_are_axis_1(self, output: Tensor) -> bool:
+        """Whether a BatchNorm on the output normalizes the channels of this layer."""
+        return output.dim() == len(getattr(self.module, "kernel_size", ())) + 2
 
     def feed(self, name: str, norm: Any) -> None:
         """Note the BatchNorm behind the layer: it scales every output by gamma / sigma, and takes up a shift."""
@@ -151,4 +156,9 @@ class Accumulator:
         """Second moments, about the mean or about zero."""
         mean = self._total / max(self.count, 1)
         second: Tensor = self._outer / max(self.count, 1)
-        return second - mean[:, :, None] * mean[:, None] if centred else second
+        if not centred:
+            return second
+        about = second - mean[:, :, None] * mean[:, None]
+        # What rounding leaves of inputs that do not move is no signal.
+        moves = about.diagonal(dim1=1, dim2=2).sum(1) > ROUNDING * second.diagonal(dim1=1, dim2=2).sum(1)
+        return torch.where(moves[:, None, None], about, 0.0)

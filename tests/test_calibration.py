@@ -318,3 +318,68 @@ def test_a_factorized_embedding_is_calibrated_repaired_and_fine_tuned():
         decomp.repair(small, model, data, progress=False)
         assert error(small, model, data) <= before * (1 + 1e-6)
         decomp.finetune_layerwise(small, model, data, steps=20, progress=False)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_an_activation_before_the_batch_norm_is_no_feed(inplace):
+    model = nn.Sequential(nn.Conv2d(8, 12, 3, bias=False), nn.ReLU(inplace), nn.BatchNorm2d(12)).eval()
+    statistics = decomp.calibrate(model, [torch.randn(4, 8, 6, 6)], progress=False)
+    assert statistics["0"].normalization == ""
+    tokens = nn.Sequential(nn.Linear(12, 12, bias=False), nn.BatchNorm1d(12)).eval()
+    assert decomp.calibrate(tokens, [torch.randn(4, 12, 12)], progress=False)["0"].normalization == ""
+    assert decomp.calibrate(tokens, [torch.randn(4, 12)], progress=False)["0"].normalization == "1"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(20, 12), lambda: nn.Linear(12, 20), lambda: nn.Conv2d(8, 12, 3)]
+)
+def test_inputs_that_do_not_move_leave_the_metric_of_the_weight(make):
+    dense = make()
+    x = torch.full((1, 8, 7, 7), 0.3) if isinstance(dense, nn.Conv2d) else torch.randn(1, dense.in_features)
+    for data in ([x], [x] * 5, [0 * x]):
+        small = decomp.plan(dense, ranks=3, data=data).apply(dense)
+        assert all(torch.isfinite(parameter).all() for parameter in small.parameters())
+        assert small.decomp_plan[""].error < 1
+
+
+def test_a_repair_that_cannot_renormalize_keeps_the_statistics(net, data):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 16))
+            self.unused = nn.BatchNorm1d(4)
+            self.unused.running_mean.fill_(3.0)
+
+        def forward(self, x):
+            return self.layers(x)
+
+    model = Branch().eval()
+    for rows in ([8, 8, 1], [8, 8, 8]):
+        small = decomp.svd(model, ranks=3)
+        report = decomp.repair(small, model, [torch.randn(count, 16) for count in rows], progress=False)
+        assert small.layers[1].momentum == 0.1
+        assert float(small.unused.running_mean[0]) == 3.0
+        if 1 in rows:
+            assert "were kept" in report.note
+            assert torch.equal(small.layers[1].running_mean, model.layers[1].running_mean)
+
+
+def test_unbatched_inputs_are_refitted():
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+    data = [torch.randn(16) for _ in range(64)]
+    report = decomp.repair(decomp.svd(model, ranks=4), model, data, progress=False)
+    assert not any("routed" in each.note for each in report.values())
+    upscale = nn.ConvTranspose2d(6, 8, 3, stride=2)
+
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = upscale
+
+        def forward(self, x):
+            return self.up(x, [12, 12])
+
+    model = Up()
+    small = decomp.tucker(model, ranks=3)
+    report = decomp.repair(small, model, [torch.randn(2, 6, 5, 5) for _ in range(4)], progress=False)
+    assert report["up"].note == "called with an output_size: not refitted"
