@@ -100,8 +100,8 @@ def compress(
         macs: multiply-adds of one pass on ``example_inputs``: a float in (0, 1) is a share, an int is absolute.
         params: parameters of the model, likewise.
         seconds: seconds of one pass on ``example_inputs``, predicted from layers measured on this machine.
-        methods: rows of the table of methods; "auto" are those that know their error at all ranks at once and are
-            no special case of another.
+        methods: rows of the table of methods; "auto" are svd and tucker, which know their error at all ranks at
+            once.
         objective: "product" of the shares of energy kept (Zhang et al. 2016, section 3.2.3); "sum" of squared
             relative errors; "max", the largest relative error of a layer (Liebenwein et al. 2021).
         multiple_of: ranks are multiples of it, or full; 8 suits GPUs.

@@ -55,6 +55,7 @@ class error:
     """
 
     bound: float
+    nothing: ClassVar[str] = "no rank keeps the error within this bound"
 
     def __post_init__(self) -> None:
         require_share("error", self.bound)
