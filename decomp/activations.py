@@ -1,13 +1,13 @@
 """What flows through one layer: inputs in the compressed network, targets from the dense one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from decomp.batches import Batches, Part, naming_batch
-from decomp.following import Tail, follow
+from decomp.following import Tail, follow, tails
 from decomp.forward import Unfused, call, to_device_of
 from decomp.streams import Window
 
@@ -93,3 +93,22 @@ def _watched(model: nn.Module, layer: nn.Module, batch: Any, *, output: bool) ->
     finally:
         hook.remove()
     return seen
+
+
+def reached_tails(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:
+    """Tails in the order of execution, from as many batches as it takes to reach every layer.
+
+    Raises:
+        ValueError: the data is empty.
+    """
+    found: dict[str, Tail] = {}
+    empty = True
+    for index, batch in batches.numbered():
+        empty = False
+        with naming_batch(index, batch):
+            found |= tails(model, batch, {name: layer for name, layer in layers.items() if name not in found})
+        if len(found) == len(layers):
+            break
+    if empty:
+        raise ValueError("data is empty: at least one batch is needed")
+    return found

@@ -8,10 +8,10 @@ from torch import nn
 
 from decomp.calibration import Statistics
 from decomp.finetuning import finetune_layerwise
+from decomp.methods import default_options
 from decomp.planning import Scope, make_plan
 from decomp.plans import Plan
 
-DEFAULTS = {"fold": "channel", "modes": 3, "solver": None, "blocks": 4, "scheme": "spatial"}
 REPORT = "decomp_finetuning"  # the attribute of a model that carries the report of its fine-tuning
 
 
@@ -55,7 +55,8 @@ def decompose(
             )
         if scope.data is not None and finetune is False:
             raise ValueError("a Plan says itself what it was made from: give data= to decomp.plan")
-        changed = {name: value for name, value in options.items() if value != DEFAULTS[name]}
+        defaults = default_options(method)
+        changed = {name: value for name, value in options.items() if value != defaults[name]}
         if changed:
             raise ValueError(f"a Plan says itself which methods it uses: leave {next(iter(changed))}= out")
         decided = ranks

@@ -11,7 +11,7 @@ from decomp.candidates import Candidate
 from decomp.choices import Choice
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import Method, Ranks
-from decomp.metrics import lost_mean, output_error, output_factors
+from decomp.metrics import Moments, lost_mean, output_error, output_factors
 from decomp.naming import naming, require_finite
 from decomp.progress import bar
 from decomp.spectra import as_float64
@@ -86,8 +86,8 @@ def correct_means(
     Only layers decomposed by their output; one with neither a bias nor a BatchNorm gets none.
     """
     for name, layer in new.items():
-        moments = next((candidate.moments for candidate in candidates.get(name, ())), None)
-        shift = None if moments is None else lost_mean(layer, dense[name], moments.to(layer.weight.device))
+        moments = _moments_of(name, dense[name], candidates)
+        shift = None if moments is None else lost_mean(layer, dense[name], moments)
         if moments is None or shift is None:
             continue
         bias = layer.bias
@@ -108,12 +108,18 @@ def measured(
     """The choices of layers decomposed by their output, with both errors as they are."""
     found = {}
     for name, layer in new.items():
-        moments = next((candidate.moments for candidate in candidates.get(name, ())), None)
+        moments = _moments_of(name, dense[name], candidates)
         if moments is not None:
             weight = as_float64(cast(Tensor, dense[name].weight))
             energy = float(weight.norm())
             error = float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
-            output = output_error(layer, dense[name], moments.to(weight.device))
+            output = output_error(layer, dense[name], moments)
             output = choices[name].output_error if output is None else output
             found[name] = replace(choices[name], error=error, output_error=output)
     return found
+
+
+def _moments_of(name: str, module: nn.Module, candidates: Mapping[str, Sequence[Candidate]]) -> Moments | None:
+    """What data told of a layer, the same for all of its candidates, on its device."""
+    moments = next((candidate.moments for candidate in candidates.get(name, ())), None)
+    return None if moments is None else moments.to(cast(Tensor, module.weight).device)

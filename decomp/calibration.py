@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from decomp.batches import Batches, naming_batch
-from decomp.forward import Unfused, call, evaluating, to_device_of
+from decomp.forward import Unfused, call, evaluating, moving_norms, to_device_of
 from decomp.metrics import Moments
 from decomp.naming import naming
 from decomp.progress import bar
@@ -16,7 +16,6 @@ from decomp.sums import Sums
 from decomp.surveys import survey
 
 HELD_OUT_EVERY = 4
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Statistics(Mapping[str, Moments]):
@@ -115,7 +114,7 @@ def _find_batch_norms(model: nn.Module, batch: Any, sums: Mapping[str, Sums]) ->
 
         return hook
 
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None}
+    norms = moving_norms(model)
     handles = [each.module.register_forward_hook(after(each)) for each in sums.values()]
     handles += [norm.register_forward_pre_hook(before(name)) for name, norm in norms.items()]
     try:

@@ -61,11 +61,14 @@ class Checkpoint:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is the old one or the new one whenever the process is killed."""
     handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
     if os.name == "posix":  # the new name has to reach the disk as well
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)

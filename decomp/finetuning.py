@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from decomp import tables
-from decomp.activations import Activations
-from decomp.batches import Batches, naming_batch, require_passes
+from decomp.activations import Activations, reached_tails
+from decomp.batches import Batches, require_passes
 from decomp.checkpoints import Checkpoint, identify
-from decomp.following import Tail, tails
 from decomp.forward import evaluating
 from decomp.lessons import LayerReport, Lesson
 from decomp.naming import naming
@@ -125,8 +124,8 @@ def finetune_layerwise(
         identity = _identity(small, dense, held_out, cache_bytes, chosen, recipe, together)
         store = Checkpoint(checkpoint, identity, writes=together.rank == 0)
         batches = Batches(OwnRandomness(data, _first_state(store, data, together), again=True), inputs)
-        tails_of_small = _tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
-        tails_of_dense = _tails(dense, batches, {name: pair[1] for name, pair in pairs.items()})
+        tails_of_small = reached_tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
+        tails_of_dense = reached_tails(dense, batches, {name: pair[1] for name, pair in pairs.items()})
         lesson = partial(Lesson, recipe=recipe, split=Split(held_out, together.rank, together.size), team=together)
         lessons = {
             name: lesson(
@@ -197,18 +196,3 @@ def _identity(
         **recipe.identity(),
         **together.identity(),
     }
-
-
-def _tails(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:
-    """Tails in the order of execution, from as many batches as it takes to reach every layer."""
-    found: dict[str, Tail] = {}
-    empty = True
-    for index, batch in batches.numbered():
-        empty = False
-        with naming_batch(index, batch):
-            found |= tails(model, batch, {name: layer for name, layer in layers.items() if name not in found})
-        if len(found) == len(layers):
-            break
-    if empty:
-        raise ValueError("data is empty: at least one batch is needed")
-    return found

@@ -11,6 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 
+def moving_norms(model: nn.Module) -> dict[str, Any]:
+    """The BatchNorm layers that keep statistics of what they saw, by name."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.running_mean is not None}
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Run the block in eval mode and give every module its own train flag back: BatchNorm must not move."""

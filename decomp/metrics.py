@@ -149,22 +149,22 @@ def _input_moments(layer: type[Factorized], moments: Tensor, shrinkage: float) -
     """(1 - rho) C + rho tr(C) / S I; the diagonal alone where a layer cannot mix its inputs."""
     if not layer.mixes_inputs:
         moments = torch.diag_embed(moments.diagonal(dim1=1, dim2=2))
-    mean = moments.diagonal(dim1=1, dim2=2).mean(1)
-    identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
-    still = (mean <= NOTHING)[:, None, None]  # inputs that do not move say nothing: the metric of the weight
-    moments, mean = torch.where(still, identity, moments), torch.where(still[:, 0, 0], 1.0, mean)
     least = torch.finfo(moments.dtype).eps * moments.shape[1]  # a singular moment has a root as well
-    return (1 - shrinkage) * moments + (max(shrinkage, least) * mean[:, None, None]) * identity
+    return _shrunk(moments, max(shrinkage, least))
 
 
 def _patch_moments(moments: Moments) -> Tensor:
-    patches = cast(Tensor, moments.patches)
-    mean = patches.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    identity = torch.eye(patches.shape[1], dtype=patches.dtype, device=patches.device)
-    still = mean <= NOTHING
-    patches, mean = torch.where(still, identity, patches), torch.where(still, 1.0, mean)
     rho = max(min(moments.shrinkage, LARGEST_PATCH_SHRINKAGE), RELATIVE_RIDGE)
-    return (1 - rho) * patches + rho * mean * identity
+    return _shrunk(cast(Tensor, moments.patches), rho)
+
+
+def _shrunk(moments: Tensor, rho: float) -> Tensor:
+    """(1 - rho) C + rho tr(C) / n I; the identity, the metric of the weight, where inputs do not move."""
+    mean = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
+    still = mean <= NOTHING
+    moments, mean = torch.where(still, identity, moments), torch.where(still, 1.0, mean)
+    return (1 - rho) * moments + rho * mean * identity
 
 
 def _output_moments(kernels: Tensor, moments: Moments) -> Tensor:

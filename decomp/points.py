@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decomp import tables
+from decomp.checkpoints import write_atomically
 from decomp.plans import Plan
 
 if TYPE_CHECKING:
@@ -87,12 +88,7 @@ class Store:
             return
         entries = [point.to_dict() for point in self.points.values()]
         data = {"format": FORMAT, "head": dict(self.head), "dense": self.dense.to_dict(), "points": entries}
-        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-        try:
-            beside.write_text(json.dumps(data), encoding="utf-8")
-            os.replace(beside, self.path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_atomically(self.path, json.dumps(data).encode())
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from decomp import tables
-from decomp.activations import Activations, RoutedDifferently
+from decomp.activations import Activations, RoutedDifferently, reached_tails
 from decomp.batches import Batches
-from decomp.following import tails
-from decomp.forward import Unfused, call, evaluating, to_device_of
+from decomp.forward import Unfused, call, evaluating, moving_norms, to_device_of
 from decomp.layers import Factorized
 from decomp.naming import naming
 from decomp.pairing import pairs_of
 from decomp.progress import bar
 from decomp.refitting import OtherSize, Refit
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -106,9 +103,8 @@ def repair(
     reports: dict[str, LayerRepair] = {}
     with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
         before = _output_error(small, dense, batches)
-        for name in bar(
-            progress, "repair", _order(small, batches, {name: pair[0] for name, pair in pairs.items()})
-        ):
+        order = list(reached_tails(small, batches, {name: pair[0] for name, pair in pairs.items()}))
+        for name in bar(progress, "repair", order):
             activations = Activations(small, dense, *pairs[name], [], batches, cache_bytes)
             with naming(name):
                 reports[name] = _refit(pairs[name][0], activations)
@@ -118,15 +114,6 @@ def repair(
     for name in pairs.keys() - reports.keys():
         reports[name] = LayerRepair(math.nan, math.nan, "the data never reaches it")
     return RepairReport(reports, before, after, note)
-
-
-def _order(small: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> list[str]:
-    found: list[str] = []
-    for batch in batches:
-        found += [name for name in tails(small, batch, layers) if name not in found]
-        if len(found) == len(layers):
-            break
-    return found
 
 
 def _refit(layer: Factorized, activations: Activations) -> LayerRepair:
@@ -169,7 +156,7 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 
 def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: float) -> tuple[float, str]:
     """Estimate BatchNorm statistics by one cumulative average over the data; undone where the error would rise."""
-    norms = [m for m in small.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+    norms = list(moving_norms(small).values())
     if not norms:
         return before, ""
     kept = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]

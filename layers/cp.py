@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from decomp.layers.factorized import Factorized
-from decomp.layers.kernels import ConvNd, group_kernels, pointwise_like, spatial_like, spatial_steps
+from decomp.layers.kernels import (
+    ConvNd,
+    group_kernels,
+    pointwise_like,
+    spatial_like,
+    spatial_steps,
+    step_sizes,
+)
 
 
 class CPConv(Factorized):
@@ -51,9 +58,9 @@ class CPConv(Factorized):
         if weights is not None:
             left = left * weights.reshape(-1, 1, left.shape[-1])
         kernels = {"reduce": right.mT}
-        for place, (axes, factor) in enumerate(zip(cls.steps(dense), spatial, strict=True)):
-            lengths = [k if axis in axes else 1 for axis, k in enumerate(dense.kernel_size)]
-            kernels[f"axis{place}"] = factor.mT.reshape(-1, 1, 1, *lengths)
+        sizes = step_sizes(dense.kernel_size, cls.steps(dense))
+        for place, (size, factor) in enumerate(zip(sizes, spatial, strict=True)):
+            kernels[f"axis{place}"] = factor.mT.reshape(-1, 1, 1, *size)
         return kernels | {"expand": left}
 
     @classmethod

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from decomp.layers.factorized import Factorized, run_factor
-from decomp.layers.kernels import ConvNd, group_kernels, pointwise_like, spatial_like, spatial_steps
+from decomp.layers.kernels import (
+    ConvNd,
+    group_kernels,
+    pointwise_like,
+    spatial_like,
+    spatial_steps,
+    step_sizes,
+)
 
 
 class _Filters(Factorized):
@@ -24,8 +31,7 @@ class _Filters(Factorized):
     @classmethod
     def lengths(cls, dense: Any) -> list[tuple[int, ...]]:
         """The kernel size of each step."""
-        sizes = dense.kernel_size
-        return [tuple(k if axis in axes else 1 for axis, k in enumerate(sizes)) for axes in cls.steps(dense)]
+        return step_sizes(dense.kernel_size, cls.steps(dense))
 
     def filters(self) -> Tensor:
         """The m filters of every channel: (channels, m, *kernel)."""
@@ -37,7 +43,26 @@ class _Filters(Factorized):
         return product  # type: ignore[no-any-return]
 
 
-class DepthwisePointwiseConv(_Filters):
+class _FiltersFirst(_Filters):
+    """Filters over every input channel by itself, then one 1x1 convolution: factors (A, filters of each step)."""
+
+    mixes_inputs = False
+
+    @classmethod
+    def factor_kernels(cls, dense: Any, factors: Any) -> Mapping[str, Tensor]:
+        expand, *spatial = factors
+        kernels = {}
+        for place, (lengths, factor) in enumerate(zip(cls.lengths(dense), spatial, strict=True)):
+            several = (1, 1) if place else (expand.shape[-1], 1)
+            kernels[f"axis{place}"] = factor.reshape(-1, *several, *lengths)
+        return kernels | {"expand": expand.flatten(2)}
+
+    @classmethod
+    def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return (kernels["axis0"].shape[1],)
+
+
+class DepthwisePointwiseConv(_FiltersFirst):
     """``k x k`` depthwise with m filters per input channel, then ``1x1 (S m -> T)``: params S m (k^2 + T).
 
     K[t, s] = sum_m A[t, s, m] F[s, m]: exact at m = min(k^2, T). Factors are (A, F) of shapes (groups, T, S, m)
@@ -49,7 +74,6 @@ class DepthwisePointwiseConv(_Filters):
     """
 
     method = "depthwise_pointwise"
-    mixes_inputs = False
     expand: nn.Module
 
     def build(self, dense: ConvNd, device: Any) -> None:
@@ -59,19 +83,6 @@ class DepthwisePointwiseConv(_Filters):
             filters = spatial_like(dense, inputs, width, bias=False, device=device, groups=inputs, axes=axes)
             self.add_module(f"axis{place}", filters)
         self.expand = pointwise_like(dense, width, dense.out_channels, bias=dense.bias is not None, device=device)
-
-    @classmethod
-    def factor_kernels(cls, dense: Any, factors: Any) -> Mapping[str, Tensor]:
-        expand, *spatial = factors
-        kernels = {}
-        for place, (lengths, factor) in enumerate(zip(cls.lengths(dense), spatial, strict=True)):
-            several = (1, 1) if place else (factor.shape[2], 1)
-            kernels[f"axis{place}"] = factor.reshape(-1, *several, *lengths)
-        return kernels | {"expand": expand.flatten(2)}
-
-    @classmethod
-    def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:
-        return (kernels["axis0"].shape[1],)
 
     def dense_kernels(self) -> Tensor:
         (terms,) = self.ranks
@@ -148,15 +159,15 @@ class FlattenedConv(PointwiseDepthwiseConv):
     """``1x1 (S -> T m)``, ``k x 1`` depthwise, ``1 x k`` with m inputs per output channel.
 
     Params T m (S + kh + kw). K[t, s, i, j] = sum_m a[t, m, s] v[t, m, i] h[t, m, j]: m terms of rank 1 per
-    filter. Factors are (a, v, h) of
-    shapes (groups, T, m, S), (groups, T, m, kh) and (groups, T, m, kw). Source: Jin et al. 2015, for m = 1.
+    filter. Factors are (a, v, h) of shapes (groups, T, m, S), (groups, T, m, kh) and (groups, T, m, kw).
+    Source: Jin et al. 2015, for m = 1.
     """
 
     method = "flattened"
     split = True
 
 
-class SharedBankConv(_Filters):
+class SharedBankConv(_FiltersFirst):
     """A bank of M separable filters that every input channel goes through, then ``1x1 (S M -> T)``.
 
     K[t, s] = sum_m A[t, s, m] v[m] h[m]^T: params T S M per group, and M (kh + kw) once. The filters run over each
@@ -171,7 +182,6 @@ class SharedBankConv(_Filters):
 
     method = "shared_bank"
     split = True
-    mixes_inputs = False
     expand: Any
 
     def build(self, dense: ConvNd, device: Any) -> None:
@@ -182,19 +192,6 @@ class SharedBankConv(_Filters):
             self.add_module(f"axis{place}", filters)
         width = dense.in_channels * terms
         self.expand = pointwise_like(dense, width, dense.out_channels, bias=dense.bias is not None, device=device)
-
-    @classmethod
-    def factor_kernels(cls, dense: Any, factors: Any) -> Mapping[str, Tensor]:
-        expand, *spatial = factors
-        kernels = {}
-        for place, (lengths, factor) in enumerate(zip(cls.lengths(dense), spatial, strict=True)):
-            several = (1, 1) if place else (factor.shape[0], 1)
-            kernels[f"axis{place}"] = factor.reshape(-1, *several, *lengths)
-        return kernels | {"expand": expand.flatten(2)}
-
-    @classmethod
-    def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:
-        return (kernels["axis0"].shape[1],)
 
     @classmethod
     def mix_inputs(cls, kernels: Mapping[str, Tensor], mixing: Tensor) -> dict[str, Tensor]:

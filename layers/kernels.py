@@ -122,6 +122,24 @@ def spatial_steps(kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(sorted([long[0], *short])), *((axis,) for axis in long[1:])]
 
 
+def step_sizes(kernel_size: Sequence[int], steps: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The kernel size of the convolution of each step: 1 along the axes of the others.
+
+    >>> step_sizes((1, 3, 5), spatial_steps((1, 3, 5)))
+    [(1, 3, 1), (1, 1, 5)]
+    """
+    return [tuple(k if axis in step else 1 for axis, k in enumerate(kernel_size)) for step in steps]
+
+
+def step_lengths(kernel_size: Sequence[int]) -> list[int]:
+    """How many places the kernel of each step has.
+
+    >>> step_lengths((1, 3, 5))
+    [3, 5]
+    """
+    return [max(kernel_size[axis] for axis in step) for step in spatial_steps(kernel_size)]
+
+
 def memory_format_of(weight: Tensor) -> torch.memory_format:
     """channels_last where the dense weight is kept so; both formats at once (1x1 kernels) count as ordinary."""
     for dimensions, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):

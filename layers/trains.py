@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from decomp.layers.factorized import Factorized
-from decomp.layers.kernels import ConvNd, group_kernels, pointwise_like, spatial_like, spatial_steps
+from decomp.layers.kernels import (
+    ConvNd,
+    group_kernels,
+    pointwise_like,
+    spatial_like,
+    spatial_steps,
+    step_sizes,
+)
 
 
 class TensorTrainConv(Factorized):
@@ -48,7 +55,7 @@ class TensorTrainConv(Factorized):
     @classmethod
     def factor_kernels(cls, dense: Any, factors: Any) -> Mapping[str, Tensor]:
         reduce, first, second, expand = factors
-        before, after = (_lengths(dense, place) for place in (0, 1))
+        before, after = step_sizes(dense.kernel_size, spatial_steps(dense.kernel_size))
         kernels = {} if reduce is None else {"reduce": reduce}
         kernels |= {"first": first.unflatten(-1, before), "second": second.unflatten(-1, after)}
         if expand is not None:
@@ -102,8 +109,3 @@ class SpatialSVDConv(TensorTrainConv):
     @classmethod
     def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:
         return (kernels["first"].shape[1],)
-
-
-def _lengths(dense: ConvNd, place: int) -> tuple[int, ...]:
-    step = spatial_steps(dense.kernel_size)[place]
-    return tuple(length if axis in step else 1 for axis, length in enumerate(dense.kernel_size))

@@ -52,7 +52,9 @@ ALLOWED = {
         *("decomp.progress", "decomp.ranks", "decomp.selection", "decomp.surveys", "decomp.timing"),
         *("decomp.calibration", "decomp.layers"),
     },
-    "decomp.applying": {"decomp.calibration", "decomp.finetuning", "decomp.planning", "decomp.plans"},
+    "decomp.applying": {
+        *("decomp.calibration", "decomp.finetuning", "decomp.methods", "decomp.planning", "decomp.plans"),
+    },
     "decomp.pairing": {"decomp.layers"},
     "decomp.refitting": {"decomp.layers", "decomp.patches"},
     "decomp.repairing": {
@@ -99,7 +101,7 @@ ALLOWED = {
         *("decomp.applying", "decomp.planning", "decomp.selection"),
     },
     "decomp.scores": {"decomp.batches", "decomp.choices", "decomp.forward"},
-    "decomp.points": {"decomp.plans", "decomp.plots", "decomp.tables"},
+    "decomp.points": {"decomp.checkpoints", "decomp.plans", "decomp.plots", "decomp.tables"},
     "decomp.curves": {
         *("decomp.api", "decomp.budgets", "decomp.choices", "decomp.methods", "decomp.plans", "decomp.points"),
         *("decomp.progress", "decomp.ranks", "decomp.scores", "decomp.selection", "decomp.surgery"),

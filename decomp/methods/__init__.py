@@ -60,6 +60,12 @@ FAMILIES: dict[str, Callable[..., Method]] = {
 }
 
 
+def default_options(family: str) -> dict[str, Any]:
+    """The options of a family of methods, and what they are where nobody says otherwise."""
+    parameters = signature(FAMILIES[family]).parameters if family in FAMILIES else {}
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
 def method_named(method: str | Method, options: Any = None) -> Method:
     """A method by its name and its options, or the record itself.
 
@@ -69,7 +75,7 @@ def method_named(method: str | Method, options: Any = None) -> Method:
     """
     options = options or {}
     if isinstance(method, str) and method in FAMILIES:
-        allowed = list(signature(FAMILIES[method]).parameters)
+        allowed = default_options(method)
         unknown = [name for name in options if name not in allowed]
         if not unknown:
             return FAMILIES[method](**options)
@@ -100,6 +106,7 @@ __all__ = [
     "Analysis",
     "Method",
     "Ranks",
+    "default_options",
     "method_named",
     "row_named",
     "to_tensorly",

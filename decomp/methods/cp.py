@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from decomp.layers import CP4Conv, CPConv
-from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, spatial_steps
+from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, step_lengths
 from decomp.methods.fits import Fit, fitted_analysis
 from decomp.methods.interchange import Solver, by_tensorly
 from decomp.methods.record import Analysis, Method, Ranks
@@ -45,9 +45,7 @@ def as_tensor(kernels: Tensor, split: bool) -> Tensor:
     """The tensor that is decomposed: (groups, T, S, k^2), or one mode for every axis that is longer than 1."""
     if not split:
         return as_float64(kernels).flatten(3)
-    sizes = kernels.shape[3:]
-    lengths = [max(sizes[axis] for axis in step) for step in spatial_steps(sizes)]
-    tensor: Tensor = as_float64(kernels).flatten(3).unflatten(3, lengths)
+    tensor: Tensor = as_float64(kernels).flatten(3).unflatten(3, step_lengths(kernels.shape[3:]))
     return tensor
 
 

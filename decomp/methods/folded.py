@@ -14,7 +14,7 @@ from decomp.layers import (
     PointwiseDepthwiseConv,
     SpatialSVDConv,
 )
-from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, spatial_steps
+from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, step_lengths
 from decomp.methods import svd
 from decomp.methods.record import Analysis, Method, Ranks
 from decomp.methods.takes import needs_two_axes, spatial
@@ -46,20 +46,15 @@ def _of_input(left: Tensor, right: Tensor, kernels: Tensor) -> tuple[Tensor, Ten
 
 def _spatial(kernels: Tensor) -> Tensor:
     """Rows (S, axes of the first step), columns (T, axes of the second)."""
-    first, _ = _step_lengths(kernels)
+    first, _ = step_lengths(kernels.shape[3:])
     axes: Tensor = kernels.flatten(3).unflatten(3, (first, -1))
     return axes.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
 
 
 def _of_spatial(left: Tensor, right: Tensor, kernels: Tensor) -> tuple[None, Tensor, Tensor, None]:
-    first, second = _step_lengths(kernels)
+    first, second = step_lengths(kernels.shape[3:])
     inside = left.unflatten(1, (-1, first)).permute(0, 3, 1, 2)
     return None, inside, right.unflatten(2, (-1, second)).transpose(1, 2), None
-
-
-def _step_lengths(kernels: Tensor) -> list[int]:
-    sizes = kernels.shape[3:]
-    return [max(sizes[axis] for axis in step) for step in spatial_steps(sizes)]
 
 
 def _per_input(kernels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from decomp.layers import AsymmetricConv, TensorTrainConv
-from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, spatial_steps
+from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, step_lengths
 from decomp.methods import tucker
 from decomp.methods.fits import Unchanged
 from decomp.methods.record import Analysis, Method, Ranks
@@ -104,8 +104,7 @@ def _train_error(kernels: Unchanged, ranks: Ranks) -> float:
 
 def _fold(kernels: Tensor) -> Tensor:
     """(groups, T, S, *kernel) to (groups, T, S kh, kw): the axes of the first step go with the input channels."""
-    steps = spatial_steps(kernels.shape[3:])
-    first = max(kernels.shape[3 + axis] for axis in steps[0])
+    first, _ = step_lengths(kernels.shape[3:])
     folded: Tensor = kernels.flatten(3).unflatten(3, (first, -1)).flatten(2, 3)
     return folded
 
