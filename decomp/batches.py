@@ -12,6 +12,8 @@ from decomp.forward import describe
 
 Part = Callable[[int], bool]
 
+HELD_OUT_EVERY = 4
+
 _NO_TENSOR = (str, bytes, int, float, complex, np.ndarray, np.generic, type(None))
 _FORMS = "a batch must be a tensor, a tuple, a list or a mapping of tensors"
 
@@ -28,6 +30,15 @@ def require_passes(data: Any) -> None:
         raise TypeError(
             "data can be gone through only once, and several passes are needed: give a DataLoader or a list"
         )
+
+
+def held_out(index: int) -> bool:
+    """Whether a closed form is chosen on this batch, and not fitted to it: every fourth.
+
+    >>> [index for index in range(10) if held_out(index)]
+    [3, 7]
+    """
+    return index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 class Batches:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decomp.batches import Batches, naming_batch
+from decomp.batches import Batches, held_out, naming_batch
 from decomp.forward import Unfused, call, evaluating, moving_norms, to_device_of
 from decomp.metrics import Moments
 from decomp.naming import naming
@@ -14,8 +14,6 @@ from decomp.progress import bar
 from decomp.selection import Selector
 from decomp.sums import Sums
 from decomp.surveys import survey
-
-HELD_OUT_EVERY = 4
 
 
 class Statistics(Mapping[str, Moments]):
@@ -85,7 +83,7 @@ def calibrate(
                 if example is None:
                     example = inputs(batch) if inputs is not None and loss is not None else batch
                     _find_batch_norms(model, example, sums)
-                _watch(model, batch, sums, held_out=count % HELD_OUT_EVERY == HELD_OUT_EVERY - 1, loss=loss)
+                _watch(model, batch, sums, held_out=held_out(count), loss=loss)
     if example is None:
         raise ValueError("data is empty: at least one batch is needed")
     return Statistics({name: each.moments() for name, each in sums.items() if each.samples}, example)

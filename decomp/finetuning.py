@@ -1,7 +1,7 @@
 """Fine-tuning layer by layer: every factorized layer learns to give what the dense layer gave."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from decomp.checkpoints import Checkpoint, identify
 from decomp.forward import evaluating
 from decomp.lessons import LayerReport, Lesson
 from decomp.naming import naming
-from decomp.pairing import pairs_of
+from decomp.pairing import blocks_of, pairs_of
 from decomp.processes import Team, team
 from decomp.progress import bar
 from decomp.randomness import OwnRandomness, random_state
@@ -56,8 +56,9 @@ def finetune_layerwise(
     steps: int = 300,
     lr: float = 2e-3,
     inputs: Callable[[Any], Any] | None = None,
-    cache_bytes: int = 2**28,
+    cache_bytes: int = 2**30,
     progress: bool | None = None,
+    blocks: str | Sequence[str] = (),
     train: Trained = None,
     optimizer: MakeOptimizer = adam,
     schedule: MakeSchedule = cosine,
@@ -90,6 +91,9 @@ def finetune_layerwise(
         inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
         cache_bytes: inputs and targets of a layer that are held in memory at once.
         progress: show a progress bar; by default where there is a terminal.
+        blocks: modules that are trained whole, by globs on their names: ``"encoder.layer.*"``, ``"layer?.?"``. A
+            block learns to give what it gave in the dense network, all of its parameters at once; layers outside
+            of blocks are trained one by one. Fewer passes, and a target that counts what the parts do together.
         train: which parameters, by globs on their names or a predicate (name, parameter): ``"*.expand.*"``. Frozen
             ones never.
         optimizer: a function of parameters and learning rate; by default Adam.
@@ -116,31 +120,36 @@ def finetune_layerwise(
     Source: FitNets (Romero et al. 2015), equation 3, per layer; asymmetric inputs after Zhang et al. 2016, 3.3.
     """
     require_passes(data)
-    pairs = pairs_of(small, dense)
+    pairs = blocks_of(small, dense, pairs_of(small, dense), blocks)
     chosen = trained_parameters(small, train)
     recipe = Recipe(steps, lr, optimizer, schedule, patience, checkpoint_every)
     with team(accelerator, small, dense) as together, torch.inference_mode(False):
         together.spread(small)
-        identity = _identity(small, dense, held_out, cache_bytes, chosen, recipe, together)
+        settings = {"held_out": held_out, "cache_bytes": cache_bytes, "train": sorted(chosen)}
+        identity = _identity(small, dense, settings | {"layers": list(pairs)}, recipe, together)
         store = Checkpoint(checkpoint, identity, writes=together.rank == 0)
         batches = Batches(OwnRandomness(data, _first_state(store, data, together), again=True), inputs)
-        tails_of_small = reached_tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
-        tails_of_dense = reached_tails(dense, batches, {name: pair[1] for name, pair in pairs.items()})
         lesson = partial(Lesson, recipe=recipe, split=Split(held_out, together.rank, together.size), team=together)
+        flow = partial(Activations, small, dense, batches=batches, cache_bytes=cache_bytes)
+        tails = [
+            reached_tails(model, batches, {name: pair[which] for name, pair in pairs.items()})
+            for which, model in enumerate((small, dense))
+        ]
         lessons = {
-            name: lesson(
-                layer=pairs[name][0],
-                trained={inner for inner, _ in pairs[name][0].named_parameters() if f"{name}.{inner}" in chosen},
-                flow=Activations(small, dense, *pairs[name], tails_of_dense[name], batches, cache_bytes),
-                tail=tail,
-            )
-            for name, tail in tails_of_small.items()
-            if name in tails_of_dense
+            name: lesson(pairs[name][0], _within(chosen, name), flow(*pairs[name], tail=tails[1][name]), tail)
+            for name, tail in tails[0].items()
+            if name in tails[1]
         }
         with evaluating(small, dense):
             reports = _taught(lessons, store, steps, progress if together.rank == 0 else False)
     unreached = LayerReport(math.nan, math.nan, 0, 0.0, "the data never reaches it")
     return FinetuneReport(reports | {name: unreached for name in pairs if name not in reports})
+
+
+def _within(parameters: set[str], module: str) -> set[str]:
+    """Of the names of parameters those inside of a module, as they are called there."""
+    start = f"{module}." if module else ""
+    return {name.removeprefix(start) for name in parameters if name.startswith(start)}
 
 
 def _taught(
@@ -182,17 +191,14 @@ def _first_state(store: Checkpoint, data: Any, together: Team) -> dict[str, Any]
 def _identity(
     small: nn.Module,
     dense: nn.Module,
-    held_out: float,
-    cache_bytes: int,
-    chosen: set[str],
+    settings: Mapping[str, Any],
     recipe: Recipe,
     together: Team,
 ) -> dict[str, Any]:
-    shares = {"held_out": held_out, "cache_bytes": cache_bytes, "train": sorted(chosen)}
     return {
         "call": "finetune_layerwise",
         **identify(small=small, dense=dense),
-        **shares,
+        **settings,
         **recipe.identity(),
         **together.identity(),
     }

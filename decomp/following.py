@@ -1,6 +1,7 @@
 """Which normalization and activation follow a layer, seen in one forward pass of any model."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +10,6 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from decomp.forward import call, evaluating, to_device_of
-
-Tail = list[Callable[[Tensor], Tensor]]
 
 _NORMALIZATIONS = {
     getattr(functional, name)
@@ -28,12 +27,28 @@ _ACTIVATIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Tail:
+    """The functions that the output of a layer goes through: at most a normalization, an activation.
+
+    ``calls`` is how often the layer was called in the pass that they were seen in.
+    """
+
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    calls: int = 1
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        for step in self.steps:
+            tensor = step(tensor)
+        return tensor
+
+
 def tails(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:
-    """Return for each layer the functions that its output goes through: at most a normalization, an activation.
+    """Return what the output of each layer goes through.
 
     A tail ends where the tensor goes anywhere else as well, so that nothing downstream sees more than the tail
-    gives; a layer that is called several times has none. Layers that the batch never reaches are left out. The
-    model runs in eval mode, without gradients.
+    gives; a layer that is called several times, or gives more than a tensor, has an empty one. Layers that the
+    batch never reaches are left out. The model runs in eval mode, without gradients.
     """
     watch = _Watch()
     handles = [module.register_forward_hook(watch.begin(name)) for name, module in layers.items()]
@@ -43,16 +58,19 @@ def tails(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict
     finally:
         for handle in handles:
             handle.remove()
-    return {name: [_replay(*step) for step in path.steps] for name, path in watch.paths.items()}
+    return {
+        name: Tail(tuple(_replay(*step) for step in path.steps), path.calls) for name, path in watch.paths.items()
+    }
 
 
 class _Path:
     """The output of a layer and what became of it: ``steps[i]`` made ``tensors[i + 1]`` of ``tensors[i]``."""
 
-    def __init__(self, output: Tensor) -> None:
-        self.tensors = [output]
+    def __init__(self, output: Any) -> None:
+        self.closed = not isinstance(output, Tensor)
+        self.tensors = [] if self.closed else [output]
         self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-        self.closed = False
+        self.calls = 1
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         # An activation in place returns the tensor that it was given: only its latest place counts.
@@ -72,6 +90,7 @@ class _Path:
 
     def called_again(self) -> None:
         """Each call may be followed by other functions: no tail then."""
+        self.calls += 1
         self.steps.clear()
         del self.tensors[1:]
         self.closed = True
@@ -93,7 +112,7 @@ class _Watch(TorchFunctionMode):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if name in self.paths:
                 self.paths[name].called_again()
-            elif isinstance(output, Tensor):
+            else:
                 self.paths[name] = _Path(output)
 
         return hook
@@ -122,10 +141,3 @@ def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callabl
         return result
 
     return step
-
-
-def follow(tensor: Tensor, tail: Tail) -> Tensor:
-    """Send a tensor through the functions of a tail."""
-    for step in tail:
-        tensor = step(tensor)
-    return tensor

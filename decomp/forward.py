@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -58,11 +59,20 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise TypeError(f"a batch must be a tensor, a tuple, a list or a mapping, not {type(batch).__name__}")
 
 
+def floating(result: Any) -> list[Tensor]:
+    """The floating-point tensors of what a module returned: a tensor, containers of them, a dataclass."""
+    if isinstance(result, Tensor):
+        values: Any = result
+    elif callable(getattr(result, "values", None)):
+        values = list(result.values())
+    else:
+        values = vars(result) if is_dataclass(result) else result
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 def flat_output(result: Any) -> Tensor:
     """Every floating-point tensor of what a model returned, as one vector."""
-    values = list(result.values()) if hasattr(result, "values") and not isinstance(result, Tensor) else result
-    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return torch.cat([tensor.float().flatten() for tensor in tensors])
+    return torch.cat([tensor.float().flatten() for tensor in floating(result)])
 
 
 def to_device_of(model: nn.Module, batch: Any) -> Any:

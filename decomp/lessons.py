@@ -1,4 +1,4 @@
-"""How one factorized layer learns from the dense layer that it stands for."""
+"""How one factorized layer, or a block of them, learns from what it stands for in the dense network."""
 
 import copy
 import math
@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from decomp.activations import Activations, Pair, RoutedDifferently
+from decomp.activations import Activations, Example, RoutedDifferently
 from decomp.batches import Part
 from decomp.checkpoints import Checkpoint
-from decomp.following import Tail, follow
+from decomp.following import Tail
 from decomp.processes import Team
 from decomp.randomness import random_state, set_random_state
 from decomp.streams import Endless, Examples, Split
@@ -35,10 +35,10 @@ class LayerReport:
 
 
 class Lesson:
-    """One layer, what flows through it, and the steps by which it is trained.
+    """One layer or block, what flows through it, and the steps by which it is trained.
 
     Args:
-        layer: a factorized layer.
+        layer: a factorized layer, or a module that holds some.
         trained: the names of its parameters that are trained.
         flow: its inputs and targets.
         tail: what follows it in the compressed network.
@@ -106,7 +106,7 @@ class Lesson:
         self._layer.load_state_dict(trained.state_dict())
         return LayerReport(before, after, descent.done, 0.0, descent.note)
 
-    def _examples(self) -> tuple[Endless[Pair] | None, Examples[Pair], float]:
+    def _examples(self) -> tuple[Endless[Example] | None, Examples[Example], float]:
         """What is trained on, what is measured on, and the error on that.
 
         A layer that is not reached by both parts of the data is trained and measured on all of it.
@@ -117,12 +117,12 @@ class Lesson:
         ]
         for train, hold in parts:
             windows = partial(self._flow.windows, part=hold, share=HELD_OUT_SHARE_OF_CACHE)
-            held = Examples[Pair](windows)
+            held = Examples[Example](windows)
             error = self._error(self._layer, held)
             if error is None:
                 continue
             windows = partial(self._flow.windows, part=train, share=1 - HELD_OUT_SHARE_OF_CACHE)
-            stream = Endless[Pair](windows)
+            stream = Endless[Example](windows)
             if self._agreed(stream.begin):
                 return stream, held, error
         return None, held, math.nan
@@ -144,8 +144,8 @@ class Lesson:
         name: str,
         student: nn.Module,
         descent: Descent,
-        stream: Endless[Pair],
-        held: Examples[Pair],
+        stream: Endless[Example],
+        held: Examples[Example],
         store: Checkpoint,
         advance: Callable[[int, float], None],
     ) -> None:
@@ -165,11 +165,11 @@ class Lesson:
 
         def loss() -> Tensor:
             try:
-                received, target = next(stream)
+                example = next(stream)
             except RoutedDifferently:
                 raise Halt(ROUTED) from None
-            energy = target.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-            relative: Tensor = self._squared_error(student, received, target) / energy
+            lost, energy = self._squares(student, example)
+            relative: Tensor = lost / energy.clamp(min=torch.finfo(torch.float32).tiny)
             return relative
 
         def measure() -> float:
@@ -181,27 +181,27 @@ class Lesson:
         descent.run(loss, measure, keep, lambda value: advance(1, value))
 
     @torch.no_grad()
-    def _error(self, layer: nn.Module, held: Examples[Pair]) -> float | None:
+    def _error(self, layer: nn.Module, held: Examples[Example]) -> float | None:
         """sqrt(sum ||phi(f(x)) - phi(y)||^2 / sum ||phi(y)||^2) over all processes; None without data."""
         lost = energy = 0.0
-        pairs = routed = 0
+        count = routed = 0
         try:
-            for received, target in held:
-                lost += float(self._squared_error(layer, received, target))
-                energy += float(target.float().square().sum())
-                pairs += 1
+            for example in held:
+                squares = self._squares(layer, example)
+                lost, energy = lost + float(squares[0]), energy + float(squares[1])
+                count += 1
         except RoutedDifferently:
             routed = 1
-        lost, energy, pairs_of_all, routed_by = self._team.totals(lost, energy, pairs, routed)
+        lost, energy, count_of_all, routed_by = self._team.totals(lost, energy, count, routed)
         if routed_by:
             raise RoutedDifferently
-        if not pairs_of_all:
+        if not count_of_all:
             return None
         return math.sqrt(lost / energy) if energy else math.sqrt(lost)
 
-    def _squared_error(self, layer: nn.Module, received: Tensor, target: Tensor) -> Tensor:
-        dtype = next(layer.parameters()).dtype
-        result = follow(
-            layer(received.to(dtype) if received.is_floating_point() else received).to(target.dtype), self._tail
-        )
-        return (result.float() - target.float()).square().sum()
+    def _squares(self, layer: nn.Module, example: Example) -> tuple[Tensor, Tensor]:
+        """||phi(f(x)) - phi(y)||^2 and ||phi(y)||^2 over all outputs."""
+        results = example.run(layer, self._tail)
+        pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(results, example.targets, strict=True)]
+        lost = torch.stack([(ours - theirs).square().sum() for ours, theirs in pairs]).sum()
+        return lost, torch.stack([theirs.square().sum() for _, theirs in pairs]).sum()

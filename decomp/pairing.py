@@ -1,4 +1,7 @@
-"""The factorized layers of a network beside the dense layers that they stand for."""
+"""The factorized layers of a network, or blocks of them, beside what they stand for in the dense one."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -27,3 +30,38 @@ def pairs_of(small: nn.Module, dense: nn.Module) -> dict[str, tuple[Factorized, 
                 f"{layer.dense_shape}: give the model that small was made from"
             )
     return {name: (layer, known[name]) for name, layer in factorized.items()}
+
+
+def blocks_of(
+    small: nn.Module,
+    dense: nn.Module,
+    layers: Mapping[str, tuple[nn.Module, nn.Module]],
+    blocks: str | Sequence[str],
+) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """The layers, with a block in place of those that lie inside of it: what globs match on the names of modules.
+
+    Of nested modules the outermost one is the block.
+
+    Raises:
+        ValueError: a glob matches no module, or no factorized layer lies in what it matches.
+    """
+    globs = [blocks] if isinstance(blocks, str) else list(blocks)
+    found: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for glob in globs:
+        matching = [name for name, _ in small.named_modules() if name and fnmatchcase(name, glob)]
+        outermost = [name for name in matching if not any(name.startswith(f"{other}.") for other in matching)]
+        holding = [name for name in outermost if any(_inside(layer, name) for layer in layers)]
+        if not holding:
+            what = "holds a factorized layer" if matching else "has such a name"
+            known = ", ".join(map(repr, [name for name, _ in small.named_children()][:8]))
+            raise ValueError(f"blocks={glob!r}: no module {what}; modules are {known}, and what lies in them")
+        found |= {name: (small.get_submodule(name), dense.get_submodule(name)) for name in holding}
+    nested = [name for name in found if any(name.startswith(f"{other}.") for other in found)]
+    if nested:
+        raise ValueError(f"blocks={blocks!r}: block {nested[0]!r} lies in another block: leave one of them out")
+    single = {name: pair for name, pair in layers.items() if not any(_inside(name, block) for block in found)}
+    return found | single
+
+
+def _inside(layer: str, block: str) -> bool:
+    return layer == block or layer.startswith(f"{block}.")

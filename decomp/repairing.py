@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from decomp import tables
 from decomp.activations import Activations, RoutedDifferently, reached_tails
-from decomp.batches import Batches
-from decomp.forward import Unfused, call, evaluating, moving_norms, to_device_of
+from decomp.batches import Batches, held_out
+from decomp.forward import Unfused, call, evaluating, floating, moving_norms, to_device_of
 from decomp.layers import Factorized
 from decomp.naming import naming
 from decomp.pairing import pairs_of
@@ -103,9 +102,9 @@ def repair(
     reports: dict[str, LayerRepair] = {}
     with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
         before = _output_error(small, dense, batches)
-        order = list(reached_tails(small, batches, {name: pair[0] for name, pair in pairs.items()}))
-        for name in bar(progress, "repair", order):
-            activations = Activations(small, dense, *pairs[name], [], batches, cache_bytes)
+        order = reached_tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
+        for name, tail in bar(progress, "repair", order.items()):
+            activations = Activations(small, dense, *pairs[name], replace(tail, steps=()), batches, cache_bytes)
             with naming(name):
                 reports[name] = _refit(pairs[name][0], activations)
         after, note = _output_error(small, dense, batches), ""
@@ -118,12 +117,10 @@ def repair(
 
 def _refit(layer: Factorized, activations: Activations) -> LayerRepair:
     refit = Refit(layer)
-    count = 0
     try:
         for window in activations.windows():
-            for received, target in window.items:
-                refit.add(received, target, held_out=count % 4 == 3)
-                count += 1
+            for example in window.items:
+                refit.add(example.received, example.targets[0], held_out=held_out(example.batch))
     except RoutedDifferently:
         return LayerRepair(math.nan, math.nan, "routed differently: not refitted")
     except OtherSize:
@@ -149,9 +146,7 @@ def _output_error(small: nn.Module, dense: nn.Module, batches: Batches) -> float
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    given = call(model, to_device_of(model, batch))
-    leaves = tree_leaves(vars(given) if is_dataclass(given) and not isinstance(given, Mapping) else given)
-    return [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [tensor.double() for tensor in floating(call(model, to_device_of(model, batch)))]
 
 
 def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: float) -> tuple[float, str]:

@@ -11,7 +11,7 @@ from torch.nn import functional
 import decomp
 from decomp.activations import Activations
 from decomp.batches import Batches
-from decomp.following import follow, tails
+from decomp.following import Tail, tails
 
 
 class Net(nn.Module):
@@ -53,11 +53,11 @@ def output_error(small, dense, data):
 def test_tails_are_the_normalization_and_activation_that_follow(dense, data):
     layers = {name: dense.get_submodule(name) for name in ("conv1", "conv2", "point", "fc")}
     found = tails(dense, data[0], layers)
-    assert {name: len(tail) for name, tail in found.items()} == {"conv1": 2, "conv2": 1, "point": 1, "fc": 0}
+    assert {name: len(tail.steps) for name, tail in found.items()} == {"conv1": 2, "conv2": 1, "point": 1, "fc": 0}
     y = torch.randn(2, 24, 6, 6)
     before = y.clone()
-    assert torch.equal(follow(y, found["conv1"]), functional.relu(dense.bn1(y)))
-    assert torch.equal(follow(y, found["conv2"]), dense.bn2(y))
+    assert torch.equal(found["conv1"](y), functional.relu(dense.bn1(y)))
+    assert torch.equal(found["conv2"](y), dense.bn2(y))
     assert torch.equal(y, before), "an activation in place must not change what it is given"
 
 
@@ -74,7 +74,7 @@ def test_a_tail_ends_where_the_tensor_is_also_used_elsewhere():
 
     for forked, length in ((False, 1), (True, 0)):
         model = Forked(forked)
-        assert len(tails(model, torch.randn(1, 4, 3, 3), {"conv": model.conv})["conv"]) == length
+        assert len(tails(model, torch.randn(1, 4, 3, 3), {"conv": model.conv})["conv"].steps) == length
 
 
 def test_every_layer_and_the_output_come_closer_to_the_dense_network(dense, data):
@@ -146,7 +146,7 @@ def test_reproducible_and_bounded_by_the_cache(dense, data):
 def test_windows_never_hold_more_than_the_cache(dense, data):
     small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
     pair_bytes = 4 * (data[0].numel() + 8 * 24 * 36)
-    flow = Activations(small, dense, small.conv1, dense.conv1, [], Batches(data, None), 2 * pair_bytes)
+    flow = Activations(small, dense, small.conv1, dense.conv1, Tail(), Batches(data, None), 2 * pair_bytes)
     assert [len(window.items) for window in flow.windows()] == [2, 2, 2]
 
 
@@ -290,3 +290,104 @@ def test_data_that_is_empty_on_a_later_pass_is_an_error(dense, data):
     small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
     with pytest.raises(ValueError, match="empty on a later pass"):
         decomp.finetune_layerwise(small, dense, Once(), steps=3)
+
+
+class Residual(nn.Module):
+    """A block that is called with a mask by its name, gives a pair, and changes its input in place."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x, *, mask, seen=None):
+        if seen is not None:
+            seen.append(len(seen))
+            x = x * len(seen)
+        shortcut = x.clone()
+        return shortcut + self.second(x.relu_().mul_(mask) + self.first(x)), x.mean()
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(24) for _ in range(2))
+        self.head = nn.Linear(24, 16)
+
+    def forward(self, x, mask):
+        seen = []  # as a cache of keys and values, it goes from block to block and grows
+        for block in self.blocks:
+            x, _ = block(x, mask=mask, seen=seen)
+        assert len(seen) == len(self.blocks)
+        return self.head(x)
+
+
+@pytest.fixture
+def stack():
+    dense = plant_spectra(Stack(), decay=0.5).eval()
+    mix = torch.randn(24, 24)
+    return dense, [(torch.randn(32, 24) @ mix, (torch.rand(32, 24) > 0.2).float()) for _ in range(6)]
+
+
+def block_error(small, dense, data, place):
+    """Relative error of what a block gives, on the batch that is held out."""
+    seen = []
+
+    def keep(module, given, got):
+        seen.append(torch.cat([got[0].flatten(), got[1][None]]))
+
+    for model in (small, dense):
+        hook = model.blocks[place].register_forward_hook(keep)
+        with torch.no_grad():
+            model(*data[2])
+        hook.remove()
+    return float((seen[0] - seen[1]).norm() / seen[1].norm())
+
+
+def test_a_block_is_trained_whole_with_all_that_it_is_called_with(stack):
+    dense, data = stack
+    small = decomp.tucker(dense, ranks=6)
+    before = [block_error(small, dense, data, place) for place in range(2)]
+    report = decomp.finetune_layerwise(small, dense, data, steps=100, blocks="blocks.*")
+    assert list(report) == ["blocks.0", "blocks.1", "head"]
+    assert report["blocks.0"].error_before == pytest.approx(before[0], rel=1e-4)
+    for place in range(2):
+        after = block_error(small, dense, data, place)
+        assert report[f"blocks.{place}"].error_after == pytest.approx(after, rel=1e-4)
+        assert after < before[place]
+
+
+def test_a_block_knows_what_its_layers_do_together():
+    """Two linear layers in a row are one matrix of rank 4: together they can be exact, one by one they cannot."""
+    dense = nn.Sequential(nn.Sequential(nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False)))
+    with torch.no_grad():
+        dense[0][1].weight.copy_(torch.randn(24, 4) @ torch.randn(4, 24) / 10 + 1e-6 * torch.randn(24, 24))
+    data = [torch.randn(64, 24) for _ in range(8)]
+    errors = {}
+    for blocks in ((), "0"):
+        small = decomp.tucker(dense, ranks={"0.0": 4, "0.1": 8})
+        decomp.finetune_layerwise(small, dense, data, steps=400, lr=1e-2, blocks=blocks)
+        errors[blocks] = output_error(small, dense, data)
+    assert errors["0"] < 0.05 < 0.5 < errors[()]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ("stages.*", "no module has such a name; modules are 'blocks', 'head'"),
+        (["blocks.0", "blocks.0.first"], "block 'blocks.0.first' lies in another block"),
+    ],
+)
+def test_blocks_that_are_none_are_refused(stack, blocks, words):
+    dense, data = stack
+    with pytest.raises(ValueError, match=words):
+        decomp.finetune_layerwise(decomp.tucker(dense, ranks=6), dense, data, blocks=blocks)
+
+
+def test_a_pass_ends_where_the_layer_was_reached(dense, data):
+    """Nothing behind the layer runs, in either network."""
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    heads = []
+    for model in (small, dense):
+        model.fc.register_forward_hook(lambda *_: heads.append(1))
+    decomp.finetune_layerwise(small, dense, data, steps=5)
+    assert len(heads) == 2, "one pass of each network, in which the tails are seen"

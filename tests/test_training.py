@@ -96,24 +96,24 @@ class Made:
 def test_memory_does_not_grow_with_the_number_of_batches(dense, monkeypatch):
     """Bytes of inputs and targets that are alive at once, at their highest."""
     alive = highest = 0
-    pairs_of = Activations._pairs
+    examples_of = Activations._examples
 
-    def counted(self, batch):
+    def counted(self, index, batch):
         nonlocal alive, highest
-        pairs = pairs_of(self, batch)
-        for pair in pairs:
-            for tensor in pair:
+        examples = examples_of(self, index, batch)
+        for example in examples:
+            for tensor in (*example.args, *example.targets):
                 size = tensor.numel() * tensor.element_size()
                 alive += size
                 weakref.finalize(tensor, release, size)
         highest = max(highest, alive)
-        return pairs
+        return examples
 
     def release(size):
         nonlocal alive
         alive -= size
 
-    monkeypatch.setattr(Activations, "_pairs", counted)
+    monkeypatch.setattr(Activations, "_examples", counted)
     pair_bytes = 2 * 16 * 32 * 4
     peaks = []
     for count in (40, 80, 160):
