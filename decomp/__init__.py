@@ -8,6 +8,7 @@ from decomp.decompositions import block_term, cp, flattened, separable, svd, tuc
 from decomp.distilling import finetune
 from decomp.explorer import explore
 from decomp.finetuning import finetune_layerwise
+from decomp.folding import fold_batch_norm
 from decomp.plans import Plan
 from decomp.repairing import repair
 from decomp.reports import compare, profile
@@ -26,6 +27,7 @@ __all__ = [
     "finetune",
     "finetune_layerwise",
     "flattened",
+    "fold_batch_norm",
     "layers",
     "losses",
     "plan",

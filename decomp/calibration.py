@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from decomp.batches import Batches, held_out, naming_batch
-from decomp.forward import Unfused, call, evaluating, moving_norms, to_device_of
+from decomp.following import norms_behind
+from decomp.forward import Unfused, call, evaluating, to_device_of
 from decomp.metrics import Moments
 from decomp.naming import naming
 from decomp.progress import bar
@@ -82,48 +83,12 @@ def calibrate(
             with naming_batch(count, batch):
                 if example is None:
                     example = inputs(batch) if inputs is not None and loss is not None else batch
-                    _find_batch_norms(model, example, sums)
+                    for name, norm in norms_behind(model, example, modules).items():
+                        sums[name].feed(norm, model.get_submodule(norm))
                 _watch(model, batch, sums, held_out=held_out(count), loss=loss)
     if example is None:
         raise ValueError("data is empty: at least one batch is needed")
     return Statistics({name: each.moments() for name, each in sums.items() if each.samples}, example)
-
-
-@torch.no_grad()
-def _find_batch_norms(model: nn.Module, batch: Any, sums: Mapping[str, Sums]) -> None:
-    """Note which layers feed a BatchNorm directly, and are called once: it can take up a shift of their mean."""
-    outputs: dict[int, tuple[Sums, int]] = {}
-    kept: list[Tensor] = []  # as long as they live, their ids are their own
-    fed: dict[str, list[Sums | None]] = {}
-
-    def after(each: Sums) -> Any:
-        def hook(module: nn.Module, received: Any, output: Tensor) -> None:
-            kept.append(output)
-            outputs[id(output)] = (each, output._version)
-
-        return hook
-
-    def before(name: str) -> Any:
-        def hook(module: nn.Module, given: Any) -> None:
-            each, version = outputs.get(id(given[0]), (None, 0))
-            # An operation in place in between gives the same tensor, in another version; and channels are axis 1.
-            direct = each is not None and version == given[0]._version and each.channels_are_axis_1(given[0])
-            fed.setdefault(name, []).append(each if direct else None)
-
-        return hook
-
-    norms = moving_norms(model)
-    handles = [each.module.register_forward_hook(after(each)) for each in sums.values()]
-    handles += [norm.register_forward_pre_hook(before(name)) for name, norm in norms.items()]
-    try:
-        call(model, to_device_of(model, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    calls = [each for each, _ in outputs.values()]
-    for name, found in fed.items():
-        if len(found) == 1 and found[0] is not None and calls.count(found[0]) == 1:
-            found[0].feed(name, norms[name])
 
 
 def _watch(model: nn.Module, batch: Any, sums: Mapping[str, "Sums"], *, held_out: bool, loss: Any) -> None:

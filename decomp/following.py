@@ -1,6 +1,7 @@
 """Which normalization and activation follow a layer, seen in one forward pass of any model."""
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from decomp.forward import call, evaluating, to_device_of
+from decomp.forward import call, evaluating, floating, moving_norms, to_device_of
 
 _NORMALIZATIONS = {
     getattr(functional, name)
@@ -28,13 +29,33 @@ _ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
+class Step:
+    """A torch function that a tensor goes through, with what else it was called with."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The clone keeps functions that work in place from changing what they are given."""
+        result: Tensor = self.func(tensor.clone(), *self.args, **self.kwargs)
+        return result
+
+    def arguments(self) -> dict[str, Any]:
+        """What a function written in Python was called with, by name, the tensor left out."""
+        bound = inspect.signature(self.func).bind(None, *self.args, **self.kwargs)
+        bound.apply_defaults()
+        return dict(list(bound.arguments.items())[1:])
+
+
+@dataclass(frozen=True)
 class Tail:
     """The functions that the output of a layer goes through: at most a normalization, an activation.
 
     ``calls`` is how often the layer was called in the pass that they were seen in.
     """
 
-    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    steps: tuple[Step, ...] = ()
     calls: int = 1
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -54,13 +75,43 @@ def tails(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict
     handles = [module.register_forward_hook(watch.begin(name)) for name, module in layers.items()]
     try:
         with evaluating(model), torch.no_grad(), watch:
-            call(model, to_device_of(model, batch))
+            watch.end(call(model, to_device_of(model, batch)))
     finally:
         for handle in handles:
             handle.remove()
     return {
-        name: Tail(tuple(_replay(*step) for step in path.steps), path.calls) for name, path in watch.paths.items()
+        name: Tail(tuple(Step(*step) for step in path.steps), path.calls) for name, path in watch.paths.items()
     }
+
+
+def norms_behind(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return for each layer that feeds a BatchNorm with running statistics, and nothing else, the name of that.
+
+    Both are called once, and what the norm scales (axis 1) are the output channels of the layer.
+    """
+    norms = moving_norms(model)
+    axes: dict[str, list[int]] = {name: [] for name in norms}
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            axes[name].append((*given, *keywords.values())[0].dim())
+
+        return hook
+
+    handles = [norm.register_forward_pre_hook(count(name), with_kwargs=True) for name, norm in norms.items()]
+    try:
+        found = tails(model, batch, layers)
+    finally:
+        for handle in handles:
+            handle.remove()
+    named = {id(norm.running_mean): name for name, norm in norms.items()}
+    behind = {}
+    for name, tail in found.items():
+        if tail.steps and tail.steps[0].func is functional.batch_norm:
+            norm = named.get(id(tail.steps[0].arguments()["running_mean"]), "")
+            if axes.get(norm) == [len(getattr(layers[name], "kernel_size", ())) + 2]:
+                behind[name] = norm
+    return behind
 
 
 class _Path:
@@ -77,7 +128,7 @@ class _Path:
         latest = {id(tensor): place for place, tensor in enumerate(self.tensors)}
         given = (*args, *kwargs.values())
         used = [place for place in latest.values() if _among(self.tensors[place], given)]
-        if not used or not _holds_tensor(result):
+        if not used or not (_holds_tensor(result) or func is Tensor.__setitem__):
             return
         position = min(used)
         is_last = position == len(self.tensors) - 1
@@ -87,6 +138,13 @@ class _Path:
         else:
             del self.steps[position:], self.tensors[position + 1 :]
             self.closed = True
+
+    def end(self, leaves: Iterable[Any]) -> None:
+        """What the model gives away is seen by whoever called it."""
+        latest = {id(tensor): place for place, tensor in enumerate(self.tensors)}
+        given = [place for place in latest.values() if _among(self.tensors[place], leaves)]
+        if given:
+            del self.steps[min(given) :], self.tensors[min(given) + 1 :]
 
     def called_again(self) -> None:
         """Each call may be followed by other functions: no tail then."""
@@ -117,6 +175,12 @@ class _Watch(TorchFunctionMode):
 
         return hook
 
+    def end(self, result: Any) -> None:
+        """Take in what the model returns."""
+        leaves = floating(result)
+        for path in self.paths.values():
+            path.end(leaves)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -131,13 +195,3 @@ def _among(tensor: Tensor, values: Iterable[Any]) -> bool:
 
 def _holds_tensor(result: Any) -> bool:
     return isinstance(result, Tensor) or (isinstance(result, tuple | list) and any(map(_holds_tensor, result)))
-
-
-def _replay(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """The clone keeps functions that work in place from changing what they are given."""
-
-    def step(tensor: Tensor) -> Tensor:
-        result: Tensor = func(tensor.clone(), *args, **kwargs)
-        return result
-
-    return step

@@ -48,10 +48,6 @@ class Sums:
     def _centred(self) -> bool:
         return getattr(self.module, "bias", None) is not None or bool(self.normalization)
 
-    def channels_are_axis_1(self, output: Tensor) -> bool:
-        """Whether a BatchNorm on the output normalizes the channels of this layer."""
-        return output.dim() == len(getattr(self.module, "kernel_size", ())) + 2
-
     def feed(self, name: str, norm: Any) -> None:
         """Note the BatchNorm behind the layer: it scales every output by gamma / sigma, and takes up a shift."""
         self.normalization = name

@@ -66,7 +66,7 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
         return "not initialized yet: run one batch through the model first"
     return (
         _held_by_torch(module)
-        or _hooks(module, own)
+        or hooks_of(module)
         or _odd_parts(module, own)
         or _odd_weight(own["weight"], needs_values)
         or next(
@@ -93,7 +93,9 @@ def _held_by_torch(module: Any) -> str:
     return ""
 
 
-def _hooks(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str:
+def hooks_of(module: nn.Module) -> str:
+    """Return what a swap of this module would drop that was hung on it, or an empty string."""
+    own = dict(module.named_parameters(recurse=False))
     tensor_hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
     on_module = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
     if on_module or any(getattr(parameter, kind, None) for parameter in own.values() for kind in tensor_hooks):

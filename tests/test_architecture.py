@@ -14,6 +14,10 @@ ALLOWED = {
     **dict.fromkeys(("decomp.selection", "decomp.shrinkage", "decomp.tables"), LEAVES),
     "decomp.following": {"decomp.forward"},
     "decomp.observing": {"decomp.forward"},
+    "decomp.folding": {
+        *("decomp.following", "decomp.layers", "decomp.observing", "decomp.selection", "decomp.spectra"),
+        "decomp.surgery",
+    },
     "decomp.solvers": {"decomp.spectra"},
     "decomp.methods": {"decomp.layers", "decomp.solvers", "decomp.spectra"},
     "decomp.costs": {"decomp.layers", "decomp.observing"},
@@ -30,8 +34,8 @@ ALLOWED = {
     "decomp.metrics": {"decomp.layers", "decomp.methods", "decomp.projecting", "decomp.spectra"},
     "decomp.sums": {"decomp.layers", "decomp.metrics", "decomp.patches", "decomp.shrinkage"},
     "decomp.calibration": {
-        *("decomp.batches", "decomp.forward", "decomp.metrics", "decomp.naming", "decomp.progress"),
-        *("decomp.selection", "decomp.sums", "decomp.surveys"),
+        *("decomp.batches", "decomp.following", "decomp.forward", "decomp.metrics", "decomp.naming"),
+        *("decomp.progress", "decomp.selection", "decomp.sums", "decomp.surveys"),
     },
     "decomp.budgets": {"decomp.candidates", "decomp.choices", "decomp.costs", "decomp.ranks"},
     "decomp.fitting": {"decomp.choices", "decomp.layers", "decomp.methods", "decomp.surgery"},
