@@ -1,6 +1,7 @@
 """Least squares for the last factor of a layer and its bias, from moments that are summed batch by batch."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from decomp.patches import patches_like, rows_of
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
 LARGEST_PATCH = 4096
 PATCH_ELEMENTS = 2**24
+
+State = tuple[Tensor, Tensor | None]
+"""A last factor (groups, T, patch) and its bias (groups, T), in float64."""
 
 
 class OtherSize(Exception):
@@ -31,18 +35,40 @@ class Refit:
         self._last: Any = list(layer.children())[-1]
         self._weight = group_kernels(self._last).detach().to(torch.float64).flatten(2)
         self._patches = patches_like(self._last)
-        self._fit, self._held_out = _Moments(), _Moments()
+        self.equations, self._held_out = NormalEquations(), NormalEquations()
+        self.ridge = RIDGES[0]
 
     @property
     def fits(self) -> bool:
         """Whether the patches are small enough for normal equations."""
         return self._weight.shape[2] <= LARGEST_PATCH
 
+    @property
+    def axes(self) -> int:
+        """How many spatial axes the layer has."""
+        return len(getattr(self._last, "kernel_size", ()))
+
+    @property
+    def state(self) -> State:
+        """What the last factor and its bias are now; later ones do not change it."""
+        bias = self._last.bias
+        if bias is None:
+            return self._weight.clone(), None
+        return self._weight.clone(), bias.detach().to(torch.float64).reshape(len(self._weight), -1).clone()
+
     def add(self, received: Tensor, target: Tensor, *, held_out: bool) -> None:
         """Take in an input of the layer, and what its output should be."""
-        if not self.fits:
-            return
-        axes = len(getattr(self._last, "kernel_size", ()))
+        if self.fits:
+            for rows in self.rows(received, target):
+                (self._held_out if held_out else self.equations).add(*rows)
+
+    def rows(self, received: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What reaches the last factor and what should come out, (groups, rows, channels), a part at a time.
+
+        Raises:
+            OtherSize: they are not of one size.
+        """
+        axes, groups = self.axes, len(self._weight)
         if received.is_floating_point():
             received = received.to(self._last.weight.dtype)
         if received.dim() == axes + 1:
@@ -51,12 +77,10 @@ class Refit:
         for x, y in zip(received.split(per_chunk), target.split(per_chunk), strict=True):
             x = self._reaching_last(x)
             z = x if self._patches is None else self._patches(x)
-            moments = self._held_out if held_out else self._fit
-            groups = len(self._weight)
             rows = rows_of(z, axes, groups), rows_of(y, axes, groups)
             if rows[0].shape[1] != rows[1].shape[1]:
                 raise OtherSize
-            moments.add(*rows)
+            yield rows
 
     def _reaching_last(self, received: Tensor) -> Tensor:
         seen: list[Tensor] = []
@@ -69,31 +93,36 @@ class Refit:
 
     def error(self) -> float:
         """Relative error of the layer's output as it is, on the batches held out (on all where none was)."""
-        bias = self._last.bias
-        offset = None if bias is None else bias.detach().to(torch.float64).reshape(len(self._weight), -1)
-        return self._judge.error(self._weight, offset)
+        return self._judge.error(*self.state)
 
     @property
-    def _judge(self) -> "_Moments":
-        return self._held_out if self._held_out.count else self._fit
+    def _judge(self) -> "NormalEquations":
+        return self._held_out if self._held_out.count else self.equations
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is data that is measured on alone."""
+        return self._held_out.count > 0
 
     @torch.no_grad()
     def apply(self) -> float:
         """Put the best of a few ridges into the layer, or leave it; return the relative error that is left."""
         best = self.error()
-        if not self.fits or not self._fit.count:
+        if not self.fits or not self.equations.count:
             return best
         found = None
         for ridge in RIDGES:
-            weight, bias = self._fit.solve(self._weight, ridge, centred=self._last.bias is not None)
+            weight, bias = self.equations.solve(self._weight, ridge, centred=self._last.bias is not None)
             error = self._judge.error(weight, bias)
             if math.isfinite(error) and error < best:
-                best, found = error, (weight, bias)
+                best, found, self.ridge = error, (weight, bias), ridge
         if found is not None:
-            self._put(*found)
+            self.put(found)
         return best
 
-    def _put(self, weight: Tensor, bias: Tensor | None) -> None:
+    def put(self, state: State) -> None:
+        """Make these the last factor of the layer, and its bias."""
+        weight, bias = state
         last: Any = self._last
         kernels = weight.reshape(group_kernels(last).shape)
         last.weight.copy_(join_kernels(kernels, input_first=is_input_first(last)))
@@ -102,7 +131,7 @@ class Refit:
         self._weight = weight
 
 
-class _Moments:
+class NormalEquations:
     """Sums over rows z and y of a group: counts, means and products."""
 
     def __init__(self) -> None:
@@ -115,10 +144,20 @@ class _Moments:
 
     def add(self, z: Tensor, y: Tensor) -> None:
         """Take in rows (groups, n, inputs) and (groups, n, outputs)."""
-        self._zz, self._yz = self._zz + z.mT @ z, self._yz + y.mT @ z
-        self._z, self._y = self._z + z.sum(1), self._y + y.sum(1)
-        self._yy = self._yy + y.square().sum((1, 2))
+        self._zz, self._z = self._zz + z.mT @ z, self._z + z.sum(1)
         self.count += z.shape[1]
+        self.aim(z, y)
+
+    def aim(self, z: Tensor, y: Tensor) -> None:
+        """Take in targets of rows whose inputs are known."""
+        self._yz, self._y = self._yz + y.mT @ z, self._y + y.sum(1)
+        self._yy = self._yy + y.square().sum((1, 2))
+
+    def aimless(self) -> "NormalEquations":
+        """The same inputs, with no targets yet."""
+        new = NormalEquations()
+        new._zz, new._z, new.count = self._zz, self._z, self.count
+        return new
 
     def solve(self, weight: Tensor, ridge: float, *, centred: bool) -> tuple[Tensor, Tensor | None]:
         """A = (S_yz + rho A_0) (S_zz + rho I)^-1, b = mean(y) - A mean(z)."""

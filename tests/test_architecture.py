@@ -61,9 +61,11 @@ ALLOWED = {
     },
     "decomp.pairing": {"decomp.layers"},
     "decomp.refitting": {"decomp.layers", "decomp.patches"},
+    "decomp.rectified": {"decomp.activations", "decomp.batches", "decomp.following", "decomp.refitting"},
     "decomp.repairing": {
         *("decomp.activations", "decomp.batches", "decomp.following", "decomp.forward", "decomp.layers"),
-        *("decomp.naming", "decomp.pairing", "decomp.progress", "decomp.refitting", "decomp.tables"),
+        *("decomp.naming", "decomp.pairing", "decomp.progress", "decomp.randomness", "decomp.rectified"),
+        *("decomp.refitting", "decomp.streams", "decomp.tables"),
     },
     **dict.fromkeys(("decomp.checkpoints", "decomp.processes", "decomp.randomness", "decomp.streams"), LEAVES),
     "decomp.batches": {"decomp.forward"},
