@@ -24,7 +24,7 @@ def plan(
     params: float | None = None,
     seconds: float | None = None,
     methods: str | Sequence[str | Method] = "auto",
-    objective: str = "product",
+    objective: str = "auto",
     multiple_of: int = 1,
     weights: Mapping[str, float] | None = None,
     layers: Selector = None,
@@ -77,7 +77,7 @@ def compress(
     params: float | None = None,
     seconds: float | None = None,
     methods: str | Sequence[str | Method] = "auto",
-    objective: str = "product",
+    objective: str = "auto",
     multiple_of: int = 1,
     weights: Mapping[str, float] | None = None,
     layers: Selector = None,
@@ -85,6 +85,7 @@ def compress(
     data: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     finetune: bool | Mapping[str, Any] = False,
+    asymmetric: bool = False,
     inplace: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -103,7 +104,9 @@ def compress(
         methods: rows of the table of methods; "auto" are svd and tucker, which know their error at all ranks at
             once.
         objective: "product" of the shares of energy kept (Zhang et al. 2016, section 3.2.3); "sum" of squared
-            relative errors; "max", the largest relative error of a layer (Liebenwein et al. 2021).
+            relative errors; "max", the largest relative error of a layer (Liebenwein et al. 2021); "network", the
+            sum of what the errors do to the network, known where ``data`` comes from ``calibrate(..., loss=)``.
+            "auto" is "network" where that is known, else "product".
         multiple_of: ranks are multiples of it, or full; 8 suits GPUs.
         weights: how much the error of a layer counts, by name; 1 where it says nothing. See
             :func:`decomp.sensitivity`.
@@ -112,6 +115,7 @@ def compress(
         data: batches, or what :func:`decomp.calibrate` made of them; see :func:`decomp.tucker`.
         inputs: what the model is called with, from a batch of ``data``.
         finetune: fine-tune layer by layer afterwards; see :func:`decomp.tucker`.
+        asymmetric: decompose each layer for what reaches it in the compressed network; see :func:`decomp.tucker`.
         inplace: change ``model`` itself.
         progress: show progress bars; by default where there is a terminal.
 
@@ -143,7 +147,7 @@ def compress(
         progress=progress,
     )
     scope = Scope(data=data, inputs=inputs, progress=progress)
-    return apply_plan(model, decided, scope, finetune=finetune, inplace=inplace)
+    return apply_plan(model, decided, scope, finetune=finetune, inplace=inplace, asymmetric=asymmetric)
 
 
 def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from decomp.asymmetry import apply_asymmetric
 from decomp.calibration import Statistics
-from decomp.finetuning import finetune_layerwise
+from decomp.finetuning import FinetuneReport, finetune_layerwise
+from decomp.lessons import LayerReport
 from decomp.methods import default_options
 from decomp.planning import Scope, make_plan
 from decomp.plans import Plan
@@ -16,25 +18,61 @@ REPORT = "decomp_finetuning"  # the attribute of a model that carries the report
 
 
 def apply_plan(
-    model: nn.Module, decided: Plan, scope: Scope, *, finetune: bool | Mapping[str, Any], inplace: bool
+    model: nn.Module,
+    decided: Plan,
+    scope: Scope,
+    *,
+    finetune: bool | Mapping[str, Any],
+    inplace: bool,
+    asymmetric: bool = False,
 ) -> nn.Module:
     """Swap the factorized layers in; with ``finetune`` train them layer by layer against ``model``.
 
     Raises:
-        ValueError: there are no batches to fine-tune with, or no dense model left to learn from.
+        ValueError: there are no batches to learn from, or no dense model left to do so.
     """
-    wanted = finetune is not False
-    if wanted and (scope.data is None or isinstance(scope.data, Statistics)):
-        raise ValueError("finetune= needs batches: give data=, an iterable of what the model is called with")
-    if wanted and inplace:
-        raise ValueError(
-            "finetune= learns from the dense model, which inplace=True changes: leave one of them out"
-        )
+    wanted = {"finetune": finetune is not False, "asymmetric": asymmetric}
+    for option in (name for name, given in wanted.items() if given):
+        if scope.data is None or isinstance(scope.data, Statistics):
+            raise ValueError(f"{option}= needs batches: give data=, an iterable of what the model is called with")
+        if inplace:
+            raise ValueError(
+                f"{option}= learns from the dense model, which inplace=True changes: leave one of them out"
+            )
+    settings = dict(finetune) if isinstance(finetune, Mapping) else {}
+    given = {"inputs": scope.inputs, "progress": scope.progress} | settings
+    if asymmetric:
+        return _layer_after_layer(model, decided, scope, given if wanted["finetune"] else None)
     small = decided.apply(model, inplace=inplace, progress=scope.progress)
-    if wanted:
-        settings = dict(finetune) if isinstance(finetune, Mapping) else {}
-        given = {"inputs": scope.inputs, "progress": scope.progress} | settings
+    if wanted["finetune"]:
         setattr(small, REPORT, finetune_layerwise(small, model, scope.data, **given))
+    return small
+
+
+def _layer_after_layer(
+    model: nn.Module, decided: Plan, scope: Scope, settings: Mapping[str, Any] | None
+) -> nn.Module:
+    """Decompose each layer for what reaches it by then; with settings fine-tune it before the next one."""
+    reports: dict[str, LayerReport] = {}
+    for refused in {"blocks", "checkpoint", "layers"} & set(settings or ()):
+        raise ValueError(
+            f"finetune={{{refused!r}: ...}} does not go with asymmetric=True, which trains every layer as soon as "
+            "it is decomposed: call decomp.finetune_layerwise afterwards"
+        )
+
+    def teach(small: nn.Module, name: str) -> None:
+        reports.update(finetune_layerwise(small, model, scope.data, layers=name, **settings or {}))
+
+    small = apply_asymmetric(
+        model,
+        decided,
+        scope.data,
+        inputs=scope.inputs,
+        teach=None if settings is None else teach,
+        progress=scope.progress,
+    )
+    if settings is not None:
+        setattr(small, REPORT, FinetuneReport(reports))
     return small
 
 
@@ -46,6 +84,7 @@ def decompose(
     scope: Scope,
     finetune: bool | Mapping[str, Any],
     inplace: bool,
+    asymmetric: bool,
 ) -> nn.Module:
     """Plan by a method and its options, unless ``ranks`` is a plan already, and apply."""
     if isinstance(ranks, Plan):
@@ -53,7 +92,7 @@ def decompose(
             raise ValueError(
                 "a Plan says itself which layers it is about: leave layers=, exclude= and example_inputs= out"
             )
-        if scope.data is not None and finetune is False:
+        if scope.data is not None and finetune is False and not asymmetric:
             raise ValueError("a Plan says itself what it was made from: give data= to decomp.plan")
         defaults = default_options(method)
         changed = {name: value for name, value in options.items() if value != defaults[name]}
@@ -62,4 +101,4 @@ def decompose(
         decided = ranks
     else:
         decided = make_plan(model, method, options, ranks, scope)
-    return apply_plan(model, decided, scope, finetune=finetune, inplace=inplace)
+    return apply_plan(model, decided, scope, finetune=finetune, inplace=inplace, asymmetric=asymmetric)

@@ -1,9 +1,10 @@
 """A budget over the whole network: the method and the ranks of all layers together."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from numbers import Integral, Real
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, Objective] = {
     "sum": Objective(lambda squared: squared, allocate),
     "product": Objective(lambda squared: -np.log(np.maximum(1 - squared, 1e-300)), allocate),
     "max": Objective(lambda squared: squared, allocate_minmax),
+    "network": Objective(lambda squared: squared, allocate),
 }
 
 
@@ -72,13 +74,14 @@ class Budget:
 class Wish:
     """How a budget is to be spent: the objective, what ranks are multiples of, and the weights of the layers."""
 
-    objective: str = "product"
+    objective: str = "auto"
     multiple_of: int = 1
     weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is unknown: write one of {sorted(OBJECTIVES)}")
+        known = ["auto", *sorted(OBJECTIVES)]
+        if self.objective not in known:
+            raise ValueError(f"objective={self.objective!r} is unknown: write one of {known}")
         if (
             isinstance(self.multiple_of, bool)
             or not isinstance(self.multiple_of, Integral)
@@ -88,6 +91,29 @@ class Wish:
         for name, weight in (self.weights or {}).items():
             if not isinstance(weight, Real) or not 0 <= weight < inf:
                 raise ValueError(f"weights: {name!r} has {weight!r}; write a finite number of at least 0")
+
+    def of(self, layers: Mapping[str, Sequence[Candidate]]) -> "Wish":
+        """The wish with its objective settled, and the weights that go with it.
+
+        Raises:
+            ValueError: the objective needs what the data did not tell.
+        """
+        told = {name: _importance(found[0]) for name, found in layers.items()}
+        unknown = [name for name, importance in told.items() if importance is None]
+        if self.objective == "auto":
+            return replace(self, objective="product" if unknown else "network")
+        if self.objective == "network" and unknown:
+            raise ValueError(
+                f"objective='network': nothing tells how much layer {unknown[0]!r} counts; "
+                "write data=decomp.calibrate(model, batches, loss='output')"
+            )
+        return self
+
+
+def _importance(candidate: Candidate) -> float | None:
+    """What a squared relative error of 1 of the layer does to the network, where gradients told it."""
+    scale = None if candidate.moments is None else candidate.moments.importance
+    return None if scale is None else scale * candidate.analysis.energy
 
 
 def total_cost(kind: str, before: Cost, seconds: Change | None) -> float:
@@ -139,6 +165,7 @@ def spend(
             f"weights: no layer {sorted(unknown)[0]!r}; layers are {', '.join(map(repr, list(layers)[:8]))}"
         )
     fixed = fixed_cost(budget.kind, layers, total, settled)
+    wish = wish.of(layers)
     objective = OBJECTIVES[wish.objective]
     fronts: list[Front] = []
     tables: list[list[tuple[Candidate, Ranks, float, float]]] = []
@@ -148,7 +175,8 @@ def spend(
         table = [(candidates[0], (), candidates[0].dense_cost(budget.kind), 0.0)]
         for candidate in candidates:
             ranks, costs, squared = candidate.front(budget.kind, wish.multiple_of)
-            losses = weight * objective.loss(squared)
+            scale = _importance(candidate) if wish.objective == "network" else 1.0
+            losses = weight * cast(float, scale) * objective.loss(squared)
             rows = zip(ranks, costs.tolist(), losses.tolist(), strict=True)
             table += [(candidate, found, cost, loss) for found, cost, loss in rows]
         tables.append(table)

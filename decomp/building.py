@@ -64,7 +64,13 @@ def _layer_of(module: nn.Module, method: Method, ranks: Ranks, candidate: Candid
         known = candidate.analysis.factors
         factors = known(kernels, ranks) if known is not None else None
         return layer.from_factors(module, method.factors(kernels, ranks) if factors is None else factors)
-    moments = candidate.moments.to(kernels.device)
+    return from_moments(module, method, ranks, candidate.moments)
+
+
+def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: Moments) -> Factorized:
+    """Decompose the output of a layer, of which moments are known."""
+    layer, kernels = _layer(method, module), group_kernels(module).detach()
+    moments = moments.to(kernels.device)
     found = layer.from_kernels(module, output_factors(method, layer, module, ranks, moments))
     if hasattr(found, "expand") and layer.mixes_inputs:
         return found

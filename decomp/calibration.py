@@ -1,7 +1,7 @@
 """Calibration: the moments of what flows through every layer, from data, in memory that does not grow with it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from decomp.metrics import Moments
 from decomp.naming import naming
 from decomp.progress import bar
 from decomp.selection import Selector
+from decomp.slopes import Slope
 from decomp.sums import Sums
 from decomp.surveys import survey
 
@@ -42,7 +43,7 @@ def calibrate(
     data: Iterable[Any],
     *,
     inputs: Callable[[Any], Any] | None = None,
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | Literal["output"] | None = None,
     layers: Selector = None,
     exclude: Selector = (),
     progress: bool | None = None,
@@ -57,8 +58,10 @@ def calibrate(
         model: the dense model.
         data: batches as the model is called with; labels are not needed.
         inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
-        loss: a function of the model and a batch of ``data`` that gives the loss. The error of each output channel
-            then counts by the mean square of its gradient (Fisher), from a backward pass per batch.
+        loss: what an error of a layer does to the network then counts, to first order, from a backward pass per
+            batch, and a budget compares layers by it. "output": to the network's output, no labels needed. A
+            function of the model and a batch of ``data``: to the loss that it gives, a scalar (Fisher), or to what
+            it takes from the output, a tensor (an embedding, say).
         layers: which layers; see :func:`decomp.tucker`.
         exclude: which of these to leave out.
         progress: show a progress bar.
@@ -67,7 +70,8 @@ def calibrate(
         ValueError: the data is empty.
         TypeError: a batch does not fit the model.
 
-    Source: Zhang et al. 2016, section 3.1 (outputs); Theis et al. 2018 (Fisher).
+    Source: Zhang et al. 2016, section 3.1 (outputs); Theis et al. 2018 (Fisher); the change of an output f is
+    ||J dy||^2, and E[J^T v v^T J] = J^T J for random v (Gauss-Newton).
 
     >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
     >>> statistics = calibrate(model, [torch.randn(16, 32) for _ in range(4)], progress=False)
@@ -77,21 +81,24 @@ def calibrate(
     modules = survey(model, lambda name, module: "", layers, exclude, None).open
     sums = {name: Sums(name, module) for name, module in modules.items()}
     example = None
-    batches = Batches(data, None if loss is not None else inputs)
+    slope = None if loss is None else Slope(loss)
+    own = callable(loss)  # a loss of the caller's takes the batch as it is, labels and all
+    batches = Batches(data, None if own else inputs)
     with evaluating(model), Unfused():
         for count, batch in bar(progress, "calibrate", batches.numbered()):
             with naming_batch(count, batch):
                 if example is None:
-                    example = inputs(batch) if inputs is not None and loss is not None else batch
+                    example = inputs(batch) if inputs is not None and own else batch
                     for name, norm in norms_behind(model, example, modules).items():
                         sums[name].feed(norm, model.get_submodule(norm))
-                _watch(model, batch, sums, held_out=held_out(count), loss=loss)
+                _watch(model, batch, sums, held_out=held_out(count), slope=slope)
     if example is None:
         raise ValueError("data is empty: at least one batch is needed")
-    return Statistics({name: each.moments() for name, each in sums.items() if each.samples}, example)
+    energy = 1.0 if slope is None else slope.energy
+    return Statistics({name: each.moments(energy) for name, each in sums.items() if each.samples}, example)
 
 
-def _watch(model: nn.Module, batch: Any, sums: Mapping[str, "Sums"], *, held_out: bool, loss: Any) -> None:
+def _watch(model: nn.Module, batch: Any, sums: Mapping[str, Sums], *, held_out: bool, slope: Slope | None) -> None:
     seen: list[tuple[Sums, Tensor]] = []
 
     def watch(each: Sums) -> Any:
@@ -99,7 +106,7 @@ def _watch(model: nn.Module, batch: Any, sums: Mapping[str, "Sums"], *, held_out
             received = positional[0] if positional else next(iter(keywords.values()))
             with naming(each.name), torch.no_grad():
                 each.add(received.detach(), output.detach(), held_out=held_out)
-            if loss is None:
+            if slope is None:
                 return None
             # Frozen layers count as well; and an activation in place must not change what is kept here.
             kept = output if output.requires_grad else output.detach().requires_grad_()
@@ -111,12 +118,12 @@ def _watch(model: nn.Module, batch: Any, sums: Mapping[str, "Sums"], *, held_out
     handles = [each.module.register_forward_hook(watch(each), with_kwargs=True) for each in sums.values()]
     try:
         moved = to_device_of(model, batch)
-        if loss is None:
+        if slope is None:
             with torch.no_grad():
                 call(model, moved)
             return
         with torch.enable_grad():
-            value = loss(model, moved)
+            value = slope(model, moved)
             grads = torch.autograd.grad(value, [kept for _, kept in seen], allow_unused=True)
         for (each, _), grad in zip(seen, grads, strict=True):
             if grad is not None:

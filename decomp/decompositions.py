@@ -20,6 +20,7 @@ def tucker(
     data: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     finetune: bool | Mapping[str, Any] = False,
+    asymmetric: bool = False,
     inplace: bool = False,
     progress: bool | None = None,
     solver: Any = None,
@@ -43,6 +44,9 @@ def tucker(
         inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
         finetune: True, or arguments of :func:`decomp.finetune_layerwise` as a mapping: train the factors layer by
             layer on ``data``; the report is the attribute ``decomp_finetuning`` of the result.
+        asymmetric: decompose layer after layer, each for the inputs that it gets in the network compressed so far
+            and for the outputs of the dense one (Zhang et al. 2016, section 3.3); with ``finetune`` it is trained
+            before the next one is decomposed. Takes a pass over ``data`` per layer.
         inplace: change ``model`` itself. Every factor is computed before the first swap.
         progress: show progress bars; by default where there is a terminal.
         solver: takes the place of HOOI: ``tensorly.decomposition.partial_tucker``, or a function like it.
@@ -67,7 +71,7 @@ def tucker(
     )
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return decompose(model, "tucker", {"solver": solver}, ranks, scope, finetune, inplace)
+    return decompose(model, "tucker", {"solver": solver}, ranks, scope, finetune, inplace, asymmetric)
 
 
 def svd(
@@ -80,6 +84,7 @@ def svd(
     data: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     finetune: bool | Mapping[str, Any] = False,
+    asymmetric: bool = False,
     inplace: bool = False,
     progress: bool | None = None,
     fold: str = "channel",
@@ -98,7 +103,7 @@ def svd(
     (torch.Size([8, 32, 3, 1]), torch.Size([64, 8, 1, 3]))
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return decompose(model, "svd", {"fold": fold}, ranks, scope, finetune, inplace)
+    return decompose(model, "svd", {"fold": fold}, ranks, scope, finetune, inplace, asymmetric)
 
 
 def cp(
@@ -111,6 +116,7 @@ def cp(
     data: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     finetune: bool | Mapping[str, Any] = False,
+    asymmetric: bool = False,
     inplace: bool = False,
     progress: bool | None = None,
     modes: int = 3,
@@ -132,7 +138,7 @@ def cp(
     [(16, 32, 1, 1), (16, 1, 3, 3), (64, 16, 1, 1)]
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return decompose(model, "cp", {"modes": modes, "solver": solver}, ranks, scope, finetune, inplace)
+    return decompose(model, "cp", {"modes": modes, "solver": solver}, ranks, scope, finetune, inplace, asymmetric)
 
 
 def block_term(
@@ -145,6 +151,7 @@ def block_term(
     data: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     finetune: bool | Mapping[str, Any] = False,
+    asymmetric: bool = False,
     inplace: bool = False,
     progress: bool | None = None,
     blocks: int = 4,
@@ -163,7 +170,7 @@ def block_term(
     ((2, 8, 8), 2)
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return decompose(model, "block_term", {"blocks": blocks}, ranks, scope, finetune, inplace)
+    return decompose(model, "block_term", {"blocks": blocks}, ranks, scope, finetune, inplace, asymmetric)
 
 
 def separable(
@@ -176,6 +183,7 @@ def separable(
     data: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     finetune: bool | Mapping[str, Any] = False,
+    asymmetric: bool = False,
     inplace: bool = False,
     progress: bool | None = None,
     scheme: str = "spatial",
@@ -193,7 +201,7 @@ def separable(
     [(64, 1, 3, 3), (64, 64, 1, 1)]
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return decompose(model, "separable", {"scheme": scheme}, ranks, scope, finetune, inplace)
+    return decompose(model, "separable", {"scheme": scheme}, ranks, scope, finetune, inplace, asymmetric)
 
 
 def flattened(
@@ -206,6 +214,7 @@ def flattened(
     data: Any = None,
     inputs: Callable[[Any], Any] | None = None,
     finetune: bool | Mapping[str, Any] = False,
+    asymmetric: bool = False,
     inplace: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -222,4 +231,4 @@ def flattened(
     [(64, 32, 1, 1), (64, 1, 3, 1), (64, 1, 1, 3)]
     """
     scope = Scope(layers, exclude, example_inputs, data, inputs, progress)
-    return decompose(model, "flattened", {}, ranks, scope, finetune, inplace)
+    return decompose(model, "flattened", {}, ranks, scope, finetune, inplace, asymmetric)

@@ -58,6 +58,7 @@ def finetune_layerwise(
     inputs: Callable[[Any], Any] | None = None,
     cache_bytes: int = 2**30,
     progress: bool | None = None,
+    layers: str | Sequence[str] | None = None,
     blocks: str | Sequence[str] = (),
     train: Trained = None,
     optimizer: MakeOptimizer = adam,
@@ -91,6 +92,7 @@ def finetune_layerwise(
         inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
         cache_bytes: inputs and targets of a layer that are held in memory at once.
         progress: show a progress bar; by default where there is a terminal.
+        layers: which factorized layers, by globs on their names; by default all.
         blocks: modules that are trained whole, by globs on their names: ``"encoder.layer.*"``, ``"layer?.?"``. A
             block learns to give what it gave in the dense network, all of its parameters at once; layers outside
             of blocks are trained one by one. Fewer passes, and a target that counts what the parts do together.
@@ -120,7 +122,7 @@ def finetune_layerwise(
     Source: FitNets (Romero et al. 2015), equation 3, per layer; asymmetric inputs after Zhang et al. 2016, 3.3.
     """
     require_passes(data)
-    pairs = blocks_of(small, dense, pairs_of(small, dense), blocks)
+    pairs = blocks_of(small, dense, pairs_of(small, dense, layers), blocks)
     chosen = trained_parameters(small, train)
     recipe = Recipe(steps, lr, optimizer, schedule, patience, checkpoint_every)
     with team(accelerator, small, dense) as together, torch.inference_mode(False):

@@ -25,8 +25,9 @@ class Moments:
     which then takes up the shift, about zero where there is neither. Either is None where it would be too large,
     or says nothing more than the other. ``means`` are mean inputs, one for each size that was seen, with how
     often it was seen. ``shrinkage`` in [0, 1] is how far both are moved towards the metric of the weight.
-    ``row_weights`` (groups, T) are the roots of how much an error of each output counts: by the
-    gradient of a loss where there is one, else by the scale of the BatchNorm behind it.
+    ``row_metric`` (groups, T, T) is a root D of how errors of the outputs count, ||D dy||^2: by the gradient of a
+    loss or of the network's output where there is one, else by the scale of the BatchNorm behind them. D is
+    relative; ``importance`` is the scale that makes layers comparable, where there were gradients.
     """
 
     shape: tuple[int, ...]
@@ -35,7 +36,8 @@ class Moments:
     outputs: Tensor | None
     means: tuple[tuple[Tensor, int], ...]
     shrinkage: float
-    row_weights: Tensor | None = None
+    row_metric: Tensor | None = None
+    importance: float | None = None
     normalization: str = ""
     patches: Tensor | None = None
 
@@ -51,24 +53,44 @@ class Moments:
             inputs=moved(self.inputs),
             outputs=moved(self.outputs),
             means=means,
-            row_weights=moved(self.row_weights),
+            row_metric=moved(self.row_metric),
             patches=moved(self.patches),
         )
 
 
 def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor | None:
-    """A matrix whose distance from others in the Frobenius norm is that of the outputs; None for spatial kernels.
+    """Kernels whose distance from others in the Frobenius norm is that of the outputs; None without the moments.
 
-    E ||(W - W') x||^2 = ||(W - W') C^1/2||^2; without the moments of the inputs, the root of those of the outputs
-    has the same singular values. The moments of the channels of a spatial kernel do not say it: as if positions
-    were not correlated, they put the error far too low.
+    For a matrix E ||(W - W') x||^2 = ||(W - W') C^1/2||^2; without the moments of the inputs, the root of those of
+    the outputs has the same singular values. The moments of patches are taken as a Kronecker product of those of
+    the channels and of each axis of the kernel, scaled to the energy of the outputs: exact where they are one.
     """
-    if not _is_matrix(kernels):
+    kernels = _weighted(layer, as_float64(kernels), moments)
+    if _is_matrix(kernels):
+        if moments.inputs is None:
+            return symmetric_power(_output_moments(layer, kernels, moments), 0.5)
+        return _mixed(kernels, symmetric_power(_input_moments(layer, moments.inputs, moments.shrinkage), 0.5))
+    if moments.patches is None:
         return None
-    kernels = _weighted(as_float64(kernels), moments)
-    if moments.inputs is None:
-        return _power(_output_moments(kernels, moments), 0.5)
-    return _mixed(kernels, _power(_input_moments(layer, moments.inputs, moments.shrinkage), 0.5))
+    patches = _patch_moments(moments)
+    energy = ((kernels.flatten(2) @ patches) * kernels.flatten(2)).sum()
+    for mode, marginal in enumerate(_marginals(patches, tuple(kernels.shape[2:])), start=2):
+        if mode == 2 and not layer.mixes_inputs:
+            marginal = torch.diag_embed(marginal.diagonal(dim1=1, dim2=2))
+        moved = torch.einsum("gij,gj...->gi...", symmetric_power(marginal, 0.5), kernels.movedim(mode, 1))
+        kernels = moved.movedim(1, mode)
+    return kernels * (energy / kernels.square().sum().clamp(min=torch.finfo(kernels.dtype).tiny)).sqrt()
+
+
+def _marginals(patches: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Of moments over (S, *kernel) those of each of these modes by itself, summed over the others."""
+    tensor = patches.unflatten(2, sizes).unflatten(1, sizes)
+    found = []
+    for mode in range(len(sizes)):
+        kept = tensor.movedim((1 + mode, 1 + len(sizes) + mode), (1, 2)).flatten(3)
+        count = patches.shape[1] // sizes[mode]
+        found.append(kept.unflatten(3, (count, count)).diagonal(dim1=3, dim2=4).sum(3))
+    return found
 
 
 @torch.no_grad()
@@ -78,8 +100,8 @@ def output_error(layer: Factorized, dense: nn.Module, moments: Moments) -> float
     inside = moments.inputs if _is_matrix(kernels) else moments.patches
     if inside is None:
         return None
-    weight = _weighted(kernels, moments).flatten(2)
-    lost = weight - _weighted(as_float64(layer.dense_kernels()), moments).flatten(2)
+    weight = _weighted(type(layer), kernels, moments).flatten(2)
+    lost = weight - _weighted(type(layer), as_float64(layer.dense_kernels()), moments).flatten(2)
     squared, energy = (float(((each @ inside) * each).sum()) for each in (lost, weight))
     return (max(squared, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
 
@@ -95,11 +117,11 @@ def output_factors(
     Source: Zhang et al. 2016, section 3.1, for the outputs; whitening as in SVD-LLM (Wang et al. 2024), section
     3.1.
     """
-    kernels = _weighted(as_float64(group_kernels(dense)), moments)
+    kernels = _weighted(layer, as_float64(group_kernels(dense)), moments)
     basis = None
     known = moments.outputs is not None
     if known and method.out_rank is not None and ranks[method.out_rank] < kernels.shape[1]:
-        basis = _leading(_output_moments(kernels, moments), ranks[method.out_rank])
+        basis = _leading(_output_moments(layer, kernels, moments), ranks[method.out_rank])
         kernels = torch.einsum("gta,gt...->ga...", basis, kernels)
     if basis is not None and len(ranks) == 1:
         # Nothing is left to decompose: each side gets the root of the norm.
@@ -111,9 +133,10 @@ def output_factors(
         found = _whitened(method, layer, dense, kernels, ranks, moments)
         found = found if basis is None else layer.expand_outputs(found, basis)
         if moments.patches is not None:
-            whole = _weighted(as_float64(group_kernels(dense)), moments)
+            whole = _weighted(layer, as_float64(group_kernels(dense)), moments)
             found = refitted(layer, dense, found, whole, _patch_moments(moments))
-    return found if moments.row_weights is None else layer.scale_outputs(found, 1 / moments.row_weights)
+    metric = _row_metric(layer, moments)
+    return found if metric is None else layer.mix_outputs(found, torch.linalg.inv(metric))
 
 
 @torch.no_grad()
@@ -141,8 +164,8 @@ def _whitened(
     if moments.inputs is None:
         return dict(layer.factor_kernels(dense, method.factors(kernels, ranks)))
     metric = _input_moments(layer, moments.inputs, moments.shrinkage)
-    factors = method.factors(_mixed(kernels, _power(metric, 0.5)), ranks)
-    return layer.mix_inputs(layer.factor_kernels(dense, factors), _power(metric, -0.5))
+    factors = method.factors(_mixed(kernels, symmetric_power(metric, 0.5)), ranks)
+    return layer.mix_inputs(layer.factor_kernels(dense, factors), symmetric_power(metric, -0.5))
 
 
 def _input_moments(layer: type[Factorized], moments: Tensor, shrinkage: float) -> Tensor:
@@ -167,11 +190,11 @@ def _shrunk(moments: Tensor, rho: float) -> Tensor:
     return (1 - rho) * moments + rho * mean * identity
 
 
-def _output_moments(kernels: Tensor, moments: Moments) -> Tensor:
+def _output_moments(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
     """Moments of the outputs, moved towards K K^T as those of the inputs are towards the identity."""
-    found = cast(Tensor, moments.outputs)
-    if moments.row_weights is not None:
-        found = moments.row_weights[:, :, None] * moments.row_weights[:, None] * found
+    found, metric = cast(Tensor, moments.outputs), _row_metric(layer, moments)
+    if metric is not None:
+        found = metric @ found @ metric
     own = kernels.flatten(2) @ kernels.flatten(2).mT
     energy, energy_own = (each.diagonal(dim1=1, dim2=2).sum(1) for each in (found, own))
     share = (energy / energy_own.clamp(min=torch.finfo(own.dtype).tiny))[:, None, None]
@@ -183,17 +206,24 @@ def _is_matrix(kernels: Tensor) -> bool:
     return kernels[0, 0, 0].numel() == 1
 
 
-def _weighted(kernels: Tensor, moments: Moments) -> Tensor:
-    if moments.row_weights is None:
-        return kernels
-    return kernels * moments.row_weights.reshape(*moments.row_weights.shape, *(1,) * (kernels.dim() - 2))
+def _row_metric(layer: type[Factorized], moments: Moments) -> Tensor | None:
+    """The root D of how errors of the outputs count; a diagonal where a layer cannot mix its outputs."""
+    metric = moments.row_metric
+    if metric is None or layer.mixes_outputs:
+        return metric
+    return torch.diag_embed((metric @ metric).diagonal(dim1=1, dim2=2).sqrt())
+
+
+def _weighted(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
+    metric = _row_metric(layer, moments)
+    return kernels if metric is None else torch.einsum("gtu,gu...->gt...", metric, kernels)
 
 
 def _mixed(kernels: Tensor, mixing: Tensor) -> Tensor:
     return torch.einsum("gtr...,grs->gts...", kernels, mixing)
 
 
-def _power(moments: Tensor, power: float) -> Tensor:
+def symmetric_power(moments: Tensor, power: float) -> Tensor:
     """A power of symmetric matrices; eigenvalues below rounding count as that, so that the inverse is finite."""
     values, vectors = torch.linalg.eigh(moments)
     floor = (

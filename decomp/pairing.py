@@ -8,11 +8,15 @@ from torch import nn
 from decomp.layers import Factorized
 
 
-def pairs_of(small: nn.Module, dense: nn.Module) -> dict[str, tuple[Factorized, nn.Module]]:
+def pairs_of(
+    small: nn.Module, dense: nn.Module, layers: str | Sequence[str] | None = None
+) -> dict[str, tuple[Factorized, nn.Module]]:
     """The factorized layers of ``small`` and the layers of ``dense`` that they stand for, by name.
 
+    ``layers`` are globs on the names of those that are wanted.
+
     Raises:
-        ValueError: ``small`` has none, or ``dense`` is another model.
+        ValueError: ``small`` has none, a glob matches none, or ``dense`` is another model.
     """
     factorized = {name: module for name, module in small.named_modules() if isinstance(module, Factorized)}
     known = dict(dense.named_modules())
@@ -29,7 +33,17 @@ def pairs_of(small: nn.Module, dense: nn.Module) -> dict[str, tuple[Factorized, 
                 f"layer {name!r}: dense has {found} where small has {type(layer).__name__} of weight "
                 f"{layer.dense_shape}: give the model that small was made from"
             )
-    return {name: (layer, known[name]) for name, layer in factorized.items()}
+    globs = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    for glob in globs:
+        if not any(_matches(name, glob) for name in factorized):
+            names = ", ".join(map(repr, list(factorized)[:8]))
+            raise ValueError(f"layers={glob!r} matches no factorized layer; there are {names}")
+    wanted = [name for name in factorized if any(_matches(name, glob) for glob in globs)]
+    return {name: (factorized[name], known[name]) for name in wanted}
+
+
+def _matches(name: str, glob: str) -> bool:
+    return name == glob or fnmatchcase(name, glob)
 
 
 def blocks_of(
@@ -48,7 +62,7 @@ def blocks_of(
     globs = [blocks] if isinstance(blocks, str) else list(blocks)
     found: dict[str, tuple[nn.Module, nn.Module]] = {}
     for glob in globs:
-        matching = [name for name, _ in small.named_modules() if name and fnmatchcase(name, glob)]
+        matching = [name for name, _ in small.named_modules() if name and _matches(name, glob)]
         outermost = [name for name in matching if not any(name.startswith(f"{other}.") for other in matching)]
         holding = [name for name in outermost if any(_inside(layer, name) for layer in layers)]
         if not holding:

@@ -173,9 +173,14 @@ class Plan(Mapping[str, Choice]):
         """
         replaced = layers_to_replace(model, self, self.method_of, needs_values=True)
         new = decomposed(replaced, self, self.method_of, self._candidates, progress)
-        small = self._swapped(model, new, inplace, measured(self, replaced, new, self._candidates))
+        small = self.swap(model, new, measured(self, replaced, new, self._candidates), inplace=inplace)
         correct_means(small, replaced, new, self._candidates)
         return small
+
+    def record(self, small: nn.Module, new: Mapping[str, nn.Module], settled: Mapping[str, Choice]) -> nn.Module:
+        """Swap the last layers into ``small``, in place, and leave the plan on it with the choices as they came
+        out."""
+        return self._swapped(small, new, True, settled)
 
     def build(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Return ``model`` with untrained factorized layers: the structure for ``load_state_dict``, or to train.
@@ -184,7 +189,7 @@ class Plan(Mapping[str, Choice]):
             ValueError: the plan replaces no layer, or was made for another model.
         """
         replaced = layers_to_replace(model, self, self.method_of, needs_values=False)
-        return self._swapped(model, structures(replaced, self, self.method_of), inplace, {})
+        return self.swap(model, structures(replaced, self, self.method_of), {}, inplace=inplace)
 
     def to_json(self) -> str:
         """Write the plan as JSON; :meth:`from_json` reads it back."""
@@ -224,9 +229,10 @@ class Plan(Mapping[str, Choice]):
         """Refuse layers that are not those that the plan replaces; see :func:`decomp.fitting.require_fit`."""
         require_fit(self, self.method_of, modules)
 
-    def _swapped(
-        self, model: nn.Module, new: Mapping[str, nn.Module], inplace: bool, settled: Mapping[str, Choice]
+    def swap(
+        self, model: nn.Module, new: Mapping[str, nn.Module], settled: Mapping[str, Choice], *, inplace: bool
     ) -> nn.Module:
+        """Swap layers in, and leave the plan on the model, with the choices that came out otherwise."""
         model = surgery.swap(model, new, inplace=inplace)
         own = {n: m for n, m in self._methods.items() if self[n].ranks and m.name not in METHODS}
         setattr(model, PLAN, Plan(self._choices | dict(settled), self._before, methods=own, seconds=self.seconds))

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from decomp.frames import Frame
 from decomp.layers import Factorized, group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
 from decomp.patches import patches_like, rows_of
@@ -24,19 +25,24 @@ class OtherSize(Exception):
 
 
 class Refit:
-    """The normal equations of y ~= A z + b for the last factor A of a layer: its inputs z, taken apart in patches.
+    """The normal equations of y ~= A z + b for the last factor A of a layer, or for the weight of a dense one.
 
     ``z`` is what the factors before make of the layer's input. A k x k factor sees patches: those are what a
-    convolution with unit kernels and all its options gives, so that no option needs code of its own.
+    convolution with unit kernels and all its options gives, so that no option needs code of its own. ``frame`` is
+    what the BatchNorm behind the layer says of its targets; it has a bias for a layer without one.
     """
 
-    def __init__(self, layer: Factorized) -> None:
+    def __init__(self, layer: nn.Module, frame: Frame | None = None) -> None:
         self._layer = layer
-        self._last: Any = list(layer.children())[-1]
+        self._last: Any = cast(Any, [*layer.children()][-1] if isinstance(layer, Factorized) else layer)
         self._weight = group_kernels(self._last).detach().to(torch.float64).flatten(2)
         self._patches = patches_like(self._last)
         self.equations, self._held_out = NormalEquations(), NormalEquations()
         self.ridge = RIDGES[0]
+        self._frame = frame
+        self._bias: Tensor | None = None if frame is None else torch.zeros_like(self._weight[:, :, 0])
+        if getattr(self._last, "bias", None) is not None:
+            self._bias = self._last.bias.detach().to(torch.float64).reshape(self._weight.shape[:2]).clone()
 
     @property
     def fits(self) -> bool:
@@ -50,16 +56,13 @@ class Refit:
 
     @property
     def state(self) -> State:
-        """What the last factor and its bias are now; later ones do not change it."""
-        bias = self._last.bias
-        if bias is None:
-            return self._weight.clone(), None
-        return self._weight.clone(), bias.detach().to(torch.float64).reshape(len(self._weight), -1).clone()
+        """What the last factor and its bias are now."""
+        return self._weight, self._bias
 
     def add(self, received: Tensor, target: Tensor, *, held_out: bool) -> None:
         """Take in an input of the layer, and what its output should be."""
         if self.fits:
-            for rows in self.rows(received, target):
+            for rows in self.rows(received, target if self._frame is None else self._frame.target(target)):
                 (self._held_out if held_out else self.equations).add(*rows)
 
     def rows(self, received: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -112,7 +115,7 @@ class Refit:
             return best
         found = None
         for ridge in RIDGES:
-            weight, bias = self.equations.solve(self._weight, ridge, centred=self._last.bias is not None)
+            weight, bias = self.equations.solve(self._weight, ridge, centred=self._bias is not None)
             error = self._judge.error(weight, bias)
             if math.isfinite(error) and error < best:
                 best, found, self.ridge = error, (weight, bias), ridge
@@ -126,9 +129,11 @@ class Refit:
         last: Any = self._last
         kernels = weight.reshape(group_kernels(last).shape)
         last.weight.copy_(join_kernels(kernels, input_first=is_input_first(last)))
-        if bias is not None:
+        if last.bias is not None and bias is not None:
             last.bias.copy_(bias.flatten())
-        self._weight = weight
+        elif self._frame is not None and bias is not None:
+            self._frame.take(bias)
+        self._weight, self._bias = weight, bias
 
 
 class NormalEquations:

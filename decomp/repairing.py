@@ -13,6 +13,7 @@ from decomp.activations import Activations, Example, RoutedDifferently, reached_
 from decomp.batches import Batches, held_out, require_passes
 from decomp.following import Tail
 from decomp.forward import Unfused, call, evaluating, floating, moving_norms, to_device_of
+from decomp.frames import frames_of
 from decomp.layers import Factorized
 from decomp.naming import naming
 from decomp.pairing import pairs_of
@@ -77,7 +78,8 @@ def repair(
 
     Layer by layer in the order of execution: with z what reaches the last factor in the compressed network, and y
     the output of the dense layer in the dense one, A = (S_yz + rho A_0) (S_zz + rho I)^-1 and b = mean(y) - A
-    mean(z), with moments about the mean; a layer without a bias gets none, and moments about zero. rho, a share
+    mean(z), with moments about the mean. The BatchNorm behind a layer without a bias takes b up; without either
+    there is none, and moments are about zero. rho, a share
     of the mean diagonal of S_zz, is chosen on every fourth batch, which is held out of the fit, and the old
     factor stays where none is better. Then the statistics of BatchNorm are estimated anew, and kept where they
     lower the error of what the network gives. No labels and no gradients are needed.
@@ -121,12 +123,14 @@ def repair(
     with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
         before = _output_error(small, dense, batches)
         order = reached_tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
+        frames = frames_of(small, dense, batches, pairs)
         of_dense = reached_tails(dense, batches, {n: pair[1] for n, pair in pairs.items()}) if nonlinear else {}
         for name, tail in bar(progress, "repair", order.items()):
             activations = Activations(small, dense, *pairs[name], replace(tail, steps=()), batches, cache_bytes)
             with naming(name):
                 behind = of_dense.get(name, Tail())
-                reports[name] = _refit(pairs[name][0], activations, rectifier(tail, behind), behind)
+                refit = Refit(pairs[name][0], frames.get(name))
+                reports[name] = _refit(pairs[name][0], refit, activations, rectifier(tail, behind), behind)
         after, note = _output_error(small, dense, batches), ""
         if batch_norm:
             after, note = _renormalized(small, dense, batches, after)
@@ -135,8 +139,9 @@ def repair(
     return RepairReport(reports, before, after, note)
 
 
-def _refit(layer: Factorized, activations: Activations, after: Rectifier | None, tail: Tail) -> LayerRepair:
-    refit = Refit(layer)
+def _refit(
+    layer: Factorized, refit: Refit, activations: Activations, after: Rectifier | None, tail: Tail
+) -> LayerRepair:
     examples = Examples[Example](activations.windows)
     try:
         for example in examples:

@@ -1,12 +1,14 @@
 """Running sums of what flows through one layer: moments in memory that does not grow with the data."""
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from decomp.layers import group_kernels
-from decomp.metrics import Moments
+from decomp.metrics import Moments, symmetric_power
 from decomp.patches import patches_like, rows_of
 from decomp.shrinkage import chosen_shrinkage, oracle_shrinkage
 
@@ -15,15 +17,17 @@ LARGEST_SELECTION = 1024
 LARGEST_PATCH = 2304
 PATCH_ELEMENTS = 2**22
 MOST_SIZES = 8
-LEAST_COUNT = 1e-3
+LARGEST_ROW_METRIC = 1536
+LEAST_COUNT = 0.02
 ROUNDING = 1e-12
 
 
 class Sums:
     """Running sums of one layer, of all batches and of those held out."""
 
-    def __init__(self, name: str, module: Any) -> None:
+    def __init__(self, name: str, module: Any, *, centred: bool = False) -> None:
         self.name, self.module = name, module
+        self._taken_up = centred or getattr(module, "bias", None) is not None
         self.kernels = group_kernels(module).detach()
         groups, outputs, inputs = self.kernels.shape[:3]
         spatial = self.kernels[0, 0, 0].numel() > 1
@@ -39,14 +43,14 @@ class Sums:
         self._patches = Accumulator(groups, inputs * taps) if wants_patches else None
         self._unfold = patches_like(module) if wants_patches else None
         self._means: dict[tuple[int, ...], tuple[Tensor, int]] = {}
-        self._gradients: Tensor | None = None
+        self._gradients: Any = None
         self.samples = 0
         self.normalization = ""
         self._scale: Tensor | None = None
 
     @property
     def _centred(self) -> bool:
-        return getattr(self.module, "bias", None) is not None or bool(self.normalization)
+        return self._taken_up or bool(self.normalization)
 
     def feed(self, name: str, norm: Any) -> None:
         """Note the BatchNorm behind the layer: it scales every output by gamma / sigma, and takes up a shift."""
@@ -77,10 +81,11 @@ class Sums:
         self.samples += received.numel() if is_embedding else len(received)
 
     def add_gradient(self, grad: Tensor) -> None:
-        """Take in the gradient of the loss by the output: its square is summed per channel."""
-        axes = len(getattr(self.module, "kernel_size", ()))
-        squares = rows_of(grad, axes, 1)[0].square().sum(0)
-        self._gradients = squares if self._gradients is None else self._gradients + squares
+        """Take in the gradient by the output: sums of its products, or of squares where these are too many."""
+        axes, (groups, outputs) = len(getattr(self.module, "kernel_size", ())), self.kernels.shape[:2]
+        rows = rows_of(grad, axes, groups)
+        products = rows.mT @ rows if outputs <= LARGEST_ROW_METRIC else torch.diag_embed(rows.square().sum(1))
+        self._gradients = products if self._gradients is None else self._gradients + products
 
     def _add_patches(self, received: Tensor, axes: int) -> None:
         if self._patches is None or self._unfold is None:
@@ -95,24 +100,41 @@ class Sums:
             total, count = self._means.get(size, (torch.zeros((), dtype=torch.float64, device=received.device), 0))
             self._means[size] = (total + received.to(torch.float64).sum(0), count + len(received))
 
-    def moments(self) -> Moments:
-        """The moments, about the mean where a bias or a BatchNorm can take up the shift."""
+    def moments(self, energy: float = 1.0) -> Moments:
+        """The moments, about the mean where a bias or a BatchNorm can take up the shift.
+
+        ``energy`` is what the squares of gradients are relative to.
+        """
         centred = self._centred
         inputs = None if self._inputs is None else self._inputs.second(centred=centred)
         outputs = None if self._outputs is None else self._outputs.second(centred=centred)
         patches = None if self._patches is None else self._patches.second(centred=centred)
         means = tuple((total / count, count) for total, count in self._means.values())
-        row_weights = None
-        counts = self._scale.square() if self._gradients is None and self._scale is not None else self._gradients
-        if counts is not None:
-            counts = counts.reshape(self.kernels.shape[:2])
-            # A channel that counts for nothing still counts a little: it may matter on other data.
-            row_weights = (counts / counts.mean().clamp(min=1e-300) + LEAST_COUNT).sqrt()
         shape = tuple(self.module.weight.shape)
-        shrinkage = self._shrinkage(centred)
         return Moments(
-            shape, self.samples, inputs, outputs, means, shrinkage, row_weights, self.normalization, patches
+            shape,
+            self.samples,
+            inputs,
+            outputs,
+            means,
+            self._shrinkage(centred),
+            *self._row_metric(energy),
+            self.normalization,
+            patches,
         )
+
+    def _row_metric(self, energy: float) -> tuple[Tensor | None, float | None]:
+        """How errors of the outputs count, a symmetric root, and its scale, which compares layers."""
+        if self._gradients is None and self._scale is None:
+            return None, None
+        counts = self._gradients
+        if counts is None:
+            counts = torch.diag_embed(cast(Tensor, self._scale).square().reshape(self.kernels.shape[:2]))
+        scale = float(counts.diagonal(dim1=1, dim2=2).mean())
+        identity = torch.eye(counts.shape[1], dtype=counts.dtype, device=counts.device)
+        # What counts for nothing still counts a little: it may matter on other data.
+        metric = (1 - LEAST_COUNT) * counts / max(scale, 1e-300) + LEAST_COUNT * identity
+        return symmetric_power(metric, 0.5), None if self._gradients is None else scale / energy
 
     def _shrinkage(self, centred: bool) -> float:
         """Chosen on the batches held out; by formula where there are none, or too many channels."""
@@ -125,6 +147,21 @@ class Sums:
             return formula
         held_out = self._held_out.second(centred=centred)
         return chosen_shrinkage(self.kernels, train.second(centred=centred), held_out, formula)
+
+
+@torch.no_grad()
+def moments_of(
+    layer: nn.Module, received: Iterable[tuple[Tensor, bool]], told: Moments | None, *, centred: bool
+) -> Moments:
+    """The moments of a layer for these inputs, each with whether it is held out; how errors count is as told.
+
+    ``centred`` says that a shift of the outputs will be taken up, by more than the layer's own bias.
+    """
+    sums = Sums("", layer, centred=centred)
+    for given, held_out in received:
+        sums.add(given, layer(given), held_out=held_out)
+    moments = sums.moments()
+    return moments if told is None else replace(moments, row_metric=told.row_metric, importance=told.importance)
 
 
 class Accumulator:

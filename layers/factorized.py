@@ -24,6 +24,7 @@ class Factorized(nn.Module):
 
     method: ClassVar[str]
     mixes_inputs: ClassVar[bool] = True
+    mixes_outputs: ClassVar[bool] = True
     ranks: tuple[int, ...]
     dense_type: type[nn.Module]
     dense_shape: tuple[int, ...]
@@ -116,11 +117,19 @@ class Factorized(nn.Module):
         return {**kernels, "expand": basis if expand is None else basis @ expand.flatten(2)}
 
     @classmethod
-    def scale_outputs(cls, kernels: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
-        """The kernels of K'[t] = d[t] K[t] for d of shape (groups, T)."""
+    def mix_outputs(cls, kernels: Mapping[str, Tensor], mixing: Tensor) -> dict[str, Tensor]:
+        """The kernels of K' = M K, K'[t] = sum_u M[t, u] K[u], for M of shape (groups, T, T).
+
+        Where every output channel has filters of its own (``mixes_outputs`` is false) only the diagonal of M
+        counts.
+        """
         role, kernel = list(kernels.items())[-1]
-        scaled = kernel.flatten(0, 1) * scale.reshape(-1, *(1,) * (kernel.dim() - 2))
-        return {**kernels, role: scaled.reshape(kernel.shape)}
+        if cls.mixes_outputs:
+            mixed = torch.einsum("gtu,gu...->gt...", mixing, kernel)
+        else:
+            scale = mixing.diagonal(dim1=1, dim2=2).reshape(-1, *(1,) * (kernel.dim() - 2))
+            mixed = (kernel.flatten(0, 1) * scale).reshape(kernel.shape)
+        return {**kernels, role: mixed}
 
     @classmethod
     @abstractmethod

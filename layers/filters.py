@@ -114,6 +114,7 @@ class PointwiseDepthwiseConv(_Filters):
     """
 
     method = "pointwise_depthwise"
+    mixes_outputs = False
     reduce: nn.Module
 
     def build(self, dense: ConvNd, device: Any) -> None:

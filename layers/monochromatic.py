@@ -43,6 +43,7 @@ class MonochromaticConv(Factorized):
     """
 
     method = "monochromatic"
+    mixes_outputs = False
     reduce: nn.Module
     colour: Channels
     filters: nn.Module

@@ -28,7 +28,7 @@ def total(model, kind, image):
     return count_params(model) if kind == "params" else observe(model, image, {}).total_macs
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES.keys() - {"network"}))
 @pytest.mark.parametrize("seed", range(8))
 def test_a_budget_is_never_exceeded_and_nearly_all_of_it_is_used(seed, objective):
     rng = np.random.default_rng(seed)

@@ -1,0 +1,184 @@
+"""Layer after layer: each decomposed for what reaches it in the compressed network."""
+
+import copy
+
+import pytest
+import torch
+from networks import plant_spectra
+from torch import nn
+
+import decomp
+from decomp.frames import Frame
+
+
+class Net(nn.Module):
+    """Convolutions with and without a bias, with and without a BatchNorm, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
+        self.conv2 = nn.Conv2d(24, 24, 3, padding=1)
+        self.conv3, self.bn3 = nn.Conv2d(24, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24)
+        self.fc = nn.Linear(24, 16)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.conv2(x) + x)
+        return self.fc(torch.relu(self.bn3(self.conv3(x))).mean((2, 3)))
+
+
+@pytest.fixture
+def net():
+    model = plant_spectra(Net(), decay=0.7)
+    for norm in (model.bn1, model.bn3):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.uniform_(0.5, 2)
+        norm.bias.data.normal_()
+    return model.eval()
+
+
+@pytest.fixture
+def data():
+    mix = torch.randn(8, 8)
+    return [torch.einsum("ab,nbij->naij", mix, torch.randn(8, 8, 8, 8)) for _ in range(12)]
+
+
+@torch.no_grad()
+def error(small, dense, data):
+    lost = sum(float((small(x) - dense(x)).square().sum()) for x in data)
+    return (lost / sum(float(dense(x).square().sum()) for x in data)) ** 0.5
+
+
+def test_two_matrices_are_what_reduced_rank_regression_says():
+    """Oracle: y = W2 W1 x from x^ = W1' x by least squares, cut to the leading directions of what it gives."""
+    dense = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 12)).double()
+    dense.requires_grad_(False)
+    mix = torch.randn(20, 20, dtype=torch.float64)
+    data = [torch.randn(60, 20, dtype=torch.float64) @ mix for _ in range(8)]
+    small = decomp.svd(dense, ranks={"0": 3, "1": 2}, data=data, asymmetric=True, progress=False)
+    x = torch.cat(data)
+    hidden = small[0](x)
+    y = dense(x)
+    assert small[0].ranks == (3,)
+    # Rank 3 is all that reaches the second layer: the least squares solution on it, cut to rank 2.
+    centre = hidden - hidden.mean(0)
+    scores = torch.linalg.svd(centre, full_matrices=False)[0][:, :3]
+    fitted = scores @ (scores.T @ (y - y.mean(0)))
+    left, values, right = torch.linalg.svd(fitted, full_matrices=False)
+    best = float(((left[:, :2] * values[:2]) @ right[:2] + y.mean(0) - y).square().sum())
+    found = float((small(x) - y).square().sum())
+    symmetric = decomp.svd(dense, ranks={"0": 3, "1": 2}, data=data, progress=False)
+    assert best <= found <= 1.02 * best
+    assert found < 0.97 * float((symmetric(x) - y).square().sum())
+
+
+@pytest.mark.parametrize("call", [decomp.tucker, decomp.svd, decomp.separable])
+def test_the_network_comes_closer_than_with_every_layer_by_itself(net, data, call):
+    known, unknown = data[:9], data[9:]
+    before = copy.deepcopy(net.state_dict())
+    symmetric = call(net, ranks=decomp.ranks.params(0.4), data=known, progress=False)
+    small = call(net, ranks=decomp.ranks.params(0.4), data=known, asymmetric=True, progress=False)
+    assert error(small, net, unknown) < 0.97 * error(symmetric, net, unknown)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    ranks = {name: choice.ranks for name, choice in small.decomp_plan.items()}
+    assert ranks == {name: choice.ranks for name, choice in symmetric.decomp_plan.items()}
+    assert [type(module) for module in small.modules()] == [type(module) for module in symmetric.modules()]
+
+
+def test_the_plan_on_the_model_says_how_well_each_layer_does_on_what_it_gets(net, data):
+    small = decomp.tucker(net, ranks=8, data=data, asymmetric=True, progress=False)
+    seen = {}
+    for key, model in (("ours", small), ("theirs", net)):
+        hook = model.bn1.register_forward_hook(lambda _, given, got, key=key: seen.setdefault(key, []).append(got))
+        with torch.no_grad():
+            for x in data:
+                model(x)
+        hook.remove()
+    scale = (net.bn1.weight / (net.bn1.running_var + net.bn1.eps).sqrt()).detach()[:, None, None]
+    lost = sum(float(((a - b) / scale).square().sum()) for a, b in zip(seen["ours"], seen["theirs"], strict=True))
+    with torch.no_grad():
+        energy = sum(float(net.conv1(x).square().sum()) for x in data)
+    assert small.decomp_plan["conv1"].output_error == pytest.approx((lost / energy) ** 0.5, rel=1e-3)
+
+
+def test_means_are_those_of_the_dense_network(net, data):
+    """Into the bias where there is one, into the BatchNorm where there is none."""
+    small = decomp.tucker(net, ranks=6, data=data, asymmetric=True, progress=False)
+    with torch.no_grad():
+        x = torch.cat(data)
+        ours, theirs = small.bn1(small.conv1(x)), net.bn1(net.conv1(x))
+        assert float((ours - theirs).mean((0, 2, 3)).abs().max()) < 1e-4
+        a, b = torch.relu(ours), torch.relu(theirs)
+        assert float((small.conv2(a) - net.conv2(b)).mean((0, 2, 3)).abs().max()) < 1e-4
+    assert torch.equal(small.bn3.running_mean, net.bn3.running_mean), "conv3 has a bias of its own"
+
+
+def test_with_fine_tuning_each_layer_is_trained_before_the_next_is_decomposed(net, data):
+    settings = {"steps": 40, "progress": False}
+    small = decomp.tucker(net, ranks=6, data=data, asymmetric=True, finetune=settings, progress=False)
+    plain = decomp.tucker(net, ranks=6, data=data, finetune=settings, progress=False)
+    assert list(small.decomp_finetuning) == ["conv1", "conv2", "conv3", "fc"]
+    assert error(small, net, data) < error(plain, net, data)
+    with pytest.raises(ValueError, match=r"'blocks'.*finetune_layerwise afterwards"):
+        decomp.tucker(net, ranks=6, data=data, asymmetric=True, finetune={"blocks": "conv1"})
+
+
+def test_what_it_needs_is_said(net, data):
+    with pytest.raises(ValueError, match="asymmetric= needs batches"):
+        decomp.tucker(net, ranks=6, asymmetric=True)
+    with pytest.raises(ValueError, match="asymmetric= needs batches"):
+        decomp.tucker(net, ranks=6, data=decomp.calibrate(net, data, progress=False), asymmetric=True)
+    with pytest.raises(ValueError, match="asymmetric= learns from the dense model"):
+        decomp.tucker(net, ranks=6, data=data, asymmetric=True, inplace=True)
+    plan = decomp.plan(net, ranks=6, data=decomp.calibrate(net, data, progress=False))
+    assert decomp.tucker(net, plan, data=data, asymmetric=True, progress=False).conv1.ranks == (6, 6)
+
+
+def test_layers_that_the_data_never_reaches_and_the_model_as_a_layer():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x):
+            return self.used(x)
+
+    net, data = plant_spectra(Half()), [torch.randn(16, 24) for _ in range(4)]
+    plan = decomp.plan(net, "svd", ranks=4)
+    small = decomp.svd(net, plan, data=data, asymmetric=True, progress=False)
+    assert (small.used.ranks, small.unused.ranks) == ((4,), (4,))
+    one = decomp.svd(net.used, ranks=4, data=data, asymmetric=True, progress=False)
+    assert isinstance(one, decomp.layers.SVDLinear)
+    assert one.decomp_plan[""].ranks == (4,)
+    net = nn.Sequential(nn.Embedding(50, 24), nn.Linear(24, 24))
+    words = [torch.randint(0, 50, (8, 5)) for _ in range(4)]
+    small = decomp.svd(net, ranks=4, layers=["0", "1"], data=words, asymmetric=True, progress=False)
+    assert {type(module).__name__ for module in small.children()} == {"SVDEmbedding", "SVDLinear"}
+
+
+def test_a_frame_is_what_the_moved_norm_has_to_get():
+    ours, theirs = nn.BatchNorm2d(6).double().eval(), nn.BatchNorm2d(6).double().eval()
+    for norm in (ours, theirs):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.uniform_(-2, 2)
+        norm.bias.data.normal_()
+    y = torch.randn(4, 6, 3, 3, dtype=torch.float64)
+    frame = Frame(ours, theirs)
+    torch.testing.assert_close(ours(frame.target(y)), theirs(y))
+    bias = torch.randn(6, dtype=torch.float64)
+    wanted = ours(y + bias[:, None, None])
+    with torch.no_grad():
+        frame.take(-bias)
+        frame.take(bias)
+    torch.testing.assert_close(ours(y), wanted)
+
+
+def test_a_repair_does_not_take_back_what_the_batch_norm_took_up(net, data):
+    """The BatchNorm moved with the factors: the refit counts from where it is now."""
+    small = decomp.tucker(net, ranks=6, data=data, asymmetric=True, progress=False)
+    before = error(small, net, data)
+    report = decomp.repair(small, net, data, progress=False, batch_norm=False)
+    assert error(small, net, data) <= before * 1.001
+    assert report.output_error_after <= report.output_error_before * 1.001
