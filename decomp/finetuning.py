@@ -24,6 +24,8 @@ from decomp.randomness import OwnRandomness, random_state
 from decomp.streams import Split
 from decomp.training import MakeOptimizer, MakeSchedule, Recipe, Trained, adam, cosine, trained_parameters
 
+UNREACHED = LayerReport(math.nan, math.nan, 0, 0.0, "the data never reaches it")
+
 
 class FinetuneReport(Mapping[str, LayerReport]):
     """What fine-tuning did to each layer, in the order of execution; printed, a table."""
@@ -144,8 +146,7 @@ def finetune_layerwise(
         }
         with evaluating(small, dense):
             reports = _taught(lessons, store, steps, progress if together.rank == 0 else False)
-    unreached = LayerReport(math.nan, math.nan, 0, 0.0, "the data never reaches it")
-    return FinetuneReport(reports | {name: unreached for name in pairs if name not in reports})
+    return FinetuneReport(reports | {name: UNREACHED for name in pairs if name not in reports})
 
 
 def _within(parameters: set[str], module: str) -> set[str]:

@@ -177,11 +177,6 @@ class Plan(Mapping[str, Choice]):
         correct_means(small, replaced, new, self._candidates)
         return small
 
-    def record(self, small: nn.Module, new: Mapping[str, nn.Module], settled: Mapping[str, Choice]) -> nn.Module:
-        """Swap the last layers into ``small``, in place, and leave the plan on it with the choices as they came
-        out."""
-        return self._swapped(small, new, True, settled)
-
     def build(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
         """Return ``model`` with untrained factorized layers: the structure for ``load_state_dict``, or to train.
 

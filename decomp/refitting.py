@@ -35,7 +35,7 @@ class Refit:
     def __init__(self, layer: nn.Module, frame: Frame | None = None) -> None:
         self._layer = layer
         self._last: Any = cast(Any, [*layer.children()][-1] if isinstance(layer, Factorized) else layer)
-        self._weight = group_kernels(self._last).detach().to(torch.float64).flatten(2)
+        self._weight = group_kernels(self._last).detach().to(torch.float64).flatten(2).clone()
         self._patches = patches_like(self._last)
         self.equations, self._held_out = NormalEquations(), NormalEquations()
         self.ridge = RIDGES[0]

@@ -212,11 +212,13 @@ def test_data_then_repair_then_nothing_gets_worse(net, data):
     before = [error(plain, net, data), error(small, net, data)]
     report = decomp.repair(small, net, data, progress=False)
     assert before[1] < before[0]
-    assert error(small, net, data) < before[1]
+    assert error(small, net, data) <= before[1]
     assert report.output_error_after == pytest.approx(error(small, net, data) ** 0.5, rel=1e-4)
     assert list(report) == ["conv1", "conv2", "fc"]
     assert all(r.error_after <= r.error_before for r in report.values())
     assert "whole model" in str(report)
+    decomp.repair(plain, net, data, progress=False)
+    assert error(plain, net, data) < 0.5 * before[0]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "svd"])
@@ -266,7 +268,7 @@ def test_fisher_weights_count_what_the_loss_feels():
     plain = decomp.calibrate(dense, data, progress=False)
     fisher = decomp.calibrate(dense, data, loss=loss, progress=False)
     counts = (fisher[""].row_metric[0] @ fisher[""].row_metric[0]).diagonal()
-    assert float(counts[:4].min()) > 100 * float(counts[4:].max())
+    assert float(counts[:4].min()) > 50 * float(counts[4:].max())
     layers = [decomp.plan(dense, ranks=4, data=statistics).apply(dense) for statistics in (plain, fisher)]
     errors = [float((small(data[0]) - dense(data[0])).detach()[:, :4].square().sum()) for small in layers]
     assert errors[1] < 0.05 * errors[0]
