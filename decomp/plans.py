@@ -158,9 +158,8 @@ class Plan(Mapping[str, Choice]):
     def _matching(self, layers: str) -> list[str]:
         names = [name for name in self if name == layers or fnmatchcase(name, layers)]
         if not names:
-            raise ValueError(
-                f"{layers!r} matches no layer of the plan; it has {', '.join(map(repr, list(self)[:8]))}"
-            )
+            known = ", ".join(map(repr, list(self)[:8]))
+            raise ValueError(f"{layers!r} matches no layer of the plan; it has {known}")
         return names
 
     def apply(self, model: nn.Module, *, inplace: bool = False, progress: bool | None = None) -> nn.Module:
@@ -183,8 +182,8 @@ class Plan(Mapping[str, Choice]):
         Raises:
             ValueError: the plan replaces no layer, or was made for another model.
         """
-        replaced = layers_to_replace(model, self, self.method_of, needs_values=False)
-        return self.swap(model, structures(replaced, self, self.method_of), {}, inplace=inplace)
+        dense = layers_to_replace(model, self, self.method_of, needs_values=False)
+        return self.swap(model, structures(dense, self, self.method_of), {}, inplace=inplace)
 
     def to_json(self) -> str:
         """Write the plan as JSON; :meth:`from_json` reads it back."""
@@ -228,9 +227,9 @@ class Plan(Mapping[str, Choice]):
         self, model: nn.Module, new: Mapping[str, nn.Module], settled: Mapping[str, Choice], *, inplace: bool
     ) -> nn.Module:
         """Swap layers in, and leave the plan on the model, with the choices that came out otherwise."""
-        model = surgery.swap(model, new, inplace=inplace)
+        model, choices = surgery.swap(model, new, inplace=inplace), self._choices | dict(settled)
         own = {n: m for n, m in self._methods.items() if self[n].ranks and m.name not in METHODS}
-        setattr(model, PLAN, Plan(self._choices | dict(settled), self._before, methods=own, seconds=self.seconds))
+        setattr(model, PLAN, Plan(choices, self._before, methods=own, seconds=self.seconds))
         return model
 
     def __repr__(self) -> str:
