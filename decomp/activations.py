@@ -159,7 +159,12 @@ def _own(arguments: Any) -> Any:
     """A copy that nobody else changes: of tensors, and of what a model hands from layer to layer (a cache)."""
 
     def copied(leaf: Any) -> Any:
-        return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+        if isinstance(leaf, Tensor):
+            return leaf.detach().clone()
+        try:
+            return copy.deepcopy(leaf)
+        except (TypeError, RuntimeError):  # a lock, a generator: there is but one
+            return leaf
 
     return tree_map(copied, arguments)
 

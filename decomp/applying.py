@@ -34,7 +34,10 @@ def apply_plan(
     wanted = {"finetune": finetune is not False, "asymmetric": asymmetric}
     for option in (name for name, given in wanted.items() if given):
         if scope.data is None or isinstance(scope.data, Statistics):
-            raise ValueError(f"{option}= needs batches: give data=, an iterable of what the model is called with")
+            raise ValueError(
+                f"{option}= needs batches: give data=, an iterable of what the model is called with (and what "
+                "calibrate made of them to decomp.plan, whose plan goes in as ranks=)"
+            )
         if inplace:
             raise ValueError(
                 f"{option}= learns from the dense model, which inplace=True changes: leave one of them out"

@@ -69,6 +69,8 @@ def apply_asymmetric(
             if teach is not None:
                 teach(small, name)
     unreached = {name: module for name, module in replaced.items() if name not in order}
+    for name in order:
+        small.get_submodule(name).train(replaced[name].training)  # they were made in eval mode
     rest = decomposed(unreached, plan, plan.method_of, plan.candidates, False)
     return plan.swap(small, rest, settled, inplace=True)
 

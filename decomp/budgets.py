@@ -100,14 +100,22 @@ class Wish:
         """
         told = {name: _importance(found[0]) for name, found in layers.items()}
         unknown = [name for name, importance in told.items() if importance is None]
-        if self.objective == "auto":
-            return replace(self, objective="product" if unknown else "network")
-        if self.objective == "network" and unknown:
+        if self.objective == "auto" and len(unknown) == len(told):
+            return replace(self, objective="product")
+        if self.objective not in ("auto", "network"):
+            return self
+        if len(unknown) == len(told):
             raise ValueError(
-                f"objective='network': nothing tells how much layer {unknown[0]!r} counts; "
+                "objective='network': nothing tells how much a layer counts; "
                 "write data=decomp.calibrate(model, batches, loss='output')"
             )
-        return self
+        if unknown:
+            raise ValueError(
+                f"no gradient reached layer {unknown[0]!r}, so that nothing tells how much it counts (what the "
+                "loss reads does not depend on it, or it runs under no_grad): leave it out by exclude=, or write "
+                "objective='product'"
+            )
+        return replace(self, objective="network")
 
 
 def _importance(candidate: Candidate) -> float | None:

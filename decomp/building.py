@@ -11,7 +11,8 @@ from decomp.candidates import Candidate
 from decomp.choices import Choice
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import Method, Ranks
-from decomp.metrics import Moments, lost_mean, output_error, output_factors
+from decomp.metrics import lost_mean, output_error, output_factors
+from decomp.moments import Moments
 from decomp.naming import naming, require_finite
 from decomp.progress import bar
 from decomp.spectra import as_float64

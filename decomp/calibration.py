@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from decomp.batches import Batches, held_out, naming_batch
 from decomp.following import norms_behind
 from decomp.forward import Unfused, call, evaluating, to_device_of
-from decomp.metrics import Moments
+from decomp.moments import Moments
 from decomp.naming import naming
 from decomp.progress import bar
 from decomp.selection import Selector
@@ -84,7 +85,7 @@ def calibrate(
     slope = None if loss is None else Slope(loss)
     own = callable(loss)  # a loss of the caller's takes the batch as it is, labels and all
     batches = Batches(data, None if own else inputs)
-    with evaluating(model), Unfused():
+    with evaluating(model), Unfused(), torch.inference_mode(False):
         for count, batch in bar(progress, "calibrate", batches.numbered()):
             with naming_batch(count, batch):
                 if example is None:
@@ -123,7 +124,14 @@ def _watch(model: nn.Module, batch: Any, sums: Mapping[str, Sums], *, held_out: 
                 call(model, moved)
             return
         with torch.enable_grad():
-            value = slope(model, moved)
+            value = slope(model, tree_map(_normal, moved))
+            if not seen:
+                return
+            if not value.requires_grad:
+                raise ValueError(
+                    "loss=: what it gives has no gradient, because the model runs under torch.no_grad, or the "
+                    "loss does not read what the layers give: write loss=None"
+                )
             grads = torch.autograd.grad(value, [kept for _, kept in seen], allow_unused=True)
         for (each, _), grad in zip(seen, grads, strict=True):
             if grad is not None:
@@ -131,3 +139,8 @@ def _watch(model: nn.Module, batch: Any, sums: Mapping[str, Sums], *, held_out: 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _normal(leaf: Any) -> Any:
+    """A tensor made in inference mode as one that gradients can go through."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

@@ -16,7 +16,8 @@ from decomp.grids import Grid, undominated
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import METHODS, Analysis, Method, Ranks
 from decomp.methods.fits import Unchanged
-from decomp.metrics import Moments, output_kernels
+from decomp.metrics import output_kernels
+from decomp.moments import Moments
 from decomp.naming import naming, require_finite
 from decomp.observing import Call
 from decomp.ranks import Fixed, Rule
@@ -52,8 +53,7 @@ class Candidate:
         timed: bool = False,
         moments: Moments | None = None,
     ) -> "Candidate":
-        """Analyse the weight of ``module``, and its output where there are moments; ``calls`` are those of an
-        example."""
+        """Analyse the weight of ``module``, and its output by moments; ``calls`` are those of an example."""
         require_finite(name, module)
         kernels = group_kernels(module).detach()
         limits = method.limits(kernels)

@@ -46,7 +46,7 @@ def tucker(
             layer on ``data``; the report is the attribute ``decomp_finetuning`` of the result.
         asymmetric: decompose layer after layer, each for the inputs that it gets in the network compressed so far
             and for the outputs of the dense one (Zhang et al. 2016, section 3.3); with ``finetune`` it is trained
-            before the next one is decomposed. Takes a pass over ``data`` per layer.
+            before the next one is decomposed. Takes a pass over ``data`` per layer, several where it is large.
         inplace: change ``model`` itself. Every factor is computed before the first swap.
         progress: show progress bars; by default where there is a terminal.
         solver: takes the place of HOOI: ``tensorly.decomposition.partial_tucker``, or a function like it.

@@ -61,7 +61,7 @@ def finetune_layerwise(
     cache_bytes: int = 2**30,
     progress: bool | None = None,
     layers: str | Sequence[str] | None = None,
-    blocks: str | Sequence[str] = (),
+    blocks: str | Sequence[str] | None = None,
     train: Trained = None,
     optimizer: MakeOptimizer = adam,
     schedule: MakeSchedule = cosine,
@@ -77,7 +77,8 @@ def finetune_layerwise(
     f, with x the input that the layer gets in the partly compressed network, y the output of the dense layer in
     the dense network, and phi the normalization and activation that follow the layer, where there are any. No
     labels are needed. A copy of the layer is trained, and its best state taken over if its error fell; errors are
-    measured on batches that are held out from training. A NaN ends the layer at its best state before.
+    measured on batches that are held out from training. A NaN ends the layer at its best state before. A pass of a
+    network ends, by an exception, where the layer was called as often as in the first batch that reached it.
 
     Runs on Hugging Face accelerate. Started in several processes, each takes its share of the batches, gradients
     are averaged, and all end with the same model. With ``checkpoint``, a run that was killed and is started again
@@ -96,8 +97,9 @@ def finetune_layerwise(
         progress: show a progress bar; by default where there is a terminal.
         layers: which factorized layers, by globs on their names; by default all.
         blocks: modules that are trained whole, by globs on their names: ``"encoder.layer.*"``, ``"layer?.?"``. A
-            block learns to give what it gave in the dense network, all of its parameters at once; layers outside
-            of blocks are trained one by one. Fewer passes, and a target that counts what the parts do together.
+            block learns to give what it gave in the dense network, all of its parameters at once but those that
+            the model uses elsewhere as well; layers outside of blocks are trained one by one. Fewer passes, and a
+            target that counts what the parts do together.
         train: which parameters, by globs on their names or a predicate (name, parameter): ``"*.expand.*"``. Frozen
             ones never.
         optimizer: a function of parameters and learning rate; by default Adam.
@@ -140,7 +142,7 @@ def finetune_layerwise(
             for which, model in enumerate((small, dense))
         ]
         lessons = {
-            name: lesson(pairs[name][0], _within(chosen, name), flow(*pairs[name], tail=tails[1][name]), tail)
+            name: lesson(pairs[name][0], _own(small, chosen, name), flow(*pairs[name], tail=tails[1][name]), tail)
             for name, tail in tails[0].items()
             if name in tails[1]
         }
@@ -149,10 +151,13 @@ def finetune_layerwise(
     return FinetuneReport(reports | {name: UNREACHED for name in pairs if name not in reports})
 
 
-def _within(parameters: set[str], module: str) -> set[str]:
-    """Of the names of parameters those inside of a module, as they are called there."""
+def _own(small: nn.Module, chosen: set[str], module: str) -> set[str]:
+    """Of the chosen parameters those that a module alone holds, by their names there."""
     start = f"{module}." if module else ""
-    return {name.removeprefix(start) for name in parameters if name.startswith(start)}
+    every = small.named_parameters(remove_duplicate=False)
+    outside = {id(parameter) for name, parameter in every if not name.startswith(start)}
+    inside = {name: p for name, p in small.named_parameters() if name in chosen and name.startswith(start)}
+    return {name.removeprefix(start) for name, p in inside.items() if id(p) not in outside}
 
 
 def _taught(

@@ -1,6 +1,5 @@
 """The error of a layer's output in place of that of its weight: moments of inputs and outputs as a metric."""
 
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import Method, Ranks
+from decomp.moments import Moments
 from decomp.projecting import refitted
 from decomp.spectra import as_float64
 
@@ -16,54 +16,13 @@ NOTHING = 1e-18  # a mean square below is what centring leaves of constant input
 LARGEST_PATCH_SHRINKAGE = 0.1
 
 
-@dataclass(frozen=True)
-class Moments:
-    """What calibration saw of one layer, in float64.
-
-    ``inputs`` (groups, S, S) are second moments of the input channels and ``outputs`` (groups, T, T) those of the
-    outputs without their bias; about the mean where the layer has a bias or feeds a BatchNorm (``normalization``),
-    which then takes up the shift, about zero where there is neither. Either is None where it would be too large,
-    or says nothing more than the other. ``means`` are mean inputs, one for each size that was seen, with how
-    often it was seen. ``shrinkage`` in [0, 1] is how far both are moved towards the metric of the weight.
-    ``row_metric`` (groups, T, T) is a root D of how errors of the outputs count, ||D dy||^2: by the gradient of a
-    loss or of the network's output where there is one, else by the scale of the BatchNorm behind them. D is
-    relative; ``importance`` is the scale that makes layers comparable, where there were gradients.
-    """
-
-    shape: tuple[int, ...]
-    samples: int
-    inputs: Tensor | None
-    outputs: Tensor | None
-    means: tuple[tuple[Tensor, int], ...]
-    shrinkage: float
-    row_metric: Tensor | None = None
-    importance: float | None = None
-    normalization: str = ""
-    patches: Tensor | None = None
-
-    def to(self, device: torch.device) -> "Moments":
-        """The same moments on another device."""
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        means = tuple((mean.to(device), count) for mean, count in self.means)
-        return replace(
-            self,
-            inputs=moved(self.inputs),
-            outputs=moved(self.outputs),
-            means=means,
-            row_metric=moved(self.row_metric),
-            patches=moved(self.patches),
-        )
-
-
 def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor | None:
     """Kernels whose distance from others in the Frobenius norm is that of the outputs; None without the moments.
 
     For a matrix E ||(W - W') x||^2 = ||(W - W') C^1/2||^2; without the moments of the inputs, the root of those of
     the outputs has the same singular values. The moments of patches are taken as a Kronecker product of those of
     the channels and of each axis of the kernel, scaled to the energy of the outputs: exact where they are one.
+    Where patches are too large the kernel itself is scaled so.
     """
     kernels = _weighted(layer, as_float64(kernels), moments)
     if _is_matrix(kernels):
@@ -71,7 +30,9 @@ def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -
             return symmetric_power(_output_moments(layer, kernels, moments), 0.5)
         return _mixed(kernels, symmetric_power(_input_moments(layer, moments.inputs, moments.shrinkage), 0.5))
     if moments.patches is None:
-        return None
+        if moments.outputs is None:
+            return None
+        return _scaled(kernels, _output_moments(layer, kernels, moments).diagonal(dim1=1, dim2=2).sum())
     patches = _patch_moments(moments)
     energy = ((kernels.flatten(2) @ patches) * kernels.flatten(2)).sum()
     for mode, marginal in enumerate(_marginals(patches, tuple(kernels.shape[2:])), start=2):
@@ -79,6 +40,10 @@ def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -
             marginal = torch.diag_embed(marginal.diagonal(dim1=1, dim2=2))
         moved = torch.einsum("gij,gj...->gi...", symmetric_power(marginal, 0.5), kernels.movedim(mode, 1))
         kernels = moved.movedim(1, mode)
+    return _scaled(kernels, energy)
+
+
+def _scaled(kernels: Tensor, energy: Tensor) -> Tensor:
     return kernels * (energy / kernels.square().sum().clamp(min=torch.finfo(kernels.dtype).tiny)).sqrt()
 
 
@@ -136,7 +101,9 @@ def output_factors(
             whole = _weighted(layer, as_float64(group_kernels(dense)), moments)
             found = refitted(layer, dense, found, whole, _patch_moments(moments))
     metric = _row_metric(layer, moments)
-    return found if metric is None else layer.mix_outputs(found, torch.linalg.inv(metric))
+    if metric is None:
+        return found
+    return layer.mix_outputs(found, 1 / metric if metric.dim() == 2 else torch.linalg.inv(metric))
 
 
 @torch.no_grad()
@@ -193,7 +160,9 @@ def _shrunk(moments: Tensor, rho: float) -> Tensor:
 def _output_moments(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
     """Moments of the outputs, moved towards K K^T as those of the inputs are towards the identity."""
     found, metric = cast(Tensor, moments.outputs), _row_metric(layer, moments)
-    if metric is not None:
+    if metric is not None and metric.dim() == 2:
+        found = metric[:, :, None] * found * metric[:, None]
+    elif metric is not None:
         found = metric @ found @ metric
     own = kernels.flatten(2) @ kernels.flatten(2).mT
     energy, energy_own = (each.diagonal(dim1=1, dim2=2).sum(1) for each in (found, own))
@@ -207,16 +176,20 @@ def _is_matrix(kernels: Tensor) -> bool:
 
 
 def _row_metric(layer: type[Factorized], moments: Moments) -> Tensor | None:
-    """The root D of how errors of the outputs count; a diagonal where a layer cannot mix its outputs."""
+    """The root D of how errors of the outputs count; its diagonal where a layer cannot mix its outputs."""
     metric = moments.row_metric
-    if metric is None or layer.mixes_outputs:
+    if metric is None or layer.mixes_outputs or metric.dim() == 2:
         return metric
-    return torch.diag_embed((metric @ metric).diagonal(dim1=1, dim2=2).sqrt())
+    return (metric @ metric).diagonal(dim1=1, dim2=2).sqrt()
 
 
 def _weighted(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
     metric = _row_metric(layer, moments)
-    return kernels if metric is None else torch.einsum("gtu,gu...->gt...", metric, kernels)
+    if metric is None:
+        return kernels
+    if metric.dim() == 2:
+        return kernels * metric.reshape(*metric.shape, *(1,) * (kernels.dim() - 2))
+    return torch.einsum("gtu,gu...->gt...", metric, kernels)
 
 
 def _mixed(kernels: Tensor, mixing: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def blocks_of(
     small: nn.Module,
     dense: nn.Module,
     layers: Mapping[str, tuple[nn.Module, nn.Module]],
-    blocks: str | Sequence[str],
+    blocks: str | Sequence[str] | None,
 ) -> dict[str, tuple[nn.Module, nn.Module]]:
     """The layers, with a block in place of those that lie inside of it: what globs match on the names of modules.
 
@@ -59,7 +59,7 @@ def blocks_of(
     Raises:
         ValueError: a glob matches no module, or no factorized layer lies in what it matches.
     """
-    globs = [blocks] if isinstance(blocks, str) else list(blocks)
+    globs = [blocks] if isinstance(blocks, str) else list(blocks or ())
     found: dict[str, tuple[nn.Module, nn.Module]] = {}
     for glob in globs:
         matching = [name for name, _ in small.named_modules() if name and _matches(name, glob)]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from decomp.forward import call, flat_output
+from decomp.forward import call, floating
 
 
 class Slope:
@@ -30,7 +30,7 @@ class Slope:
         return self._energy or 1.0
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        value = self._loss(model, batch) if callable(self._loss) else flat_output(call(model, batch))
+        value = self._loss(model, batch) if callable(self._loss) else self._output(model, batch)
         if not isinstance(value, Tensor):
             raise TypeError(f"loss must give a tensor, not {type(value).__name__}")
         if value.numel() == 1:
@@ -38,3 +38,9 @@ class Slope:
         self._energy += float(value.detach().float().square().sum())
         directions = torch.randn(value.shape, generator=self._generator).to(value)
         return (value * directions).sum()
+
+    def _output(self, model: nn.Module, batch: Any) -> Tensor:
+        found = floating(call(model, batch))
+        if not found:
+            raise ValueError("loss='output': the model gives no tensor of floats: write a function, or loss=None")
+        return torch.cat([tensor.float().flatten() for tensor in found])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from decomp.layers import group_kernels
-from decomp.metrics import Moments, symmetric_power
+from decomp.metrics import symmetric_power
+from decomp.moments import Moments
 from decomp.patches import patches_like, rows_of
 from decomp.shrinkage import chosen_shrinkage, oracle_shrinkage
 
@@ -84,7 +85,7 @@ class Sums:
         """Take in the gradient by the output: sums of its products, or of squares where these are too many."""
         axes, (groups, outputs) = len(getattr(self.module, "kernel_size", ())), self.kernels.shape[:2]
         rows = rows_of(grad, axes, groups)
-        products = rows.mT @ rows if outputs <= LARGEST_ROW_METRIC else torch.diag_embed(rows.square().sum(1))
+        products = rows.mT @ rows if outputs <= LARGEST_ROW_METRIC else rows.square().sum(1)
         self._gradients = products if self._gradients is None else self._gradients + products
 
     def _add_patches(self, received: Tensor, axes: int) -> None:
@@ -124,17 +125,21 @@ class Sums:
         )
 
     def _row_metric(self, energy: float) -> tuple[Tensor | None, float | None]:
-        """How errors of the outputs count, a symmetric root, and its scale, which compares layers."""
+        """How errors of the outputs count, a root or its diagonal, and the scale that compares layers."""
         if self._gradients is None and self._scale is None:
             return None, None
         counts = self._gradients
         if counts is None:
-            counts = torch.diag_embed(cast(Tensor, self._scale).square().reshape(self.kernels.shape[:2]))
-        scale = float(counts.diagonal(dim1=1, dim2=2).mean())
-        identity = torch.eye(counts.shape[1], dtype=counts.dtype, device=counts.device)
+            counts = cast(Tensor, self._scale).square().reshape(self.kernels.shape[:2])
+        diagonal = counts if counts.dim() == 2 else counts.diagonal(dim1=1, dim2=2)
+        scale = float(diagonal.mean())
+        told = None if self._gradients is None else scale / energy
         # What counts for nothing still counts a little: it may matter on other data.
-        metric = (1 - LEAST_COUNT) * counts / max(scale, 1e-300) + LEAST_COUNT * identity
-        return symmetric_power(metric, 0.5), None if self._gradients is None else scale / energy
+        metric = (1 - LEAST_COUNT) * counts / max(scale, 1e-300)
+        if counts.dim() == 2:
+            return (metric + LEAST_COUNT).sqrt(), told
+        identity = torch.eye(counts.shape[1], dtype=counts.dtype, device=counts.device)
+        return symmetric_power(metric + LEAST_COUNT * identity, 0.5), told
 
     def _shrinkage(self, centred: bool) -> float:
         """Chosen on the batches held out; by formula where there are none, or too many channels."""

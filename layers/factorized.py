@@ -118,16 +118,17 @@ class Factorized(nn.Module):
 
     @classmethod
     def mix_outputs(cls, kernels: Mapping[str, Tensor], mixing: Tensor) -> dict[str, Tensor]:
-        """The kernels of K' = M K, K'[t] = sum_u M[t, u] K[u], for M of shape (groups, T, T).
+        """The kernels of K' = M K, K'[t] = sum_u M[t, u] K[u], for M of shape (groups, T, T), or its diagonal.
 
         Where every output channel has filters of its own (``mixes_outputs`` is false) only the diagonal of M
         counts.
         """
         role, kernel = list(kernels.items())[-1]
-        if cls.mixes_outputs:
+        if cls.mixes_outputs and mixing.dim() == 3:
             mixed = torch.einsum("gtu,gu...->gt...", mixing, kernel)
         else:
-            scale = mixing.diagonal(dim1=1, dim2=2).reshape(-1, *(1,) * (kernel.dim() - 2))
+            scale = mixing if mixing.dim() == 2 else mixing.diagonal(dim1=1, dim2=2)
+            scale = scale.reshape(-1, *(1,) * (kernel.dim() - 2))
             mixed = (kernel.flatten(0, 1) * scale).reshape(kernel.shape)
         return {**kernels, role: mixed}
 

@@ -81,6 +81,9 @@ def test_the_network_comes_closer_than_with_every_layer_by_itself(net, data, cal
     small = call(net, ranks=decomp.ranks.params(0.4), data=known, asymmetric=True, progress=False)
     assert error(small, net, unknown) < 0.97 * error(symmetric, net, unknown)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not any(module.training for module in small.modules())
+    training = call(net.train(), ranks=decomp.ranks.params(0.4), data=known, asymmetric=True, progress=False)
+    assert all(module.training for module in (*training.modules(), *net.modules()))
     ranks = {name: choice.ranks for name, choice in small.decomp_plan.items()}
     assert ranks == {name: choice.ranks for name, choice in symmetric.decomp_plan.items()}
     assert [type(module) for module in small.modules()] == [type(module) for module in symmetric.modules()]

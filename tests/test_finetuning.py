@@ -1,6 +1,7 @@
 """Layer-by-layer fine-tuning: what it trains, against what, and what it leaves alone."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -391,3 +392,42 @@ def test_a_pass_ends_where_the_layer_was_reached(dense, data):
         model.fc.register_forward_hook(lambda *_: heads.append(1))
     decomp.finetune_layerwise(small, dense, data, steps=5)
     assert len(heads) == 2, "one pass of each network, in which the tails are seen"
+
+
+def test_what_a_block_shares_with_others_is_left_alone(stack):
+    dense, data = stack
+    dense.blocks[1].second.bias = dense.blocks[0].second.bias
+    small = decomp.tucker(dense, ranks=6, layers="blocks.0.*")
+    assert small.blocks[0].second.bias is small.blocks[1].second.bias
+    shared = small.blocks[0].second.bias.detach().clone()
+    first = small.blocks[0].first.expand.weight.detach().clone()
+    decomp.finetune_layerwise(small, dense, data, steps=20, blocks="blocks.0")
+    assert torch.equal(small.blocks[1].second.bias, shared)
+    assert not torch.equal(small.blocks[0].first.expand.weight, first)
+
+
+def test_a_block_that_is_called_with_what_cannot_be_copied():
+    class Locked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(24, 24)
+
+        def forward(self, x, lock):
+            with lock:
+                return self.layer(x)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Locked()
+
+        def forward(self, x):
+            return self.block(x, threading.Lock())
+
+    dense = plant_spectra(Outer())
+    mix = torch.randn(24, 24)
+    small = decomp.tucker(dense, ranks=3)
+    report = decomp.finetune_layerwise(
+        small, dense, [torch.randn(16, 24) @ mix for _ in range(4)], steps=30, blocks="block"
+    )
+    assert report["block"].error_after < report["block"].error_before

@@ -10,7 +10,8 @@ from torch import nn
 import decomp
 from decomp.layers import group_kernels
 from decomp.methods import METHODS
-from decomp.metrics import Moments, output_error, output_kernels
+from decomp.metrics import output_error, output_kernels
+from decomp.moments import Moments
 
 
 def linear_network():
@@ -165,3 +166,90 @@ def test_the_error_of_spatial_kernels_is_predicted_from_patches():
         measured = output_error(layer, dense, statistics[""])
         assert plan[""].output_error == pytest.approx(measured, rel=0.35)
         assert abs(plan[""].output_error - measured) < abs(plan[""].error - measured)
+
+
+@pytest.mark.parametrize("inputs", [32, 257])
+@pytest.mark.parametrize("scale", [0.05, 20.0])
+def test_what_is_predicted_for_a_convolution_is_in_units_of_the_network(inputs, scale):
+    """On both sides of the largest patches whose moments are kept (2,304): a budget compares the two."""
+    torch.manual_seed(0)
+    dense = plant_spectra(nn.Sequential(nn.Conv2d(inputs, 24, 3)), decay=0.7).requires_grad_(False)
+    data = [scale * torch.randn(4, inputs, 5, 5) for _ in range(4)]
+    statistics = decomp.calibrate(dense, data, loss="output", progress=False)
+    assert (statistics["0"].patches is None) == (inputs == 257)
+    plan = decomp.plan(dense, ranks=(12, 12), data=statistics)
+    candidate = plan.candidates["0"][0]
+    predicted = candidate.moments.importance * candidate.analysis.energy * plan["0"].output_error ** 2
+    small, energy = plan.apply(dense), sum(float(dense(x).square().sum()) for x in data)
+    lost = sum(float((small(x) - dense(x)).square().sum()) for x in data) / energy
+    assert lost / 2 < predicted < 2 * lost
+
+
+def test_wide_outputs_are_counted_one_by_one(monkeypatch):
+    """Products of so many outputs would not fit: their squares alone, the same as the diagonal."""
+    net = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 6)).double().requires_grad_(False)
+    data = [torch.randn(50, 12, dtype=torch.float64) for _ in range(4)]
+    full = decomp.calibrate(net, data, loss="output", progress=False)["0"]
+    monkeypatch.setattr("decomp.sums.LARGEST_ROW_METRIC", 30)
+    narrow = decomp.calibrate(net, data, loss="output", progress=False)
+    assert narrow["0"].row_metric.shape == (1, 40)
+    torch.testing.assert_close(
+        narrow["0"].row_metric.square(), (full.row_metric @ full.row_metric).diagonal(0, 1, 2)
+    )
+    assert narrow["0"].importance == pytest.approx(full.importance)
+    plain = decomp.calibrate(net, data, progress=False)
+    lost = []
+    for found in (narrow, plain):
+        small = decomp.plan(net, ranks=3, layers="0", data=found).apply(net)
+        lost.append(
+            sum(float(((small[0](x) - net[0](x)) * narrow["0"].row_metric[0]).square().sum()) for x in data)
+        )
+    assert lost[0] < lost[1]
+
+
+def test_gradients_are_taken_and_none_is_left(monkeypatch):
+    net = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 6))
+    with torch.inference_mode():
+        decomp.calibrate(net, [torch.randn(8, 12)], loss="output", progress=False)
+    with torch.no_grad():
+        decomp.calibrate(net, [torch.randn(8, 12)], loss="output", progress=False)
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+    class Closed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.net(x)
+
+    with pytest.raises(ValueError, match=r"no gradient, because the model runs under torch.no_grad.*loss=None"):
+        decomp.calibrate(Closed(), [torch.randn(8, 12)], loss="output", progress=False)
+    with pytest.raises(ValueError, match="no tensor of floats"):
+        decomp.calibrate(nn.Sequential(net, Argmax()), [torch.randn(8, 12)], loss="output", progress=False)
+
+
+class Argmax(nn.Module):
+    def forward(self, x):
+        return x.argmax(1)
+
+
+def test_a_layer_that_no_gradient_reaches_is_named():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head, self.aside = nn.Linear(24, 24), nn.Linear(24, 12), nn.Linear(24, 24)
+
+        def forward(self, x):
+            x = self.body(x)
+            self.last = self.aside(x)
+            return self.head(x)
+
+    net, data = Aside(), [torch.randn(32, 24) for _ in range(4)]
+    statistics = decomp.calibrate(net, data, loss="output", progress=False)
+    del net.last
+    with pytest.raises(ValueError, match=r"no gradient reached layer 'aside'.*exclude="):
+        decomp.plan(net, params=0.6, data=statistics)
+    assert not decomp.plan(net, params=0.6, data=statistics, exclude="aside")["aside"].ranks
+    assert decomp.plan(net, params=0.6, data=statistics, objective="product")["aside"].ranks
