@@ -5,12 +5,13 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from decomp import api, surgery
 from decomp.budgets import OutOfReach
 from decomp.choices import DENSE
-from decomp.methods import Method, row_named
+from decomp.methods import METHODS, Method, row_named
 from decomp.plans import Plan
 from decomp.points import COSTS, Point, Store, Tradeoff
 from decomp.progress import bar
@@ -59,7 +60,8 @@ def tradeoff(
         data: batches that the output error is measured on; by default ``example_inputs``.
         inputs: what the model is called with, from a batch of ``data``.
         finetune: what happens to each compressed model before it is scored; it changes the model in place.
-        path: a JSON file that keeps the points that are done; a call that was cut off goes on from there.
+        path: a JSON file that keeps the points that are done; a call that was cut off goes on from there. It does
+            not know what ``evaluate``, ``data`` and ``finetune`` do: after changing them write another path.
         layers: which layers; see :func:`decomp.tucker`.
         exclude: which of these stay dense.
         progress: show a progress bar; by default where there is a terminal.
@@ -83,10 +85,12 @@ def tradeoff(
         raise ValueError("nothing to measure: give budgets= with methods=, or rules=")
     planner = _Planner(model, example_inputs, layers, exclude, cost)
     head = {"model": planner.digest(), "score": judge.name, "finetuned": finetune is not None}
+    head["example"] = _digest_of(example_inputs) if evaluate is None and data is None else ""
     store = Store.open(path, head)
     if store.dense is None:
         seconds = latency([model], example_inputs)[0]
         store.dense = Point(DENSE, DENSE, *planner.dense_cost(), seconds, judge(model))
+        store.save()
     for want in bar(progress, "trade-off", work):
         if want.key not in store.points:
             store.add(_measured(model, planner, want, store.dense, judge, finetune))
@@ -117,9 +121,17 @@ def _budget_wants(methods: str | Methods, budgets: Sequence[float], cost: str) -
     for given in [methods] if isinstance(methods, str) else methods:
         names = [given] if isinstance(given, str | Method) else list(given)
         rows = "auto" if names == ["auto"] else [row_named(name) for name in names]
-        line = "auto" if rows == "auto" else " + ".join(row.name for row in rows if isinstance(row, Method))
+        line = "auto" if rows == "auto" else " + ".join(_called(row) for row in rows if isinstance(row, Method))
         for share in budgets:
             yield _Want(line, f"{cost}={share:g}", rows, share, None)
+
+
+def _called(row: Method) -> str:
+    """The name of a row, with its options where they are not those of the table."""
+    if METHODS.get(row.name) is row:
+        return row.name
+    preset = ", ".join(f"{n}={p}" for n, p in zip(row.rank_names, row.preset, strict=False) if p is not None)
+    return f"{row.name} ({preset or 'own'})"
 
 
 def _rule_wants(rules: "str | Rule | Sequence[str | Rule]") -> Iterator[_Want]:
@@ -179,9 +191,17 @@ class _Planner:
             repr((surveyed.seen and surveyed.seen.calls, sorted(surveyed.open), surveyed.cost)).encode()
         )
         for name, tensor in self._model.state_dict().items():
-            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_digest_of(tensor)}".encode())
         return found.hexdigest()
+
+
+def _digest_of(values: Any) -> str:
+    """What tells these tensors from others of the same shape."""
+    found = sha256()
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _measured(

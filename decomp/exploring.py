@@ -165,13 +165,12 @@ class Exploration:
     def choose_method(self, name: str, method: str) -> None:
         """Set the method of one layer, "dense" for none, at about the cost that it has now, and hold it."""
         now = self.plan[name]
+        candidate = self.layers[name] if method == DENSE else self._candidate(name, method)
         self.held.add(name)
         self._wanted.pop(name, None)
         if method == DENSE:
-            candidate = self.layers[name]
             self.plan = self.plan.choosing({name: (candidate, candidate.choose((), KEPT_DENSE))})
             return
-        candidate = self._candidate(name, method)
         target = now.macs.after / now.macs.before if now.ranks else 0.5
         grid = candidate.grid
         places = np.flatnonzero(grid.pays & (grid.macs_share <= target))
@@ -186,9 +185,11 @@ class Exploration:
         if (name, method) not in self._found:
             if method not in self.methods_of(name):
                 raise ValueError(f"method={method!r}: layer {name!r} takes {', '.join(self.methods_of(name))}")
-            self._found[name, method] = self._analysed([method], lambda other, _: other == name).candidates[name][
-                0
-            ]
+            (found, *_) = self._analysed([method], lambda other, _: other == name).candidates[name]
+            if found.stopwatch is not None:  # in units of the layers that were timed together
+                known = self.layers[name].dense_cost("seconds")
+                found.stopwatch.rescale(known / found.stopwatch.dense)
+            self._found[name, method] = found
         return self._found[name, method]
 
     def methods_of(self, name: str) -> list[str]:
@@ -227,8 +228,8 @@ class Exploration:
         return self._applied[1]
 
     def evaluate(self) -> Tried:
-        """Apply the plan, measure its score and keep it among what was tried."""
+        """Apply the plan anew (who has the model may have changed it), measure its score and keep it as tried."""
         self.baseline  # noqa: B018 - measured first, to compare with
-        tried = Tried(self.plan, self.totals, self.judge(self.apply()))
+        tried = Tried(self.plan, self.totals, self.judge(self.plan.apply(self.model, progress=False)))
         self.tried.append(tried)
         return tried

@@ -42,7 +42,7 @@ class Explorer:
         self._state = state
         self._model: nn.Module | None = None
         self._quiet = False
-        self._page = 0
+        self._by_budget = True
         self._rows: list[LayerRow] = []
         self._build()
         if state.problem:
@@ -82,6 +82,7 @@ class Explorer:
             raise ValueError(f"budget {given}: write one of macs=, params=, seconds= as a share in (0, 1]")
         ((kind, share),) = given.items()
         least = self._state.choose_budget(kind, share)
+        self._by_budget = True
         self._moved(self.kind, kind)
         self._moved(self.budget, share)
         short = f"; the least that can be reached is {least:.1%}" if share < least else ""
@@ -91,6 +92,7 @@ class Explorer:
     def set_energy(self, share: float) -> None:
         """Keep a share of the squared singular values of each layer, as the energy slider does."""
         self._state.choose_energy(share)
+        self._by_budget = False
         self._moved(self.energy, share)
         self._say(
             f"Chosen by an energy threshold: every unfolding keeps {share:.0%} of its squared singular values."
@@ -152,7 +154,15 @@ class Explorer:
                 self._try(lambda: self.set_budget(**{self.kind.value: self.budget.value}))
 
         self.budget.observe(budget, "value")
-        self.kind.observe(budget, "value")
+
+        def kind(change: Any) -> None:
+            # What a threshold has chosen stays: only the axis of the charts is another one.
+            if not self._quiet and not self._by_budget:
+                self._refresh()
+            else:
+                budget(change)
+
+        self.kind.observe(kind, "value")
 
         def energy(change: Any) -> None:
             if not self._quiet:
@@ -220,7 +230,8 @@ class Explorer:
         points = [(tried.totals.share(kind), tried.score) for tried in state.tried]
         baseline = state.baseline if state.tried else None
         title = "Evaluated" if points else "Evaluated: nothing yet"
-        tried = sketches.chart(title, (x, name), (), points, (here, None), baseline)
+        less = state.judge.is_error
+        tried = sketches.chart(title, (x, name), (), points, (here, None), baseline, less_is_better=less)
         self._charts.value = f'<div class="decomp-cards">{predicted}{tried}</div>'
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:

@@ -78,8 +78,8 @@ def _cuts(ax: Any, found: Spectrum, rank: int | None, share: float) -> None:
     if 0 < noise < len(values):
         level = float(np.sqrt(values[noise - 1] * values[noise]))
         ax.axhline(level, color=colors.MARK, linestyle="--", linewidth=1.2, label=f"vbmf threshold, {noise} above")
-    energy = (values**2).cumsum()
-    at = int(np.searchsorted(energy, share * energy[-1])) + 1
+    energies = (found.values**2).cumsum(-1)  # of each group; a rule takes the largest rank
+    at = max(int(np.searchsorted(energy, share * energy[-1])) for energy in np.atleast_2d(energies)) + 1
     ax.axvline(at, color="0.3", linestyle=":", linewidth=1.2, label=f"{share:.0%} of the energy in {at}")
     ax.legend(fontsize=8, framealpha=0.8)
 

@@ -60,9 +60,11 @@ class Store:
         """Read the points of an earlier call, where there is a file.
 
         Raises:
-            ValueError: it is no such file, or its points are about something else.
+            ValueError: it is no such file, its points are about something else, or its folder is not there.
         """
         store = cls(None if path is None else Path(path), head)
+        if store.path is not None and not store.path.parent.is_dir():
+            raise ValueError(f"path={str(path)!r}: there is no folder {str(store.path.parent)!r}, make it before")
         if store.path is None or not store.path.exists():
             return store
         try:
@@ -84,6 +86,10 @@ class Store:
     def add(self, point: Point) -> None:
         """Keep a point; the file is replaced in one step, so that a crash leaves the old one or the new one."""
         self.points[point.line, point.label] = point
+        self.save()
+
+    def save(self) -> None:
+        """Write all points that there are."""
         if self.path is None or self.dense is None:
             return
         entries = [point.to_dict() for point in self.points.values()]

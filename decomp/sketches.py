@@ -45,10 +45,12 @@ def chart(
     points: Sequence[Point] = (),
     now: tuple[float, float | None] | None = None,
     baseline: float | None = None,
+    less_is_better: bool = False,
 ) -> str:
     """Draw a line, marked points, and where the plan stands: ``now`` is its share, and its height where known.
 
-    The x axis is a share of the dense model from 0 to 100 %, ``baseline`` the height of the dense model there.
+    The x axis is a share of the dense model from 0 to 100 %, ``baseline`` the height of the dense model there. The
+    points that no cheaper one is as good as are joined.
     """
     here = [now[1]] if now and now[1] is not None else []
     dense = [] if baseline is None else [baseline]
@@ -62,10 +64,10 @@ def chart(
         return across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (point[1] - low) / (high - low)
 
     parts = [_frame(title, labels, low, high)]
-    for color, line in ((KEPT, [place(p) for p in curve]), (KEPT, _front([place(p) for p in points]))):
+    for line in (curve, _front(points, less_is_better)):
         if len(line) > 1:
-            path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in line)
-            parts.append(f'<path d="{path}" fill="none" stroke="{color}" stroke-width="1.6" opacity="0.8"/>')
+            path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in map(place, line))
+            parts.append(f'<path d="{path}" fill="none" stroke="{KEPT}" stroke-width="1.6" opacity="0.8"/>')
     for x, y in map(place, points):
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{KEPT}"/>')
     if baseline is not None:
@@ -81,10 +83,11 @@ def chart(
     return "".join(parts) + "</svg>"
 
 
-def _front(points: Sequence[Point]) -> list[Point]:
-    """The points on the way from left to right that are higher (smaller on the screen) than all before."""
+def _front(points: Sequence[Point], less_is_better: bool) -> list[Point]:
+    """The points on the way from left to right that are better than all before."""
     ordered = sorted(points)
-    return [p for i, p in enumerate(ordered) if all(p[1] < before[1] for before in ordered[:i])]
+    sign = -1 if less_is_better else 1
+    return [p for i, p in enumerate(ordered) if all(sign * p[1] > sign * before[1] for before in ordered[:i])]
 
 
 def _frame(title: str, labels: tuple[str, str], low: float, high: float) -> str:

@@ -8,6 +8,7 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
+from decomp.methods import FAMILIES
 from decomp.scores import Judge
 
 INPUTS = torch.randn(8, 64)
@@ -170,3 +171,24 @@ def test_a_comparison_has_a_picture(net):
     assert figure._repr_png_().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no layer differs"):
         decomp.compare(net, net, INPUTS).plot()
+
+
+def test_rows_of_other_options_are_other_lines():
+    model = plant_spectra(
+        nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+    )
+    rows = [FAMILIES["block_term"](blocks=blocks) for blocks in (2, 8)]
+    curve = decomp.tradeoff(model, torch.randn(1, 16, 8, 8), methods=rows, budgets=(0.5,), progress=False)
+    assert len({point.line for point in curve.points}) == 2
+    assert {point.plan["0"].ranks[0] for point in curve.points if point.plan and point.plan["0"].ranks} == {2, 8}
+
+
+def test_points_of_other_examples_are_not_taken_over(tmp_path):
+    model, path = plant_spectra(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))), tmp_path / "points.json"
+    decomp.tradeoff(model, torch.randn(4, 32), budgets=(0.5,), path=path, progress=False)
+    with pytest.raises(ValueError, match="another example"):
+        decomp.tradeoff(model, torch.randn(4, 32), budgets=(0.5,), path=path, progress=False)
+    with pytest.raises(ValueError, match="there is no folder"):
+        decomp.tradeoff(
+            model, torch.randn(4, 32), budgets=(0.5,), path=tmp_path / "none" / "a.json", progress=False
+        )

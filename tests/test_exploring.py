@@ -242,3 +242,34 @@ def test_sliders_of_a_resnet50_follow_within_50_ms():
         explorer.budget.value = 0.2 + 0.03 * step
         times.append(time.perf_counter() - start)
     assert sorted(times)[len(times) // 2] < 0.05
+
+
+def test_a_method_that_is_unknown_holds_nothing(net):
+    state = Exploration(net, IMAGE, timed=False)
+    with pytest.raises(ValueError, match="method='magic'"):
+        state.choose_method("2", "magic")
+    assert not state.held
+
+
+def test_what_is_evaluated_is_the_plan_and_not_a_model_that_was_changed(net):
+    state = Exploration(net, IMAGE, timed=False)
+    state.choose_budget("macs", 0.5)
+    first = state.evaluate().score
+    with torch.no_grad():
+        for parameter in state.apply().parameters():
+            parameter.zero_()
+    assert state.evaluate().score == pytest.approx(first)
+
+
+def test_a_method_that_is_looked_at_later_is_timed_in_the_same_units(net):
+    state = Exploration(net, IMAGE)
+    before = state.layers["2"].dense_cost("seconds")
+    state.choose_method("2", "svd_channel")
+    assert state.layers["2"].method.name == "svd_channel"
+    assert state.layers["2"].dense_cost("seconds") == pytest.approx(before)
+
+
+def test_the_front_joins_what_no_cheaper_point_is_as_good_as():
+    points = [(0.2, 0.1), (0.5, 0.3), (0.8, 0.05)]
+    assert sketches._front(points, less_is_better=False) == points[:2]
+    assert sketches._front(points, less_is_better=True) == [points[0], points[2]]
