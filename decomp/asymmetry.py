@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from decomp import surgery
 from decomp.activations import Activations, Example, RoutedDifferently, reached_tails
-from decomp.batches import Batches, held_out
+from decomp.batches import Batches, held_out, require_passes
 from decomp.building import decomposed, from_moments
 from decomp.choices import Choice
 from decomp.fitting import layers_to_replace
@@ -22,6 +22,7 @@ from decomp.naming import naming, require_finite
 from decomp.patches import rows_of
 from decomp.plans import Plan
 from decomp.progress import bar
+from decomp.randomness import OwnRandomness, random_state
 from decomp.refitting import OtherSize, Refit
 from decomp.spectra import as_float64
 from decomp.streams import Examples
@@ -53,7 +54,9 @@ def apply_asymmetric(
     """
     replaced = layers_to_replace(model, plan, plan.method_of, needs_values=True)
     small = surgery.swap(model, {}, inplace=False)
-    batches = Batches(data, inputs)
+    require_passes(data)
+    # Every pass is alike, so that what is held out stays so.
+    batches = Batches(OwnRandomness(data, random_state(data), again=True), inputs)
     pairs = {name: (small.get_submodule(name), dense) for name, dense in replaced.items()}
     settled: dict[str, Choice] = {}
     with evaluating(model, small), Unfused(), torch.inference_mode(False), torch.no_grad():

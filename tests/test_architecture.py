@@ -63,8 +63,8 @@ ALLOWED = {
     "decomp.asymmetry": {
         *("decomp.activations", "decomp.batches", "decomp.building", "decomp.choices", "decomp.fitting"),
         *("decomp.following", "decomp.forward", "decomp.frames", "decomp.layers", "decomp.naming"),
-        *("decomp.patches", "decomp.plans", "decomp.progress", "decomp.refitting", "decomp.spectra"),
-        *("decomp.streams", "decomp.sums", "decomp.surgery"),
+        *("decomp.patches", "decomp.plans", "decomp.progress", "decomp.randomness", "decomp.refitting"),
+        *("decomp.spectra", "decomp.streams", "decomp.sums", "decomp.surgery"),
     },
     "decomp.applying": {
         *("decomp.calibration", "decomp.finetuning", "decomp.methods", "decomp.planning", "decomp.plans"),

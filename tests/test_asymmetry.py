@@ -185,3 +185,21 @@ def test_a_repair_does_not_take_back_what_the_batch_norm_took_up(net, data):
     report = decomp.repair(small, net, data, progress=False, batch_norm=False)
     assert error(small, net, data) <= before * 1.001
     assert report.output_error_after <= report.output_error_before * 1.001
+
+
+def test_shuffled_data_and_a_small_cache_change_nothing(net, data, monkeypatch):
+    """Every pass is alike, so that what is held out of a fit stays so."""
+    images = torch.utils.data.TensorDataset(torch.cat(data))
+    results = []
+    for cache_bytes in (2**30, 1):
+        monkeypatch.setattr("decomp.asymmetry.CACHE_BYTES", cache_bytes)
+        torch.manual_seed(3)
+        loader = torch.utils.data.DataLoader(images, batch_size=8, shuffle=True)
+        plan = decomp.plan(net, ranks=6)
+        results.append(
+            decomp.tucker(
+                net, plan, data=loader, inputs=lambda batch: batch[0], asymmetric=True, progress=False
+            ).state_dict()
+        )
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-5, atol=1e-6)
