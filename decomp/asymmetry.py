@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from decomp import surgery
 from decomp.activations import Activations, Example, RoutedDifferently, reached_tails
-from decomp.batches import Batches, held_out, require_passes
-from decomp.building import decomposed, from_moments
+from decomp.batches import Batches, held_out
+from decomp.building import decomposed, from_moments, known_moments, weight_error
 from decomp.choices import Choice
 from decomp.fitting import layers_to_replace
 from decomp.following import Tail
@@ -22,9 +22,7 @@ from decomp.naming import naming, require_finite
 from decomp.patches import rows_of
 from decomp.plans import Plan
 from decomp.progress import bar
-from decomp.randomness import OwnRandomness, random_state
 from decomp.refitting import OtherSize, Refit
-from decomp.spectra import as_float64
 from decomp.streams import Examples
 from decomp.sums import moments_of
 
@@ -54,9 +52,7 @@ def apply_asymmetric(
     """
     replaced = layers_to_replace(model, plan, plan.method_of, needs_values=True)
     small = surgery.swap(model, {}, inplace=False)
-    require_passes(data)
-    # Every pass is alike, so that what is held out stays so.
-    batches = Batches(OwnRandomness(data, random_state(data), again=True), inputs)
+    batches = Batches.alike(data, inputs)
     pairs = {name: (small.get_submodule(name), dense) for name, dense in replaced.items()}
     settled: dict[str, Choice] = {}
     with evaluating(model, small), Unfused(), torch.inference_mode(False), torch.no_grad():
@@ -89,7 +85,7 @@ class _Step:
 
     def take(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """The factorized layer, its bias or the BatchNorm behind it corrected, and what became of the choice."""
-        told = next((candidate.moments for candidate in plan.candidates.get(name, ())), None)
+        told = known_moments(name, self.dense, plan.candidates)
         try:
             self._refit()
             received = ((example.received, held_out(example.batch)) for example in self.examples)
@@ -98,8 +94,7 @@ class _Step:
             layer = decomposed({name: self.dense}, plan, plan.method_of, plan.candidates, False)[name]
             return layer, replace(plan[name], note="routed differently: decomposed for its own inputs")
         layer = from_moments(self.own, plan.method_of(name), plan[name].ranks, moments)
-        weight = as_float64(cast(Tensor, self.dense.weight))
-        error = float((weight - as_float64(layer.dense_weight())).norm() / weight.norm().clamp(min=1e-300))
+        error = weight_error(layer, self.dense)
         return layer, replace(plan[name], error=error, output_error=self._centre(layer))
 
     def _refit(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from decomp.forward import describe
+from decomp.randomness import OwnRandomness, random_state
 
 Part = Callable[[int], bool]
 
@@ -54,6 +55,12 @@ class Batches:
         self._data = data
         self._inputs = inputs or (lambda batch: batch)
         self._count = 0
+
+    @classmethod
+    def alike(cls, data: Iterable[Any], inputs: Callable[[Any], Any] | None) -> "Batches":
+        """Batches whose every pass is alike, shuffled data included, so that what is held out stays so."""
+        require_passes(data)
+        return cls(OwnRandomness(data, random_state(data), again=True), inputs)
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for _, batch in self.numbered())

@@ -93,7 +93,7 @@ class Wish:
                 raise ValueError(f"weights: {name!r} has {weight!r}; write a finite number of at least 0")
 
     def of(self, layers: Mapping[str, Sequence[Candidate]]) -> "Wish":
-        """The wish with its objective settled, and the weights that go with it.
+        """The wish with its objective settled.
 
         Raises:
             ValueError: the objective needs what the data did not tell.

@@ -93,7 +93,7 @@ def correct_means(
     Only layers decomposed by their output; one with neither a bias nor a BatchNorm gets none.
     """
     for name, layer in new.items():
-        moments = _moments_of(name, dense[name], candidates)
+        moments = known_moments(name, dense[name], candidates)
         shift = None if moments is None else lost_mean(layer, dense[name], moments)
         if moments is None or shift is None:
             continue
@@ -115,18 +115,22 @@ def measured(
     """The choices of layers decomposed by their output, with both errors as they are."""
     found = {}
     for name, layer in new.items():
-        moments = _moments_of(name, dense[name], candidates)
+        moments = known_moments(name, dense[name], candidates)
         if moments is not None:
-            weight = as_float64(cast(Tensor, dense[name].weight))
-            energy = float(weight.norm())
-            error = float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
             output = output_error(layer, dense[name], moments)
             output = choices[name].output_error if output is None else output
-            found[name] = replace(choices[name], error=error, output_error=output)
+            found[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=output)
     return found
 
 
-def _moments_of(name: str, module: nn.Module, candidates: Mapping[str, Sequence[Candidate]]) -> Moments | None:
+def weight_error(layer: Factorized, dense: nn.Module) -> float:
+    """Relative error of the weight, ||W - W'|| / ||W||."""
+    weight = as_float64(cast(Tensor, dense.weight))
+    energy = float(weight.norm())
+    return float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
+
+
+def known_moments(name: str, module: nn.Module, candidates: Mapping[str, Sequence[Candidate]]) -> Moments | None:
     """What data told of a layer, the same for all of its candidates, on its device."""
     moments = next((candidate.moments for candidate in candidates.get(name, ())), None)
     return None if moments is None else moments.to(cast(Tensor, module.weight).device)

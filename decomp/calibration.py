@@ -1,6 +1,6 @@
 """Calibration: the moments of what flows through every layer, from data, in memory that does not grow with it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from decomp.batches import Batches, held_out, naming_batch
+from decomp.by_layer import ByLayer
 from decomp.following import norms_behind
 from decomp.forward import Unfused, call, evaluating, to_device_of
 from decomp.moments import Moments
@@ -19,21 +20,12 @@ from decomp.sums import Sums
 from decomp.surveys import survey
 
 
-class Statistics(Mapping[str, Moments]):
+class Statistics(ByLayer[Moments]):
     """The moments of every layer, by its name: ``data=`` of many plans, from one pass over the data."""
 
     def __init__(self, moments: Mapping[str, Moments], example: Any) -> None:
-        self._moments = dict(moments)
+        super().__init__(moments)
         self.example = example
-
-    def __getitem__(self, name: str) -> Moments:
-        return self._moments[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._moments)
-
-    def __len__(self) -> int:
-        return len(self._moments)
 
     def __repr__(self) -> str:
         return f"<Statistics of {len(self)} layers>"

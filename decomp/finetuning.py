@@ -1,7 +1,7 @@
 """Fine-tuning layer by layer: every factorized layer learns to give what the dense layer gave."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import nn
 from decomp import tables
 from decomp.activations import Activations, reached_tails
 from decomp.batches import Batches, require_passes
+from decomp.by_layer import ByLayer
 from decomp.checkpoints import Checkpoint, identify
 from decomp.forward import evaluating
 from decomp.lessons import LayerReport, Lesson
@@ -27,20 +28,8 @@ from decomp.training import MakeOptimizer, MakeSchedule, Recipe, Trained, adam, 
 UNREACHED = LayerReport(math.nan, math.nan, 0, 0.0, "the data never reaches it")
 
 
-class FinetuneReport(Mapping[str, LayerReport]):
+class FinetuneReport(ByLayer[LayerReport]):
     """What fine-tuning did to each layer, in the order of execution; printed, a table."""
-
-    def __init__(self, layers: Mapping[str, LayerReport]) -> None:
-        self._layers = dict(layers)
-
-    def __getitem__(self, name: str) -> LayerReport:
-        return self._layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
     def __str__(self) -> str:
         rows = [

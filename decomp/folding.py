@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from decomp.following import norms_behind
+from decomp.forward import BATCH_NORMS
 from decomp.layers import Factorized
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, is_input_first
 from decomp.observing import observe
@@ -17,7 +18,6 @@ from decomp.spectra import as_float64
 from decomp.surgery import check_model, hooks_of, refusal, shared_parameters, swap, walk
 
 _LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fold_batch_norm(
@@ -97,7 +97,7 @@ def _refused(model: nn.Module, example_inputs: Any, behind: Mapping[str, str]) -
     for name, norm_name in behind.items():
         norm = both[norm_name]
         reason = refusal(both[name], shared) or hooks_of(norm)
-        if type(both[name]) not in _LAYERS or type(norm) not in _NORMS:
+        if type(both[name]) not in _LAYERS or type(norm) not in BATCH_NORMS:
             kinds = f"{type(both[name]).__name__} or {type(norm).__name__}"
             reason = reason or f"{kinds} is a subclass of torch's layer: it may compute otherwise"
         if norm_name in tied:

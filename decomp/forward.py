@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 def moving_norms(model: nn.Module) -> dict[str, Any]:
     """The BatchNorm layers that keep statistics of what they saw, by name."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.running_mean is not None}
+    return {n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None}
+
+
+def slope_of_norm(variance: Tensor, eps: float, gamma: Tensor | None) -> Tensor:
+    """What a BatchNorm in eval mode multiplies each channel by: gamma / sqrt(var + eps), in float64."""
+    scale = (variance.detach().to(torch.float64) + eps).rsqrt()
+    return scale if gamma is None else scale * gamma.detach()
 
 
 @contextmanager

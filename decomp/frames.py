@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from decomp.batches import Batches
 from decomp.following import norms_behind
+from decomp.forward import slope_of_norm
 
 
 class Frame:
@@ -40,19 +41,15 @@ class Frame:
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    scale = (norm.running_var.to(torch.float64) + norm.eps).rsqrt()
-    if norm.weight is None:
-        return scale, torch.zeros_like(scale)
-    return scale * norm.weight.detach(), norm.bias.detach().to(torch.float64)
+    scale = slope_of_norm(norm.running_var, norm.eps, norm.weight)
+    return scale, torch.zeros_like(scale) if norm.bias is None else norm.bias.detach().to(torch.float64)
 
 
 def frames_of(
     small: nn.Module, dense: nn.Module, batches: Batches, pairs: Mapping[str, tuple[nn.Module, nn.Module]]
 ) -> dict[str, "Frame"]:
     """The frames of the layers that feed the same BatchNorm in both networks, as the first batch shows."""
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError("data is empty: at least one batch is needed")
+    first = next(iter(batches))
     ours, theirs = (
         norms_behind(model, first, {name: pair[which] for name, pair in pairs.items()})
         for which, model in enumerate((small, dense))

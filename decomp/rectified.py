@@ -11,6 +11,7 @@ from torch.nn import functional
 from decomp.activations import Example
 from decomp.batches import held_out
 from decomp.following import Tail
+from decomp.forward import slope_of_norm
 from decomp.refitting import Refit, State
 
 SCHEDULE = (0.01,) * 5 + (1.0,) * 5
@@ -79,12 +80,9 @@ def rectifier(tail: Tail, tail_of_dense: Tail) -> Rectifier | None:
     given = norm.arguments()
     if given["training"] or given["running_mean"] is None:
         return None
-    mean, variance, gamma, beta = (
-        None if given[name] is None else given[name].detach().to(torch.float64)
-        for name in ("running_mean", "running_var", "weight", "bias")
-    )
-    scale = (variance + given["eps"]).rsqrt() * (1.0 if gamma is None else gamma)
-    return Rectifier(top, scale, (0.0 if beta is None else beta) - mean * scale)
+    scale = slope_of_norm(given["running_var"], given["eps"], given["weight"])
+    beta = 0.0 if given["bias"] is None else given["bias"].detach().to(torch.float64)
+    return Rectifier(top, scale, beta - given["running_mean"].detach().to(torch.float64) * scale)
 
 
 def _top(tail: Tail) -> float | None:

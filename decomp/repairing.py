@@ -1,7 +1,7 @@
 """Repair without gradients: last factors and biases refitted in the order of execution, BatchNorm re-estimated."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from decomp import tables
 from decomp.activations import Activations, Example, RoutedDifferently, reached_tails
-from decomp.batches import Batches, held_out, require_passes
+from decomp.batches import Batches, held_out
+from decomp.by_layer import ByLayer
 from decomp.following import Tail
 from decomp.forward import Unfused, call, evaluating, floating, moving_norms, to_device_of
 from decomp.frames import frames_of
@@ -18,7 +19,6 @@ from decomp.layers import Factorized
 from decomp.naming import naming
 from decomp.pairing import pairs_of
 from decomp.progress import bar
-from decomp.randomness import OwnRandomness, random_state
 from decomp.rectified import Rectified, Rectifier, rectifier
 from decomp.refitting import OtherSize, Refit
 from decomp.streams import Examples
@@ -36,7 +36,7 @@ class LayerRepair:
     note: str = ""
 
 
-class RepairReport(Mapping[str, LayerRepair]):
+class RepairReport(ByLayer[LayerRepair]):
     """What the repair did to each layer, in the order of execution; printed, a table.
 
     ``output_error_before`` and ``output_error_after`` are relative errors of what the network gives, on all
@@ -44,17 +44,8 @@ class RepairReport(Mapping[str, LayerRepair]):
     """
 
     def __init__(self, layers: Mapping[str, LayerRepair], before: float, after: float, note: str) -> None:
-        self._layers = dict(layers)
+        super().__init__(layers)
         self.output_error_before, self.output_error_after, self.note = before, after, note
-
-    def __getitem__(self, name: str) -> LayerRepair:
-        return self._layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
     def __str__(self) -> str:
         rows = [(name, f"{r.error_before:.3f} => {r.error_after:.3f}", r.note) for name, r in self.items()]
@@ -116,9 +107,7 @@ def repair(
     True
     """
     pairs = pairs_of(small, dense)
-    require_passes(data)
-    # Every pass is alike, so that what is held out stays so.
-    batches = Batches(OwnRandomness(data, random_state(data), again=True), inputs)
+    batches = Batches.alike(data, inputs)
     reports: dict[str, LayerRepair] = {}
     with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
         before = _output_error(small, dense, batches)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from decomp.forward import call, floating
+from decomp.forward import call, flat_output, floating
 
 
 class Slope:
@@ -40,7 +40,7 @@ class Slope:
         return (value * directions).sum()
 
     def _output(self, model: nn.Module, batch: Any) -> Tensor:
-        found = floating(call(model, batch))
-        if not found:
+        result = call(model, batch)
+        if not floating(result):
             raise ValueError("loss='output': the model gives no tensor of floats: write a function, or loss=None")
-        return torch.cat([tensor.float().flatten() for tensor in found])
+        return flat_output(result)

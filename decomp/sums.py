@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from decomp.forward import slope_of_norm
 from decomp.layers import group_kernels
 from decomp.metrics import symmetric_power
 from decomp.moments import Moments
@@ -56,8 +57,7 @@ class Sums:
     def feed(self, name: str, norm: Any) -> None:
         """Note the BatchNorm behind the layer: it scales every output by gamma / sigma, and takes up a shift."""
         self.normalization = name
-        scale = (norm.running_var.to(torch.float64) + norm.eps).rsqrt()
-        self._scale = scale if norm.weight is None else scale * norm.weight.detach().abs()
+        self._scale = slope_of_norm(norm.running_var, norm.eps, norm.weight).abs()
 
     def add(self, received: Tensor, output: Tensor, *, held_out: bool) -> None:
         """Take in the input and the output of one call."""
