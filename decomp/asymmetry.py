@@ -11,7 +11,7 @@ from torch import nn
 from decomp import surgery
 from decomp.activations import Activations, Example, RoutedDifferently, reached_tails
 from decomp.batches import Batches, held_out
-from decomp.building import decomposed, from_moments, known_moments, weight_error
+from decomp.building import decomposed, from_moments, known_moments, measured, weight_error
 from decomp.choices import Choice
 from decomp.fitting import layers_to_replace
 from decomp.following import Tail
@@ -71,6 +71,7 @@ def apply_asymmetric(
     for name in order:
         small.get_submodule(name).train(replaced[name].training)  # they were made in eval mode
     rest = decomposed(unreached, plan, plan.method_of, plan.candidates, False)
+    settled |= measured(plan, unreached, rest, plan.candidates)
     return plan.swap(small, rest, settled, inplace=True)
 
 

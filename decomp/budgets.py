@@ -98,8 +98,8 @@ class Wish:
         Raises:
             ValueError: the objective needs what the data did not tell.
         """
-        told = {name: _importance(found[0]) for name, found in layers.items()}
-        unknown = [name for name, importance in told.items() if importance is None]
+        told = {name: importance(found[0]) for name, found in layers.items()}
+        unknown = [name for name, scale in told.items() if scale is None]
         if self.objective == "auto" and len(unknown) == len(told):
             return replace(self, objective="product")
         if self.objective not in ("auto", "network"):
@@ -118,7 +118,7 @@ class Wish:
         return replace(self, objective="network")
 
 
-def _importance(candidate: Candidate) -> float | None:
+def importance(candidate: Candidate) -> float | None:
     """What a squared relative error of 1 of the layer does to the network, where gradients told it."""
     scale = None if candidate.moments is None else candidate.moments.importance
     return None if scale is None else scale * candidate.analysis.energy
@@ -133,7 +133,10 @@ def total_cost(kind: str, before: Cost, seconds: Change | None) -> float:
     if kind == "seconds" and seconds is None:
         raise ValueError("no layer was timed: make the plan with seconds=")
     if kind == "macs" and not before.macs:
-        raise ValueError("a budget of MACs needs the sizes of inputs: give example_inputs=")
+        raise ValueError(
+            "a budget of MACs needs the sizes of inputs (give example_inputs=), and layers that multiply: "
+            "otherwise write params="
+        )
     return seconds.before if kind == "seconds" and seconds else float(getattr(before, kind))
 
 
@@ -183,7 +186,7 @@ def spend(
         table = [(candidates[0], (), candidates[0].dense_cost(budget.kind), 0.0)]
         for candidate in candidates:
             ranks, costs, squared = candidate.front(budget.kind, wish.multiple_of)
-            scale = _importance(candidate) if wish.objective == "network" else 1.0
+            scale = importance(candidate) if wish.objective == "network" else 1.0
             losses = weight * cast(float, scale) * objective.loss(squared)
             rows = zip(ranks, costs.tolist(), losses.tolist(), strict=True)
             table += [(candidate, found, cost, loss) for found, cost, loss in rows]
@@ -195,7 +198,7 @@ def spend(
     except BudgetTooSmall as error:
         least = fixed + error.least
         if budget.kind == "seconds":
-            reached = f"{least:.3g}"
+            reached = f"{least:.3g}, a share of {least / total:.3f}"
         else:
             reached = f"{ceil(least):,}, a share of {ceil(1000 * least / total) / 1000:.3f}"
         raise OutOfReach(
@@ -209,7 +212,8 @@ def spend(
 class Menu:
     """The options of layers with one candidate each, kept between calls, so that a budget takes milliseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, objective: str) -> None:
+        self.objective = objective
         self._fronts: dict[tuple[int, str], tuple[Candidate, Front, list[Ranks]]] = {}
 
     def choose(self, layers: Mapping[str, Candidate], kind: str, bound: float) -> tuple[dict[str, Ranks], float]:
@@ -222,11 +226,12 @@ class Menu:
         return {n: ranks[place] if place < len(ranks) else () for n, (_, ranks), place in named}, least
 
     def front(self, candidate: Candidate, kind: str) -> tuple[Front, list[Ranks]]:
-        """The options of one layer for the product of energies: its ranks, and after them to stay dense."""
+        """The options of one layer for the objective: its ranks, and after them to stay dense."""
         key = (id(candidate), kind)
         if key not in self._fronts:
             ranks, costs, squared = candidate.front(kind, 1)
-            losses = OBJECTIVES["product"].loss(squared)
+            scale = importance(candidate) if self.objective == "network" else 1.0
+            losses = cast(float, scale) * OBJECTIVES[self.objective].loss(squared)
             costs = np.append(costs, candidate.dense_cost(kind))
             self._fronts[key] = (candidate, Front.of(costs, np.append(losses, 0.0)), ranks)
         return self._fronts[key][1:]

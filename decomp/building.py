@@ -1,5 +1,6 @@
 """From choices to factorized layers: decomposed weights, or the bare structure."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
@@ -29,10 +30,20 @@ def decomposed(
 ) -> dict[str, Factorized]:
     """Decompose the weight of each layer as chosen; none of the dense layers is changed.
 
+    Warns of layers that were chosen from data that is no longer known.
+
     Raises:
         ValueError: a weight is not finite; the message names the layer.
     """
     new = {}
+    told = (name for name in dense if choices[name].output_error is not None)
+    forgotten = next((name for name in told if known_moments(name, dense[name], candidates) is None), None)
+    if forgotten is not None:
+        warnings.warn(
+            f"layer {forgotten!r} was planned from data, which neither a file nor a model keeps: it is decomposed "
+            "by its weight alone. Make the plan anew from data with decomp.plan(model, ranks=plan, data=...)",
+            stacklevel=3,
+        )
     for name, module in bar(progress, "decompose", dense.items()):
         require_finite(name, module)
         method, ranks = method_of(name), choices[name].ranks
@@ -112,7 +123,7 @@ def measured(
     new: Mapping[str, Factorized],
     candidates: Mapping[str, Sequence[Candidate]],
 ) -> dict[str, Choice]:
-    """The choices of layers decomposed by their output, with both errors as they are."""
+    """The choices of layers planned from data, with both errors as they are; without the data there is one."""
     found = {}
     for name, layer in new.items():
         moments = known_moments(name, dense[name], candidates)
@@ -120,6 +131,8 @@ def measured(
             output = output_error(layer, dense[name], moments)
             output = choices[name].output_error if output is None else output
             found[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=output)
+        elif choices[name].output_error is not None:
+            found[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=None)
     return found
 
 

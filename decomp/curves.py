@@ -1,6 +1,7 @@
 """Trade-offs: what a model costs against how good it is, over methods, rules and budgets."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from decomp import api, surgery
 from decomp.budgets import OutOfReach
+from decomp.calibration import Statistics
 from decomp.choices import DENSE
 from decomp.methods import METHODS, Method, row_named
 from decomp.plans import Plan
@@ -37,6 +39,7 @@ def tradeoff(
     rules: "str | Rule | Sequence[str | Rule]" = (),
     data: Iterable[Any] | None = None,
     inputs: Callable[[Any], Any] | None = None,
+    statistics: Statistics | None = None,
     finetune: Callable[[nn.Module], Any] | None = None,
     path: Any = None,
     layers: Selector = None,
@@ -46,7 +49,8 @@ def tradeoff(
     """Measure a model at several budgets under several methods and rules: cost against accuracy.
 
     Every method is a line with a point per budget; every kind of rule is a line with a point per rule, under
-    Tucker-2 and SVD. Parameters and MACs are counted, seconds measured beside the dense model.
+    Tucker-2 and SVD. Parameters and MACs are counted, seconds measured beside the dense model. Of a model that is
+    factorized already, parameters and MACs count as those of the dense model that it stands for.
 
     Args:
         model: any ``nn.Module``; it is never changed.
@@ -59,6 +63,7 @@ def tradeoff(
         rules: rank rules besides, ``["vbmf", decomp.ranks.energy(0.9)]`` say.
         data: batches that the output error is measured on; by default ``example_inputs``.
         inputs: what the model is called with, from a batch of ``data``.
+        statistics: what :func:`decomp.calibrate` made of data: factors and ranks then come from it.
         finetune: what happens to each compressed model before it is scored; it changes the model in place.
         path: a JSON file that keeps the points that are done; a call that was cut off goes on from there. It does
             not know what ``evaluate``, ``data`` and ``finetune`` do: after changing them write another path.
@@ -83,9 +88,10 @@ def tradeoff(
     work = [*_budget_wants(methods, budgets, cost), *_rule_wants(rules)]
     if not work:
         raise ValueError("nothing to measure: give budgets= with methods=, or rules=")
-    planner = _Planner(model, example_inputs, layers, exclude, cost)
+    planner = _Planner(model, example_inputs, statistics, layers, exclude, cost)
     head = {"model": planner.digest(), "score": judge.name, "finetuned": finetune is not None}
     head["example"] = _digest_of(example_inputs) if evaluate is None and data is None else ""
+    head["statistics"] = _digest_of([vars(each) for each in statistics.values()]) if statistics else ""
     store = Store.open(path, head)
     if store.dense is None:
         seconds = latency([model], example_inputs)[0]
@@ -94,7 +100,7 @@ def tradeoff(
     for want in bar(progress, "trade-off", work):
         if want.key not in store.points:
             store.add(_measured(model, planner, want, store.dense, judge, finetune))
-    points = [store.points[want.key] for want in work]
+    points = [planner.informed(store.points[want.key]) for want in work]
     return Tradeoff(points, store.dense, judge.name, judge.is_error, cost)
 
 
@@ -145,13 +151,20 @@ class _Planner:
     """Makes the plans: each method is analysed once, whatever the number of budgets."""
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, layers: Selector, exclude: Selector, cost: str
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        statistics: Statistics | None,
+        layers: Selector,
+        exclude: Selector,
+        cost: str,
     ) -> None:
         self._model, self.example_inputs, self._cost = model, example_inputs, cost
         self._options: dict[str, Any] = {
             "layers": layers,
             "exclude": exclude,
             "example_inputs": example_inputs,
+            "data": statistics,
             "progress": False,
         }
         self._plans: dict[str, Plan] = {}
@@ -174,6 +187,12 @@ class _Planner:
         unit = plan.seconds.before if self._cost == "seconds" and plan.seconds else 1.0
         budget: dict[str, Any] = {self._cost: want.budget * unit}
         return plan.with_budget(**budget)
+
+    def informed(self, point: Point) -> Point:
+        """The point; one that was read from a file with the statistics that its factors come from."""
+        if point.plan is None or point.plan.candidates or self._options["data"] is None:
+            return point
+        return replace(point, plan=api.plan(self._model, ranks=point.plan, **self._options))
 
     def _survey(self) -> Survey:
         chosen = {key: self._options[key] for key in ("layers", "exclude", "example_inputs")}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from decomp.calibration import Statistics
 from decomp.exploring import Exploration
 from decomp.scores import Evaluate
 from decomp.selection import Selector
@@ -20,6 +21,7 @@ def explore(
     data: Iterable[Any] | None = None,
     *,
     inputs: Callable[[Any], Any] | None = None,
+    statistics: Statistics | None = None,
     layers: Selector = None,
     exclude: Selector = (),
     timed: bool = True,
@@ -38,6 +40,9 @@ def explore(
         data: batches as the model is called with. The predicted error is then that of the output, to first order
             (:func:`decomp.sensitivity`), and without ``evaluate`` the output error on them is measured.
         inputs: what the model is called with, from a batch of ``data``.
+        statistics: what :func:`decomp.calibrate` made of data: factors, spectra and errors are then those of the
+            layers' outputs. With its ``loss=`` the predicted error is that of the network's output, to first
+            order, and budgets minimize it.
         layers: which layers; see :func:`decomp.tucker`.
         exclude: which of these stay dense.
         timed: measure every layer at a few ranks, for the estimate of the latency.
@@ -65,6 +70,7 @@ def explore(
             evaluate,
             data,
             inputs=inputs,
+            statistics=statistics,
             layers=layers,
             exclude=exclude,
             timed=timed,

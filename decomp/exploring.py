@@ -9,7 +9,8 @@ import numpy as np
 from torch import nn
 
 from decomp import api
-from decomp.budgets import Menu, fixed_cost
+from decomp.budgets import Menu, Wish, fixed_cost, importance
+from decomp.calibration import Statistics
 from decomp.candidates import Candidate
 from decomp.choices import DENSE, Change, Choice
 from decomp.methods import METHODS
@@ -48,12 +49,13 @@ class Exploration:
         data: Iterable[Any] | None = None,
         *,
         inputs: Callable[[Any], Any] | None = None,
+        statistics: Statistics | None = None,
         layers: Selector = None,
         exclude: Selector = (),
         timed: bool = True,
         progress: bool | None = None,
     ) -> None:
-        self.model, self._inputs, self._timed = model, example_inputs, timed
+        self.model, self._inputs, self._timed, self._statistics = model, example_inputs, timed, statistics
         self.judge = Judge(model, example_inputs, evaluate, data, inputs)
         self.held: set[str] = set()
         self.tried: list[Tried] = []
@@ -62,7 +64,6 @@ class Exploration:
         self.problem = ""
         self._baseline: float | None = None
         self._applied: tuple[Plan, nn.Module] | None = None
-        self._menu = Menu()
         self._found: dict[tuple[str, str], Candidate] = {}
         try:
             self.plan = self._analysed("auto", layers, exclude, progress)
@@ -70,25 +71,27 @@ class Exploration:
             self.problem, self.plan = str(error), api.plan(model, layers=layers, exclude=exclude, progress=False)
         self.layers = {name: found[0] for name, found in self.plan.candidates.items() if not self.problem}
         self._found.update({(name, c.method.name): c for name, c in self.layers.items()})
-        self._weights: Mapping[str, float] | None = None
-        if data is not None and self.layers:
-            self._weights = sensitivity(
-                model,
-                data,
-                inputs=inputs,
-                batches=1,
-                layers=lambda name, _: name in self.layers,
-                progress=progress,
-            )
+        self._menu = Menu(Wish().of({name: [found] for name, found in self.layers.items()}).objective)
+        self._weights = self._weighed(data, inputs, progress)
         for kind in self.kinds if self.layers else ():
             self.curve(kind)  # now, so that the first move of a slider is fast as well
-        if not self.problem and not any(len(c.front("macs", 1)[0]) for c in self.layers.values()):
+        if not self.problem and not any(len(c.front("params", 1)[0]) for c in self.layers.values()):
             self.problem = "no layer has ranks that pay: every decomposition would have more parameters or MACs"
+
+    def _weighed(self, data: Any, inputs: Any, progress: bool | None) -> Mapping[str, float | None] | None:
+        """How much the squared error of each layer counts for the output, where that is known."""
+        if self._menu.objective == "network":
+            return {name: importance(found) for name, found in self.layers.items()}
+        if data is None or self._statistics is not None or not self.layers:
+            return None
+        return sensitivity(
+            self.model, data, inputs=inputs, batches=1, layers=lambda n, _: n in self.layers, progress=progress
+        )
 
     def _analysed(
         self, methods: Any, layers: Selector, exclude: Selector = (), progress: bool | None = False
     ) -> Plan:
-        budget = {"seconds": NO_LIMIT} if self._timed else {"macs": 10**30}
+        budget = {"seconds": NO_LIMIT} if self._timed else {"params": 10**30}
         return api.plan(
             self.model,
             **budget,
@@ -96,18 +99,22 @@ class Exploration:
             layers=layers,
             exclude=exclude,
             example_inputs=self._inputs,
+            data=self._statistics,
             progress=progress,
         )
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The costs that a budget can be about."""
-        return ("macs", "params", "seconds") if self._timed else ("macs", "params")
+        counted = ("macs", "params") if self.plan.macs else ("params",)
+        return (*counted, "seconds") if self._timed else counted
 
     @property
-    def predicts_output(self) -> bool:
-        """Whether the predicted error is that of the output, from data, and not that of the weights."""
-        return self._weights is not None
+    def predicts(self) -> str:
+        """What the predicted error is an error of: the network's output, all layers' outputs, or their weights."""
+        if self._weights is not None:
+            return "of the output"
+        return "of the weights" if self._statistics is None else "of the layers' outputs"
 
     @property
     def totals(self) -> Totals:
@@ -116,9 +123,11 @@ class Exploration:
         return Totals(plan.params, plan.macs or Change(1, 1), plan.seconds, self._predicted(plan))
 
     def _predicted(self, plan: Plan) -> float:
-        squared = {name: choice.error**2 for name, choice in plan.items() if name in self.layers}
+        known = {name: choice for name, choice in plan.items() if name in self.layers}
+        errors = {n: c.error if c.output_error is None else c.output_error for n, c in known.items()}
+        squared = {name: error**2 for name, error in errors.items()}
         if self._weights is not None:
-            return sqrt(sum(self._weights.get(name, 0.0) * error for name, error in squared.items()))
+            return sqrt(sum((self._weights.get(name) or 0.0) * error for name, error in squared.items()))
         return sqrt(sum(squared.values()) / max(len(squared), 1))
 
     def choose_budget(self, kind: str, share: float) -> float:
@@ -171,9 +180,10 @@ class Exploration:
         if method == DENSE:
             self.plan = self.plan.choosing({name: (candidate, candidate.choose((), KEPT_DENSE))})
             return
-        target = now.macs.after / now.macs.before if now.ranks else 0.5
-        grid = candidate.grid
-        places = np.flatnonzero(grid.pays & (grid.macs_share <= target))
+        grid, cost = candidate.grid, now.macs if now.macs.before else now.params
+        target = cost.after / cost.before if now.ranks else 0.5
+        shares = grid.macs_share if now.macs.before else grid.params_share
+        places = np.flatnonzero(grid.pays & (shares <= target))
         if not len(places):
             places = np.flatnonzero(grid.pays)[:1]
         ranks: Ranks = tuple(grid.ranks[places[grid.error[places].argmin()]].tolist()) if len(places) else ()

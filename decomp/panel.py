@@ -49,7 +49,7 @@ class Explorer:
             self._say(f"There is nothing to choose: {state.problem}.")
         else:
             self._fill()
-            self.set_budget(macs=self.budget.value)
+            self.set_budget(**{self.kind.value: self.budget.value})
             self._say("Move a slider; Evaluate measures the plan, Apply hands it on as explorer.model.")
 
     @property
@@ -112,7 +112,8 @@ class Explorer:
         self._say("Evaluating ...")
         tried = self._state.evaluate()
         score = f"{self._state.judge.name} {tried.score:.4f}, dense {self._state.baseline:.4f}"
-        self._say(f"Evaluated at {tried.totals.share('macs'):.0%} of the MACs: {score}.")
+        kind = self.kind.value
+        self._say(f"Evaluated at {tried.totals.share(kind):.0%} of the {NAMES[kind]}: {score}.")
         self._refresh()
         return tried.score
 
@@ -212,8 +213,10 @@ class Explorer:
             row.update()
         state, kind = self._state, self.kind.value
         totals = state.totals
-        what = "of the output" if state.predicts_output else "of the weights"
-        cards = [_card("parameters", totals.params, tables.number), _card("MACs", totals.macs, tables.number)]
+        what = state.predicts
+        cards = [_card("parameters", totals.params, tables.number)]
+        if "macs" in state.kinds:
+            cards.append(_card("MACs", totals.macs, tables.number))
         if totals.seconds:
             cards.append(_card("latency, interpolated estimate", totals.seconds, tables.milliseconds))
         cards.append(f"<div>predicted error {what}<br><b>{totals.error:.3f}</b></div>")

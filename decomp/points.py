@@ -111,8 +111,14 @@ class Tradeoff:
     cost: str = "macs"
 
     def share(self, point: Point, cost: str | None = None) -> float:
-        """What is left of "macs", "params" or "seconds" at a point, as a share of the dense model's."""
+        """What is left of "macs", "params" or "seconds" at a point, as a share of the dense model's.
+
+        Raises:
+            ValueError: the dense model has none of that cost (embeddings alone have no MACs).
+        """
         name = self._cost(cost)
+        if not getattr(self.dense, name):
+            raise ValueError(f"the dense model has no {COSTS[name]}: write another cost=")
         return float(getattr(point, name) / getattr(self.dense, name))
 
     def best(self, max_drop: float = 0.01, cost: str | None = None) -> Plan:
@@ -161,7 +167,8 @@ class Tradeoff:
         return cost or self.cost
 
     def _cells(self, point: Point) -> tuple[str, ...]:
-        shares = (f"{getattr(point, name) / getattr(self.dense, name):.0%}" for name in ("params", "macs"))
+        known = {name: getattr(self.dense, name) for name in ("params", "macs")}
+        shares = (f"{getattr(point, name) / dense:.0%}" if dense else "" for name, dense in known.items())
         return (*shares, tables.milliseconds(point.seconds), f"{point.score:.4f}")
 
     def __str__(self) -> str:

@@ -61,7 +61,7 @@ class LayerRow:
             self.method.value = self._method
             self.held.value = self.name in self._state.held
             shown = self._state.shown_ranks(self.name)
-            pairs = zip(self.sliders, self._drawings, shown, candidate.spectra, strict=True)
+            pairs = zip(self.sliders, self._drawings, shown, candidate.output_spectra, strict=True)
             for slider, drawing, rank, spectrum in pairs:
                 slider.value = rank
                 drawing.value = sketches.spectrum(spectrum.values.max(0), rank)
@@ -106,5 +106,8 @@ def _cost(choice: Choice) -> str:
     if not choice.ranks:
         return f"<small><i>dense</i><br>{escape(choice.reason)}</small>"
     pairs = (("params", choice.params), ("MACs", choice.macs))
-    lines = [f"{tables.number(c.after)} {name} ({c.after / (c.before or 1):.0%})" for name, c in pairs]
-    return f"<small>{'<br>'.join(lines)}<br>error {choice.error:.3f}</small>"
+    lines = [f"{tables.number(c.after)} {name} ({c.after / c.before:.0%})" for name, c in pairs if c.before]
+    error = f"error {choice.error:.3f}"
+    if choice.output_error is not None:
+        error = f"error of output {choice.output_error:.3f}"
+    return f"<small>{'<br>'.join(lines)}<br>{error}</small>"

@@ -129,12 +129,13 @@ ALLOWED = {
     "decomp.scores": {"decomp.batches", "decomp.choices", "decomp.forward"},
     "decomp.points": {"decomp.checkpoints", "decomp.plans", "decomp.plots", "decomp.tables"},
     "decomp.curves": {
-        *("decomp.api", "decomp.budgets", "decomp.choices", "decomp.methods", "decomp.plans", "decomp.points"),
-        *("decomp.progress", "decomp.ranks", "decomp.scores", "decomp.selection", "decomp.surgery"),
-        *("decomp.surveys", "decomp.timing"),
+        *("decomp.api", "decomp.budgets", "decomp.calibration", "decomp.choices", "decomp.methods"),
+        *("decomp.plans", "decomp.points", "decomp.progress", "decomp.ranks", "decomp.scores"),
+        *("decomp.selection", "decomp.surgery", "decomp.surveys", "decomp.timing"),
     },
     "decomp.exploring": {
-        *("decomp.api", "decomp.budgets", "decomp.candidates", "decomp.choices", "decomp.methods"),
+        *("decomp.api", "decomp.budgets", "decomp.calibration", "decomp.candidates", "decomp.choices"),
+        "decomp.methods",
         *("decomp.planning", "decomp.plans", "decomp.ranks", "decomp.scores", "decomp.selection"),
         "decomp.sensitivities",
     },
@@ -146,7 +147,9 @@ ALLOWED = {
         *("decomp.choices", "decomp.exploring", "decomp.plans", "decomp.rows", "decomp.sketches"),
         "decomp.tables",
     },
-    "decomp.explorer": {"decomp.exploring", "decomp.panel", "decomp.scores", "decomp.selection"},
+    "decomp.explorer": {
+        *("decomp.calibration", "decomp.exploring", "decomp.panel", "decomp.scores", "decomp.selection"),
+    },
     "decomp.digits": {"decomp.progress"},
     "decomp.demo": {
         *("decomp.api", "decomp.digits", "decomp.finetuning", "decomp.plans", "decomp.progress"),

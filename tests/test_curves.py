@@ -52,6 +52,32 @@ def test_methods_and_rules_are_lines_of_one_call(net):
     assert len(figure.axes[0].get_legend().get_texts()) == 5
 
 
+def test_statistics_make_the_factors_those_of_the_outputs_also_after_reading_points_back(net, tmp_path):
+    mixed = [torch.randn(64, 64) @ torch.randn(64, 64).tril() for _ in range(4)]
+    statistics = decomp.calibrate(net, mixed, progress=False)
+    path = tmp_path / "points.json"
+    blind = measured(net, data=mixed)
+    informed = measured(net, data=mixed, statistics=statistics, path=path)
+    assert all(ours.score < theirs.score for ours, theirs in zip(informed.points, blind.points, strict=True))
+    again = measured(net, data=mixed, statistics=statistics, path=path)
+    judge = Judge(net, INPUTS, data=mixed)
+    for point in again.points:
+        assert judge(point.plan.apply(net)) == pytest.approx(point.score, rel=1e-4)
+    with pytest.raises(ValueError, match="another statistics"):
+        measured(net, data=mixed, path=path)
+
+
+def test_a_model_without_macs_is_measured_by_its_parameters():
+    net, tokens = nn.Sequential(nn.Embedding(200, 32)).eval(), torch.arange(12)[None]
+    curve = decomp.tradeoff(net, tokens, budgets=(0.5,), cost="params", layers="*", progress=False)
+    assert curve.share(curve.points[0]) <= 0.5
+    assert "47%" in curve.table()
+    with pytest.raises(ValueError, match="the dense model has no MACs"):
+        curve.plot(cost="macs")
+    with pytest.raises(ValueError, match="otherwise write params="):
+        decomp.tradeoff(net, tokens, budgets=(0.5,), layers="*", progress=False)
+
+
 def test_seconds_can_be_the_budget(net):
     curve = measured(net, cost="seconds", budgets=(0.9,))
     assert curve.points[0].note or curve.points[0].plan.seconds.after <= 0.9 * curve.points[0].plan.seconds.before

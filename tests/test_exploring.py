@@ -115,10 +115,59 @@ def test_the_predicted_error_is_that_of_the_weights_or_from_data_that_of_the_out
     errors = [choice.error for name, choice in state.plan.items()]
     assert state.totals.error == pytest.approx(sqrt(sum(e * e for e in errors) / len(errors)))
     informed = explored(net, data=[IMAGE])
-    assert informed.predicts_output
+    assert (state.predicts, informed.predicts) == ("of the weights", "of the output")
     informed.choose_ranks("7", (20,))
     tried = informed.evaluate()
     assert tried.totals.error == pytest.approx(tried.score, rel=0.5), "to first order"
+
+
+def test_statistics_make_factors_errors_and_budgets_those_of_the_outputs(net):
+    batches = [torch.randn(16, 3, 8, 8) @ torch.randn(8, 8) / 3 for _ in range(4)]
+    statistics = decomp.calibrate(net, batches, progress=False)
+    state = explored(net, data=batches, statistics=statistics)
+    state.choose_ranks("7", (20,))
+    errors = [choice.output_error for choice in state.plan.values()]
+    assert state.predicts == "of the layers' outputs"
+    assert state.totals.error == pytest.approx(sqrt(sum(e * e for e in errors) / len(errors)))
+    blind = explored(net, data=batches)
+    blind.choose_ranks("7", (20,))
+    blind.choose_budget("params", 0.4)
+    state.choose_budget("params", 0.4)
+    assert state.evaluate().score < blind.evaluate().score
+
+
+def test_statistics_with_gradients_say_what_the_budget_does_to_the_output(net):
+    batches = [torch.randn(16, 3, 8, 8) for _ in range(4)]
+    statistics = decomp.calibrate(net, batches, loss="output", progress=False)
+    state = explored(net, data=batches, statistics=statistics)
+    for name, ranks in (("2", (30, 24)), ("7", (30,))):
+        state.choose_ranks(name, ranks)
+    assert state.predicts == "of the output"
+    tried = state.evaluate()
+    assert tried.totals.error == pytest.approx(tried.score, rel=0.5), "to first order"
+    state.hold("2", False)
+    state.hold("7", False)
+    state.choose_budget("params", 0.5)
+    exact = decomp.plan(net, params=0.5, example_inputs=IMAGE, data=statistics, progress=False)
+    lost = [
+        sum(decomp.budgets.importance(state.layers[n]) * p[n].output_error ** 2 for n in state.layers)
+        for p in (state.plan, exact)
+    ]
+    assert lost[0] < 1.1 * lost[1] + 1e-3
+    panel = Explorer(state)
+    assert "error of output" in panel._rows[-1]._cost.value or not panel.plan["7"].ranks
+
+
+def test_a_model_without_macs_is_explored_by_its_parameters():
+    net = nn.Sequential(nn.Embedding(200, 32), nn.Identity())
+    tokens = torch.arange(12)[None]
+    explorer = decomp.explore(net, tokens, layers="*", timed=False, progress=False)
+    assert [kind for _, kind in explorer.kind.options] == ["params"]
+    explorer.set_budget(params=0.4)
+    assert explorer.plan.params.after <= 0.4 * explorer.plan.params.before
+    explorer.set_method("0", "svd")
+    assert explorer.evaluate() > 0
+    assert "MACs" not in explorer._cards.value
 
 
 def test_seconds_are_estimated_and_can_be_a_budget(net):

@@ -111,6 +111,23 @@ def test_json_round_trip_applies_alike():
     assert editable.with_ranks("conv", (4, 4))["conv"].ranks == (4, 4)
 
 
+def test_without_the_data_a_plan_from_a_file_warns_and_promises_no_output_error():
+    model = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48)).eval()
+    data = [torch.randn(64, 48) @ torch.randn(48, 48) for _ in range(4)]
+    plan = decomp.plan(model, "svd", ranks=12, data=data, progress=False)
+    again = decomp.Plan.from_json(plan.to_json())
+    with pytest.warns(
+        UserWarning, match=r"layer '0' was planned from data.*decomp\.plan\(model, ranks=plan, data="
+    ):
+        blind = again.apply(model)
+    plain = decomp.plan(model, "svd", ranks=12).apply(model)
+    assert torch.equal(blind[0].dense_weight(), plain[0].dense_weight())
+    assert blind.decomp_plan["0"].output_error is None
+    assert blind.decomp_plan["0"].error == pytest.approx(plain.decomp_plan["0"].error)
+    informed = decomp.plan(model, ranks=again, data=data, progress=False).apply(model)
+    assert torch.equal(informed[0].dense_weight(), plan.apply(model)[0].dense_weight())
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other", "layers": {}}'])
 def test_what_is_no_plan_is_refused(text):
     with pytest.raises(ValueError, match="not a plan"):
