@@ -1,6 +1,7 @@
 """What flows through one layer or block: inputs in the compressed network, targets from the dense one."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,13 +78,16 @@ class Activations:
         self._small, self._dense, self._layer, self._twin = small, dense, layer, twin
         self._tail, self._batches, self._cache_bytes = tail, batches, cache_bytes
 
-    def windows(self, start: int = 0, part: Part | None = None, share: float = 1.0) -> Iterator[Window[Example]]:
+    def windows(
+        self, start: int = 0, part: Part | None = None, share: float = 1.0, most: float = math.inf
+    ) -> Iterator[Window[Example]]:
         """Go through the data once, in windows that fit a share of the cache.
 
         Args:
             start: the batch to begin with.
             part: which batches are looked at; the others are passed over.
             share: of the cache.
+            most: examples that are needed; a window that holds as many is not filled further.
 
         Raises:
             RoutedDifferently: inputs and targets of a batch do not belong together.
@@ -99,6 +103,9 @@ class Activations:
                 begin, size, whole, window = index, 0, False, []
             window += examples
             size += nbytes
+            if len(window) >= most:
+                yield Window(begin, window)
+                begin, size, whole, window = index + 1, 0, False, []
         if window:
             yield Window(begin, window, whole)
 
@@ -144,9 +151,12 @@ def _calls(model: nn.Module, layer: nn.Module, batch: Any, count: int) -> list[_
         layer.register_forward_pre_hook(before, with_kwargs=True),
         layer.register_forward_hook(after, with_kwargs=True),
     ]
+    batch = to_device_of(model, batch)
+    kind = next((tensor.device.type for tensor in tree_leaves(batch) if isinstance(tensor, Tensor)), "cpu")
     try:
-        with Unfused():
-            call(model, to_device_of(model, batch))
+        # Steps may be in mixed precision; what they are made towards is not, whichever window it is in.
+        with Unfused(), torch.autocast(kind, enabled=False):
+            call(model, batch)
     except _Enough:
         pass
     finally:

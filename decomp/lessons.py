@@ -121,7 +121,8 @@ class Lesson:
             error = self._error(self._layer, held)
             if error is None:
                 continue
-            windows = partial(self._flow.windows, part=train, share=1 - HELD_OUT_SHARE_OF_CACHE)
+            most = self._recipe.steps * self._team.accumulation  # the others are never trained on
+            windows = partial(self._flow.windows, part=train, share=1 - HELD_OUT_SHARE_OF_CACHE, most=most)
             stream = Endless[Example](windows)
             if self._agreed(stream.begin):
                 return stream, held, error

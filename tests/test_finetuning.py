@@ -151,6 +151,15 @@ def test_windows_never_hold_more_than_the_cache(dense, data):
     assert [len(window.items) for window in flow.windows()] == [2, 2, 2]
 
 
+def test_no_more_examples_are_made_than_are_trained_on(dense):
+    data = [torch.randn(8, 8, 6, 6) for _ in range(40)]
+    small = decomp.tucker(dense, ranks=(10, 8), layers="conv1")
+    passes = []
+    dense.conv1.register_forward_hook(lambda *_: passes.append(1))
+    decomp.finetune_layerwise(small, dense, data, steps=5, held_out=0.1)
+    assert len(passes) == 1 + 4 + 5, "to see the tails, a tenth of the batches held out, the steps"
+
+
 def test_half_precision_is_trained_in_float32(dense, data):
     half = copy.deepcopy(dense).to(torch.bfloat16)
     small = decomp.tucker(half, ranks=(10, 8), layers="conv1")

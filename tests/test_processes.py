@@ -93,6 +93,21 @@ def test_a_default_accelerator_leaves_no_state_behind():
         AcceleratorState._reset_state(True)
 
 
+def test_targets_are_not_in_mixed_precision_whichever_window_they_are_in():
+    dense = nn.Sequential(nn.Linear(16, 8))
+    small = decomp.tucker(dense, ranks=2)
+    seen = []
+    dense[0].register_forward_hook(lambda module, args, result: seen.append(result.dtype))
+    data = [torch.randn(4, 16) for _ in range(6)]
+    try:
+        bf16 = Accelerator(cpu=True, mixed_precision="bf16")
+        decomp.finetune_layerwise(small, dense, data, steps=8, accelerator=bf16, cache_bytes=1)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert len(seen) > 8, "every window is made anew"
+    assert set(seen) == {torch.float32}
+
+
 def test_without_accelerate_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     dense = nn.Sequential(nn.Linear(16, 8))
