@@ -113,6 +113,7 @@ class Likeness:
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
+            self.dense.to(batch["input_ids"].device)
             theirs = self.dense(**batch, output_hidden_states=True).hidden_states
         ours = model(**batch, output_hidden_states=True).hidden_states
         pairs = [(our.float(), their.float()) for our, their in zip(ours[1:], theirs[1:], strict=True)]
@@ -182,9 +183,8 @@ def main() -> None:
     decomp.finetune(small, spliced, Likeness(model), lr=7e-4, **whole, **tuning)
     note("+ end to end", small)
     params = small.decomp_plan.params
-    title = (
-        f"{count} sentences, {HELD_OUT} held out; {params.before:,} => {params.after:,} parameters with embeddings"
-    )
+    found = f"{len(texts[:count]):,} sentences, {HELD_OUT} held out"
+    title = f"{found}; {params.before:,} => {params.after:,} parameters with embeddings"
     print(render(title, ("stage", ">mean cosine", ">seconds"), rows))
 
 

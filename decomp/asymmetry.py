@@ -92,8 +92,10 @@ class _Step:
             received = ((example.received, held_out(example.batch)) for example in self.examples)
             moments = moments_of(self.own, received, told, centred=self.frame is not None)
         except RoutedDifferently:
-            layer = decomposed({name: self.dense}, plan, plan.method_of, plan.candidates, False)[name]
-            return layer, replace(plan[name], note="routed differently: decomposed for its own inputs")
+            dense = {name: self.dense}
+            alone = decomposed(dense, plan, plan.method_of, plan.candidates, False)
+            choice = measured(plan, dense, alone, plan.candidates).get(name, plan[name])
+            return alone[name], replace(choice, note="routed differently: decomposed by itself")
         layer = from_moments(self.own, plan.method_of(name), plan[name].ranks, moments)
         error = weight_error(layer, self.dense)
         return layer, replace(plan[name], error=error, output_error=self._centre(layer))

@@ -111,9 +111,9 @@ class Wish:
             )
         if unknown:
             raise ValueError(
-                f"no gradient reached layer {unknown[0]!r}, so that nothing tells how much it counts (what the "
-                "loss reads does not depend on it, or it runs under no_grad): leave it out by exclude=, or write "
-                "objective='product'"
+                f"nothing tells how much layer {unknown[0]!r} counts: calibrate did not look at it, or no "
+                "gradient reached it (what the loss reads does not depend on it, or it runs under no_grad); leave "
+                "it out by exclude=, calibrate all layers, or, where there is objective=, write 'product'"
             )
         return replace(self, objective="network")
 
@@ -134,8 +134,8 @@ def total_cost(kind: str, before: Cost, seconds: Change | None) -> float:
         raise ValueError("no layer was timed: make the plan with seconds=")
     if kind == "macs" and not before.macs:
         raise ValueError(
-            "a budget of MACs needs the sizes of inputs (give example_inputs=), and layers that multiply: "
-            "otherwise write params="
+            "a budget of MACs needs the sizes of inputs (give example_inputs=) and layers that multiply; where "
+            "there are none make it one of parameters"
         )
     return seconds.before if kind == "seconds" and seconds else float(getattr(before, kind))
 
@@ -198,7 +198,7 @@ def spend(
     except BudgetTooSmall as error:
         least = fixed + error.least
         if budget.kind == "seconds":
-            reached = f"{least:.3g}, a share of {least / total:.3f}"
+            reached = f"{least:.3g}, a share of {ceil(1000 * least / total) / 1000:.3f}"
         else:
             reached = f"{ceil(least):,}, a share of {ceil(1000 * least / total) / 1000:.3f}"
         raise OutOfReach(

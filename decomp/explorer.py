@@ -37,8 +37,9 @@ def explore(
         model: any ``nn.Module``; it is never changed.
         example_inputs: a batch as the model is called with: MACs and latency are those of one pass on it.
         evaluate: a function of a model that gives its score, accuracy say, for the Evaluate button.
-        data: batches as the model is called with. The predicted error is then that of the output, to first order
-            (:func:`decomp.sensitivity`), and without ``evaluate`` the output error on them is measured.
+        data: batches as the model is called with. Without ``evaluate`` the output error on them is measured;
+            without ``statistics`` the predicted error is that of the output, to first order
+            (:func:`decomp.sensitivity`).
         inputs: what the model is called with, from a batch of ``data``.
         statistics: what :func:`decomp.calibrate` made of data: factors, spectra and errors are then those of the
             layers' outputs. With its ``loss=`` the predicted error is that of the network's output, to first

@@ -78,10 +78,8 @@ class Exploration:
         if not self.problem and not any(len(c.front("params", 1)[0]) for c in self.layers.values()):
             self.problem = "no layer has ranks that pay: every decomposition would have more parameters or MACs"
 
-    def _weighed(self, data: Any, inputs: Any, progress: bool | None) -> Mapping[str, float | None] | None:
-        """How much the squared error of each layer counts for the output, where that is known."""
-        if self._menu.objective == "network":
-            return {name: importance(found) for name, found in self.layers.items()}
+    def _weighed(self, data: Any, inputs: Any, progress: bool | None) -> Mapping[str, float] | None:
+        """How much the squared error of each layer's weight counts for the output, where data tell it."""
         if data is None or self._statistics is not None or not self.layers:
             return None
         return sensitivity(
@@ -112,7 +110,7 @@ class Exploration:
     @property
     def predicts(self) -> str:
         """What the predicted error is an error of: the network's output, all layers' outputs, or their weights."""
-        if self._weights is not None:
+        if self._weights is not None or self._menu.objective == "network":
             return "of the output"
         return "of the weights" if self._statistics is None else "of the layers' outputs"
 
@@ -126,8 +124,10 @@ class Exploration:
         known = {name: choice for name, choice in plan.items() if name in self.layers}
         errors = {n: c.error if c.output_error is None else c.output_error for n, c in known.items()}
         squared = {name: error**2 for name, error in errors.items()}
+        if self._menu.objective == "network":  # each layer under the method that it has now
+            return sqrt(sum((importance(self.layers[name]) or 0.0) * error for name, error in squared.items()))
         if self._weights is not None:
-            return sqrt(sum((self._weights.get(name) or 0.0) * error for name, error in squared.items()))
+            return sqrt(sum(self._weights.get(name, 0.0) * error for name, error in squared.items()))
         return sqrt(sum(squared.values()) / max(len(squared), 1))
 
     def choose_budget(self, kind: str, share: float) -> float:

@@ -75,7 +75,7 @@ class Store:
             store.dense = Point.from_dict(data["dense"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path={str(path)!r} holds no trade-off of decomp: {error}") from error
-        different = [key for key in head if theirs.get(key) != head[key]]
+        different = [key for key in head if theirs.get(key, "") != head[key]]
         if different:
             raise ValueError(
                 f"path={str(path)!r} holds points with another {' and '.join(different)}: write another path"
@@ -167,8 +167,8 @@ class Tradeoff:
         return cost or self.cost
 
     def _cells(self, point: Point) -> tuple[str, ...]:
-        known = {name: getattr(self.dense, name) for name in ("params", "macs")}
-        shares = (f"{getattr(point, name) / dense:.0%}" if dense else "" for name, dense in known.items())
+        pairs = ((getattr(point, name), getattr(self.dense, name)) for name in ("params", "macs"))
+        shares = (f"{count / dense:.0%}" if dense else tables.number(count) for count, dense in pairs)
         return (*shares, tables.milliseconds(point.seconds), f"{point.score:.4f}")
 
     def __str__(self) -> str:

@@ -106,7 +106,9 @@ def _cost(choice: Choice) -> str:
     if not choice.ranks:
         return f"<small><i>dense</i><br>{escape(choice.reason)}</small>"
     pairs = (("params", choice.params), ("MACs", choice.macs))
-    lines = [f"{tables.number(c.after)} {name} ({c.after / c.before:.0%})" for name, c in pairs if c.before]
+    lines = [
+        f"{tables.number(c.after)} {name}{f' ({c.after / c.before:.0%})' if c.before else ''}" for name, c in pairs
+    ]
     error = f"error {choice.error:.3f}"
     if choice.output_error is not None:
         error = f"error of output {choice.output_error:.3f}"

@@ -19,8 +19,8 @@ Evaluate = Callable[[nn.Module], float]
 class Totals:
     """Costs of the whole model before and after, and the predicted relative error.
 
-    ``error`` is that of the output, first order, where there is data; else the root mean square over the layers of
-    the error of their weights.
+    ``error`` is that of the output, first order, where data tell how much a layer counts for it; else the root
+    mean square over the layers of the errors of their outputs, where there are statistics, or of their weights.
     """
 
     params: Change

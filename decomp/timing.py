@@ -71,7 +71,7 @@ class Stopwatch:
         for share in RANK_SHARES:
             ranks = tuple(max(1, min(round(share * limit), limit)) for limit in limits)
             cost = price(ranks)
-            if cost.macs < price.dense.macs:
+            if cost.macs < price.dense.macs or not price.dense.macs:  # an embedding has none, its factors have
                 points[cost.macs] = _seconds(price.structure(ranks), tuple(calls), device)
         points = points or {price.dense.macs: self.dense}
         self._macs = np.array(sorted(points), np.float64)

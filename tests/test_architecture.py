@@ -128,10 +128,14 @@ ALLOWED = {
     },
     "decomp.scores": {"decomp.batches", "decomp.choices", "decomp.forward"},
     "decomp.points": {"decomp.checkpoints", "decomp.plans", "decomp.plots", "decomp.tables"},
+    "decomp.wanted": {
+        *("decomp.api", "decomp.calibration", "decomp.methods", "decomp.plans", "decomp.points", "decomp.ranks"),
+        *("decomp.selection", "decomp.surveys"),
+    },
     "decomp.curves": {
-        *("decomp.api", "decomp.budgets", "decomp.calibration", "decomp.choices", "decomp.methods"),
-        *("decomp.plans", "decomp.points", "decomp.progress", "decomp.ranks", "decomp.scores"),
-        *("decomp.selection", "decomp.surgery", "decomp.surveys", "decomp.timing"),
+        *("decomp.budgets", "decomp.calibration", "decomp.choices", "decomp.points", "decomp.progress"),
+        *("decomp.ranks", "decomp.scores", "decomp.selection", "decomp.surgery", "decomp.timing"),
+        "decomp.wanted",
     },
     "decomp.exploring": {
         *("decomp.api", "decomp.budgets", "decomp.calibration", "decomp.candidates", "decomp.choices"),

@@ -1,6 +1,7 @@
 """Trade-offs: points that are what they say, that are kept and taken up again, and pictures of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp.methods import FAMILIES
+from decomp.methods import FAMILIES, METHODS
 from decomp.scores import Judge
 
 INPUTS = torch.randn(8, 64)
@@ -63,6 +64,11 @@ def test_statistics_make_the_factors_those_of_the_outputs_also_after_reading_poi
     judge = Judge(net, INPUTS, data=mixed)
     for point in again.points:
         assert judge(point.plan.apply(net)) == pytest.approx(point.score, rel=1e-4)
+    own = replace(METHODS["svd"], name="mine")
+    path.unlink()
+    for _ in range(2):
+        mine = measured(net, data=mixed, statistics=statistics, path=path, methods=(own,), cost="seconds")
+    assert [point.plan and point.plan.seconds.after for point in mine.points] != [None, None]
     with pytest.raises(ValueError, match="another statistics"):
         measured(net, data=mixed, path=path)
 
@@ -72,9 +78,10 @@ def test_a_model_without_macs_is_measured_by_its_parameters():
     curve = decomp.tradeoff(net, tokens, budgets=(0.5,), cost="params", layers="*", progress=False)
     assert curve.share(curve.points[0]) <= 0.5
     assert "47%" in curve.table()
+    assert curve.points[0].macs == decomp.profile(curve.points[0].plan.apply(net), tokens).total.macs
     with pytest.raises(ValueError, match="the dense model has no MACs"):
         curve.plot(cost="macs")
-    with pytest.raises(ValueError, match="otherwise write params="):
+    with pytest.raises(ValueError, match="make it one of parameters"):
         decomp.tradeoff(net, tokens, budgets=(0.5,), layers="*", progress=False)
 
 

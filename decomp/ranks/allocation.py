@@ -80,7 +80,9 @@ def allocate_quickly(fronts: Sequence[Front], budget: float) -> list[int]:
         BudgetTooSmall: even the cheapest options do not fit.
     """
     _require_room(fronts, budget)
-    return _places(fronts, _fill(fronts, _lagrangian(fronts, budget), budget))
+    # Where the next step of a layer is large (to dense, say), a part of it may be worth more than all others.
+    ways = [_fill(fronts, _lagrangian(fronts, budget, onward=onward), budget) for onward in (True, False)]
+    return _places(fronts, min(ways, key=lambda chosen: _total(fronts, chosen, "losses")))
 
 
 def allocate_minmax(fronts: Sequence[Front], budget: float) -> list[int]:
@@ -125,8 +127,8 @@ def _lower_hull(costs: Values, losses: Values) -> Indices:
     return np.array(hull, np.int64)
 
 
-def _lagrangian(fronts: Sequence[Front], budget: float) -> list[int]:
-    """Walk down all hulls at once, the steepest segment first; a layer whose next one does not fit stops there."""
+def _lagrangian(fronts: Sequence[Front], budget: float, *, onward: bool = True) -> list[int]:
+    """Walk down all hulls at once, the steepest segment first; where one does not fit its layer stops, or all."""
     layers = np.concatenate([np.full(len(front.hull) - 1, layer) for layer, front in enumerate(fronts)])
     costs = np.concatenate([np.diff(front.costs[front.hull]) for front in fronts])
     gains = np.concatenate([-np.diff(front.losses[front.hull]) for front in fronts])
@@ -136,7 +138,8 @@ def _lagrangian(fronts: Sequence[Front], budget: float) -> list[int]:
     steps = np.bincount(layers[order[:fitting]].astype(np.int64), minlength=len(fronts))
     spare -= float(costs[order[:fitting]].sum())
     stopped: set[int] = set()
-    for segment, layer in zip(order[fitting:].tolist(), layers[order[fitting:]].tolist(), strict=True):
+    rest = order[fitting:] if onward else order[:0]
+    for segment, layer in zip(rest.tolist(), layers[rest].tolist(), strict=True):
         if layer in stopped or costs[segment] > spare:
             stopped.add(layer)
         else:
