@@ -186,7 +186,7 @@ def test_a_model_without_macs_is_explored_by_its_parameters():
     explorer.set_method("0", "svd")
     assert explorer.evaluate() > 0
     assert "MACs" not in explorer._cards.value
-    assert "4.99 k MACs<" in explorer._rows[0]._cost.value, "what its factors multiply"
+    assert "4.22 k MACs<" in explorer._rows[0]._cost.value, "what its factors multiply"
     timed = decomp.explore(net, tokens, layers="*", progress=False)
     timed.set_ranks("0", (8,))
     assert timed.plan.seconds.after > timed.plan.seconds.before, "a lookup alone is faster"

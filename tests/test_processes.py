@@ -104,7 +104,7 @@ def test_targets_are_not_in_mixed_precision_whichever_window_they_are_in():
         decomp.finetune_layerwise(small, dense, data, steps=8, accelerator=bf16, cache_bytes=1)
     finally:
         AcceleratorState._reset_state(True)
-    assert len(seen) > 8, "every window is made anew"
+    assert len(seen) > 5, "windows of one batch, made between the steps as well"
     assert set(seen) == {torch.float32}
 
 
