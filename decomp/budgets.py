@@ -124,6 +124,12 @@ def importance(candidate: Candidate) -> float | None:
     return None if scale is None else scale * candidate.analysis.energy
 
 
+def _losses(candidate: Candidate, squared: Values, objective: str) -> Values:
+    """What an objective, settled by :meth:`Wish.of`, makes of squared relative errors."""
+    scale = importance(candidate) if objective == "network" else 1.0
+    return cast(float, scale) * OBJECTIVES[objective].loss(squared)
+
+
 def total_cost(kind: str, before: Cost, seconds: Change | None) -> float:
     """What the whole model costs as it is.
 
@@ -186,8 +192,7 @@ def spend(
         table = [(candidates[0], (), candidates[0].dense_cost(budget.kind), 0.0)]
         for candidate in candidates:
             ranks, costs, squared = candidate.front(budget.kind, wish.multiple_of)
-            scale = importance(candidate) if wish.objective == "network" else 1.0
-            losses = weight * cast(float, scale) * objective.loss(squared)
+            losses = weight * _losses(candidate, squared, wish.objective)
             rows = zip(ranks, costs.tolist(), losses.tolist(), strict=True)
             table += [(candidate, found, cost, loss) for found, cost, loss in rows]
         tables.append(table)
@@ -197,10 +202,8 @@ def spend(
         chosen = objective.allocate(fronts, bound - fixed)
     except BudgetTooSmall as error:
         least = fixed + error.least
-        if budget.kind == "seconds":
-            reached = f"{least:.3g}, a share of {ceil(1000 * least / total) / 1000:.3f}"
-        else:
-            reached = f"{ceil(least):,}, a share of {ceil(1000 * least / total) / 1000:.3f}"
+        count = f"{least:.3g}" if budget.kind == "seconds" else f"{ceil(least):,}"
+        reached = f"{count}, a share of {ceil(1000 * least / total) / 1000:.3f}"
         raise OutOfReach(
             f"{budget.kind}={budget.value!r} cannot be reached: the least is {reached} "
             f"({fixed:.3g} of it in what is not decomposed)"
@@ -230,8 +233,7 @@ class Menu:
         key = (id(candidate), kind)
         if key not in self._fronts:
             ranks, costs, squared = candidate.front(kind, 1)
-            scale = importance(candidate) if self.objective == "network" else 1.0
-            losses = cast(float, scale) * OBJECTIVES[self.objective].loss(squared)
+            losses = _losses(candidate, squared, self.objective)
             costs = np.append(costs, candidate.dense_cost(kind))
             self._fronts[key] = (candidate, Front.of(costs, np.append(losses, 0.0)), ranks)
         return self._fronts[key][1:]

@@ -37,7 +37,7 @@ def decomposed(
     """
     new = {}
     told = (name for name in dense if choices[name].output_error is not None)
-    forgotten = next((name for name in told if known_moments(name, dense[name], candidates) is None), None)
+    forgotten = next((n for n in told if all(c.moments is None for c in candidates.get(n, ()))), None)
     if forgotten is not None:
         warnings.warn(
             f"layer {forgotten!r} was planned from data, which neither a file nor a model keeps: it is decomposed "
