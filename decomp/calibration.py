@@ -9,15 +9,16 @@ from torch.utils._pytree import tree_map
 
 from decomp.batches import Batches, held_out, naming_batch
 from decomp.by_layer import ByLayer
+from decomp.eligibility import eligible
 from decomp.following import norms_behind
 from decomp.forward import Unfused, call, evaluating, to_device_of
+from decomp.methods import kinds_of
 from decomp.moments import Moments
 from decomp.naming import naming
 from decomp.progress import bar
 from decomp.selection import Selector
 from decomp.slopes import Slope
 from decomp.sums import Sums
-from decomp.surveys import survey
 
 
 class Statistics(ByLayer[Moments]):
@@ -71,7 +72,7 @@ def calibrate(
     >>> statistics["2"].samples, statistics["2"].outputs.shape
     (64, torch.Size([1, 8, 8]))
     """
-    modules = survey(model, lambda name, module: "", layers, exclude, None).open
+    modules = eligible(model, kinds_of(), layers, exclude)
     sums = {name: Sums(name, module) for name, module in modules.items()}
     example = None
     slope = None if loss is None else Slope(loss)

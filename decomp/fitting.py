@@ -7,10 +7,9 @@ from torch import nn
 
 from decomp import surgery
 from decomp.choices import Choice, describe
+from decomp.eligibility import ALREADY_FACTORIZED
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import Method
-
-ALREADY_FACTORIZED = "already factorized"
 
 
 def require_fit(

@@ -10,13 +10,14 @@ from decomp.budgets import Budget, Wish
 from decomp.calibration import Statistics, calibrate
 from decomp.candidates import Candidate
 from decomp.choices import Change
+from decomp.eligibility import WhyNot
 from decomp.layers import Factorized
-from decomp.methods import AUTO, METHODS, Method, method_named, row_named
+from decomp.methods import AUTO, METHODS, Method, kinds_of, method_named, row_named
 from decomp.plans import Plan
 from decomp.progress import bar
 from decomp.ranks import RULES, parse_request
 from decomp.selection import Selector
-from decomp.surveys import Survey, Takes, survey
+from decomp.surveys import Survey, survey
 from decomp.timing import latency, layer_seconds
 
 
@@ -45,12 +46,14 @@ class Scope:
             model, self.data, inputs=self.inputs, layers=self.layers, exclude=self.exclude, progress=self.progress
         )
 
-    def survey(self, model: nn.Module, takes: Takes, statistics: Statistics | None) -> Survey:
+    def survey(
+        self, model: nn.Module, methods: Sequence[Method], why_not: WhyNot, statistics: Statistics | None
+    ) -> Survey:
         """The layers; sizes come from the example inputs, else from the data."""
         example = self.example_inputs
         if example is None and statistics is not None:
             example = statistics.example
-        return survey(model, takes, self.layers, self.exclude, example)
+        return survey(model, kinds_of(*methods), why_not, self.layers, self.exclude, example)
 
 
 def make_plan(
@@ -58,13 +61,14 @@ def make_plan(
 ) -> Plan:
     """Plan every layer of ``model``; see :func:`decomp.plan`."""
     earlier = ranks if isinstance(ranks, Plan) else None
-    method_of = _methods(method_named(method, options), earlier)
+    named = method_named(method, options)
+    method_of = _methods(named, earlier)
 
-    def takes(name: str, module: nn.Module) -> str:
+    def why_not(name: str, module: nn.Module) -> str:
         return method_of(name, module).why_not(module)
 
     statistics = scope.statistics(model)
-    surveyed = scope.survey(model, takes, statistics)
+    surveyed = scope.survey(model, [named], why_not, statistics)
     if earlier is not None:
         earlier.require_fit({name: site.module for name, site in surveyed.sites.items()})
         kept = {name: choice.ranks for name, choice in earlier.items() if choice.ranks}
@@ -98,11 +102,11 @@ def make_budget_plan(
     def fitting(module: nn.Module) -> list[Method]:
         return [method for method in allowed if not method.why_not(module)]
 
-    def takes(name: str, module: nn.Module) -> str:
+    def why_not(name: str, module: nn.Module) -> str:
         return "" if fitting(module) else f"none of {[method.name for method in allowed]} is for this layer"
 
     statistics = scope.statistics(model)
-    surveyed = scope.survey(model, takes, statistics)
+    surveyed = scope.survey(model, allowed, why_not, statistics)
     timed = budget.kind == "seconds"
     candidates = {}
     for name, module in bar(scope.progress, "time and analyse" if timed else "analyse", surveyed.open.items()):

@@ -13,7 +13,8 @@ from decomp.building import correct_means, decomposed, measured, structures
 from decomp.candidates import Candidate
 from decomp.choices import COLUMNS, Change, Choice
 from decomp.costs import Cost
-from decomp.fitting import ALREADY_FACTORIZED, layers_to_replace, require_fit
+from decomp.eligibility import ALREADY_FACTORIZED
+from decomp.fitting import layers_to_replace, require_fit
 from decomp.methods import METHODS, Method
 from decomp.ranks import RULES, RankSpec, parse_spec
 

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from decomp.batches import Batches
+from decomp.eligibility import eligible
 from decomp.forward import Unfused, call, evaluating, flat_output, to_device_of
 from decomp.layers import group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
+from decomp.methods import kinds_of
 from decomp.naming import naming
 from decomp.progress import bar
 from decomp.selection import Selector
 from decomp.spectra import as_float64
-from decomp.surveys import survey
 
 KEPT_ENERGY = 0.75
 SQUARED_ROUNDING = 1e-10  # what is cut from a weight of exactly low rank is rounding, and says nothing
@@ -53,15 +54,15 @@ def sensitivity(
 
     Source: Theis et al. 2018 (Fisher); measured as in ASVD (Yuan et al. 2023), section 3.3.
     """
-    surveyed = survey(model, lambda name, module: "", layers, exclude, None)
+    chosen = eligible(model, kinds_of(), layers, exclude)
     source = Batches(data, inputs if loss is None else None)  # a loss takes the batch as it is, labels and all
     taken = [to_device_of(model, batch) for batch in islice(iter(source), batches)]
     if not taken:
         raise ValueError("data is empty: at least one batch is needed")
     with evaluating(model), Unfused():
         if loss is not None:
-            return _fisher(model, surveyed.open, taken, loss)
-        return _measured(model, surveyed.open, taken, progress)
+            return _fisher(model, chosen, taken, loss)
+        return _measured(model, chosen, taken, progress)
 
 
 @torch.no_grad()

@@ -1,43 +1,18 @@
-"""Which layers a model has, which of them can be decomposed, and what they cost as they are."""
+"""The layers of a model, the choices of those that stay dense, and what the model costs as it is."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from decomp import surgery
 from decomp.choices import Change, Choice, undecided
 from decomp.costs import Cost, count_params
-from decomp.fitting import ALREADY_FACTORIZED
+from decomp.eligibility import Site, WhyNot, sites
 from decomp.layers import Factorized
-from decomp.layers.kernels import qualified_name
-from decomp.methods import METHODS
 from decomp.observing import Call, Observation, observe
 from decomp.plans import PLAN, Plan
-from decomp.selection import Selector, select
-
-Takes = Callable[[str, nn.Module], str]
-
-NEVER: dict[type[nn.Module], str] = {
-    nn.RNNBase: "never decomposed: its fused kernels read packed weights",
-    nn.RNNCellBase: "never decomposed: its fused kernels read packed weights",
-    nn.MultiheadAttention: "never decomposed: its packed projections are read without being called",
-    nn.Bilinear: "never decomposed: no method takes three-way products",
-}
-_KINDS = {kind for method in METHODS.values() for kind in method.layers}
-DECOMPOSABLE = tuple(kind for kind in _KINDS if isinstance(kind, type))
-DECOMPOSABLE_NAMES = {kind for kind in _KINDS if isinstance(kind, str)}
-ASK_FOR_EMBEDDINGS = "an embedding is decomposed only when asked for: layers=torch.nn.Embedding, or its name"
-
-
-@dataclass(frozen=True)
-class Site:
-    """One layer of the model, and why it is out of the question, if it is."""
-
-    module: nn.Module
-    reason: str = ""
+from decomp.selection import Selector
 
 
 @dataclass(frozen=True)
@@ -63,22 +38,28 @@ class Survey:
         return self.seen.calls[name] if self.seen else None
 
 
-def survey(model: nn.Module, takes: Takes, layers: Selector, exclude: Selector, example_inputs: Any) -> Survey:
-    """Look at every layer; ``takes`` gives the reason why no method takes one, or an empty string."""
-    surgery.check_model(model)
-    sites = _selected(_sites(model, takes), layers, exclude)
+def survey(
+    model: nn.Module,
+    kinds: Iterable[Any],
+    why_not: WhyNot,
+    layers: Selector,
+    exclude: Selector,
+    example_inputs: Any,
+) -> Survey:
+    """Look at every layer of these kinds; ``why_not`` says why no method takes one, or gives an empty string."""
+    found = sites(model, kinds, why_not, layers, exclude)
     seen = None
     if example_inputs is not None:
-        seen = observe(model, example_inputs, {name: site.module for name, site in sites.items()})
+        seen = observe(model, example_inputs, {name: site.module for name, site in found.items()})
     refused = {}
-    for name, site in sites.items():
+    for name, site in found.items():
         reason = site.reason or (_out_of_reach(name, seen) if seen else "")
         if reason:
             refused[name] = _undecided(model, name, site.module, reason, seen)
-    factorized = [refused[name] for name, site in sites.items() if isinstance(site.module, Factorized)]
+    factorized = [refused[name] for name, site in found.items() if isinstance(site.module, Factorized)]
     params = count_params(model) + sum(int(c.params.before - c.params.after) for c in factorized)
     macs = seen.total_macs + sum(int(c.macs.before - c.macs.after) for c in factorized) if seen else 0
-    return Survey(sites, refused, Cost(params, macs), seen, example_inputs)
+    return Survey(found, refused, Cost(params, macs), seen, example_inputs)
 
 
 def _out_of_reach(name: str, seen: Observation) -> str:
@@ -88,55 +69,6 @@ def _out_of_reach(name: str, seen: Observation) -> str:
         return "the model reads its weight and does not only call it: factors would be multiplied each time"
     empty = any(0 in shape for shape, _ in seen.calls[name])
     return "example_inputs reach it with an empty batch" if empty else ""
-
-
-def _sites(model: nn.Module, takes: Takes) -> dict[str, Site]:
-    """Every layer that could be thought of, by its first name, in the order of ``named_modules``."""
-    shared = surgery.shared_parameters(model)
-    sites: dict[str, Site] = {}
-    for name, module in surgery.walk(model, (Factorized, *NEVER)):
-        never = next((reason for kind, reason in NEVER.items() if isinstance(module, kind)), "")
-        if never:
-            sites[name] = Site(module, never)
-        elif isinstance(module, Factorized):
-            sites[name] = Site(module, ALREADY_FACTORIZED)
-        elif isinstance(module, DECOMPOSABLE) or qualified_name(type(module)) in DECOMPOSABLE_NAMES:
-            reason = surgery.refusal(module, shared) or _subclass(module)
-            sites[name] = Site(module, reason or _depthwise(module) or takes(name, module))
-        elif any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(False) if not is_lazy(p)):
-            sites[name] = Site(module, f"no method takes {type(module).__name__}")
-    return sites
-
-
-def _subclass(module: nn.Module) -> str:
-    if type(module) in DECOMPOSABLE or not isinstance(module, DECOMPOSABLE):
-        return ""
-    kind = next(kind for kind in DECOMPOSABLE if isinstance(module, kind))
-    return f"{type(module).__name__}, a subclass of {kind.__name__}: it may compute otherwise"
-
-
-def _depthwise(module: nn.Module) -> str:
-    groups = getattr(module, "groups", 1)
-    if groups > 1 and groups == getattr(module, "in_channels", 0) == getattr(module, "out_channels", 0):
-        return "depthwise: one channel per group leaves nothing to decompose"
-    return ""
-
-
-def _selected(sites: dict[str, Site], layers: Selector, exclude: Selector) -> dict[str, Site]:
-    """Mark what ``layers=`` leaves out and ``exclude=`` takes out, in that order."""
-    modules = {name: site.module for name, site in sites.items()}
-    if layers is None:
-        embeddings = {n for n, s in sites.items() if isinstance(s.module, nn.Embedding) and not s.reason}
-        sites = {n: replace(s, reason=ASK_FOR_EMBEDDINGS) if n in embeddings else s for n, s in sites.items()}
-    else:
-        chosen = select(layers, modules, "layers")
-        sites = {
-            n: s if n in chosen or s.reason else replace(s, reason="not among layers=") for n, s in sites.items()
-        }
-    if exclude is not None and exclude != ():
-        banned = select(exclude, modules, "exclude")
-        sites = {n: replace(s, reason="excluded") if n in banned else s for n, s in sites.items()}
-    return sites
 
 
 def _undecided(model: nn.Module, name: str, module: nn.Module, reason: str, seen: Observation | None) -> Choice:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from decomp import api
 from decomp.calibration import Statistics
-from decomp.methods import METHODS, Method, row_named
+from decomp.methods import METHODS, Method, kinds_of, row_named
 from decomp.plans import Plan
 from decomp.points import COSTS, Point
 from decomp.ranks import RULES, Rule, parse_spec
@@ -124,7 +124,7 @@ class Planner:
 
     def _survey(self) -> Survey:
         chosen = {key: self._options[key] for key in ("layers", "exclude", "example_inputs")}
-        return survey(self._model, lambda name, module: "", **chosen)
+        return survey(self._model, kinds_of(), lambda name, module: "", **chosen)
 
     def dense_cost(self) -> tuple[int, int]:
         """Parameters and MACs of the model as it is."""

@@ -41,26 +41,37 @@ ALLOWED = {
     "decomp.by_layer": set(),
     "decomp.slopes": {"decomp.forward"},
     "decomp.calibration": {
+        *("decomp.eligibility", "decomp.methods"),
         *("decomp.batches", "decomp.following", "decomp.forward", "decomp.moments", "decomp.naming"),
         *("decomp.progress", "decomp.selection", "decomp.slopes", "decomp.sums", "decomp.surveys"),
         *("decomp.by_layer",),
     },
     "decomp.budgets": {"decomp.candidates", "decomp.choices", "decomp.costs", "decomp.ranks"},
-    "decomp.fitting": {"decomp.choices", "decomp.layers", "decomp.methods", "decomp.surgery"},
+    "decomp.eligibility": {"decomp.layers", "decomp.selection", "decomp.surgery"},
+    "decomp.fitting": {
+        "decomp.eligibility",
+        "decomp.choices",
+        "decomp.layers",
+        "decomp.methods",
+        "decomp.surgery",
+    },
     "decomp.building": {
         *("decomp.candidates", "decomp.choices", "decomp.layers", "decomp.methods", "decomp.metrics"),
         *("decomp.moments",),
         *("decomp.naming", "decomp.progress", "decomp.spectra"),
     },
     "decomp.plans": {
+        "decomp.eligibility",
         *("decomp.budgets", "decomp.building", "decomp.candidates", "decomp.choices", "decomp.costs"),
         *("decomp.fitting", "decomp.methods", "decomp.ranks", "decomp.surgery", "decomp.tables"),
     },
     "decomp.surveys": {
+        "decomp.eligibility",
         *("decomp.choices", "decomp.costs", "decomp.fitting", "decomp.layers", "decomp.methods"),
         *("decomp.observing", "decomp.plans", "decomp.selection", "decomp.surgery"),
     },
     "decomp.planning": {
+        "decomp.eligibility",
         *("decomp.budgets", "decomp.candidates", "decomp.choices", "decomp.methods", "decomp.plans"),
         *("decomp.progress", "decomp.ranks", "decomp.selection", "decomp.surveys", "decomp.timing"),
         *("decomp.calibration", "decomp.layers"),
@@ -116,6 +127,7 @@ ALLOWED = {
         *("decomp.plots", "decomp.surgery", "decomp.tables", "decomp.timing"),
     },
     "decomp.sensitivities": {
+        *("decomp.eligibility", "decomp.methods"),
         *("decomp.batches", "decomp.forward", "decomp.layers", "decomp.naming", "decomp.progress"),
         *("decomp.selection", "decomp.spectra", "decomp.surveys"),
     },

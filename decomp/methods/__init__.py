@@ -22,6 +22,12 @@ _ROWS = (
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
+
+def kinds_of(*methods: Method) -> set[Any]:
+    """The types of layers, and names of types, that the methods of the table take, and these methods besides."""
+    return {kind for method in (*_ROWS, *methods) for kind in method.layers}
+
+
 # What a budget chooses among: asymmetric, tensor train and the depthwise methods besides lowered the error of the
 # weights and, without fine-tuning, the accuracy as well.
 AUTO = ("svd", "tucker")
@@ -107,6 +113,7 @@ __all__ = [
     "Method",
     "Ranks",
     "default_options",
+    "kinds_of",
     "method_named",
     "row_named",
     "to_tensorly",
