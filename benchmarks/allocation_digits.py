@@ -12,10 +12,10 @@ from math import sqrt
 from torch import nn
 
 import decomp
-from decomp.budgets import Wish
+from decomp._util.tables import render
 from decomp.digits import Digits, load_digits, train
-from decomp.plans import Plan
-from decomp.tables import render
+from decomp.planning.budget import Wish
+from decomp.planning.plan import Plan
 
 BUDGETS = (0.5, 0.25, 0.125)
 SEEDS = range(3)

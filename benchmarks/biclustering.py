@@ -16,9 +16,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import decomp
+from decomp._util.tables import render
 from decomp.digits import load_digits, train
 from decomp.methods import METHODS
-from decomp.tables import render
 
 SHARE = 0.25
 CLUSTERS = (2, 4)

@@ -10,8 +10,8 @@ import torch
 from networks import plant_spectra, resnet50
 
 import decomp
-from decomp.budgets import OBJECTIVES, Wish
-from decomp.tables import milliseconds, render
+from decomp._util.tables import milliseconds, render
+from decomp.planning.budget import OBJECTIVES, Wish
 
 SHARES = [0.1 + 0.04 * step for step in range(20)]
 

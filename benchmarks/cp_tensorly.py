@@ -1,4 +1,4 @@
-"""CP of kernel-shaped tensors: decomp.solvers.fit_cp beside tensorly.decomposition.parafac, error and seconds.
+"""CP of kernel-shaped tensors: fit_cp beside tensorly.decomposition.parafac, error and seconds.
 
 Both get the same float32 tensor, rank, tolerance (1e-6, on the decrease of the relative error in a sweep), threads
 and one start (parafac: init="svd", its default), in turn, in one process. parafac may take the sweeps it needs,
@@ -22,8 +22,8 @@ import torch
 from tensorly.decomposition import parafac
 from torch import Tensor
 
-from decomp.solvers import als, fit_cp
-from decomp.tables import render
+from decomp._util.tables import render
+from decomp.methods.solvers import als, fit_cp
 
 TOLERANCE = 1e-6
 SHORT = 1.0

@@ -14,8 +14,8 @@ import time
 from math import sqrt
 
 import decomp
+from decomp._util.tables import render
 from decomp.digits import Digits, load_digits, train
-from decomp.tables import render
 
 BUDGETS = (0.5, 0.25, 0.125)
 METHODS = {"tucker": ("svd", "tucker"), "svd": ("svd", "svd_channel"), "spatial": ("svd", "svd_spatial")}

@@ -13,7 +13,7 @@ from memory import PeakMemory
 from networks import plant_spectra, resnet50
 
 import decomp
-from decomp.tables import number, render
+from decomp._util.tables import number, render
 
 RUNS = 3
 

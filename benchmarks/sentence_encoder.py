@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
 import decomp
-from decomp.tables import render
+from decomp._util.tables import render
 
 HELD_OUT = 256
 

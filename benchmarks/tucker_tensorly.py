@@ -15,8 +15,8 @@ import torch
 from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
+from decomp._util.tables import render
 from decomp.methods import METHODS
-from decomp.tables import render
 
 RUNS = 3
 

@@ -1,18 +1,18 @@
 """Low-rank and tensor decomposition that makes trained PyTorch models smaller and faster."""
 
 from decomp import layers, losses, plots, ranks
+from decomp.analysis.reports import compare, profile
+from decomp.analysis.tradeoff import tradeoff
 from decomp.api import compress, densify, plan
-from decomp.calibration import Statistics, calibrate
-from decomp.curves import tradeoff
+from decomp.calibration.calibrate import Statistics, calibrate
+from decomp.calibration.sensitivity import sensitivity
 from decomp.decompositions import block_term, cp, flattened, separable, svd, tucker
-from decomp.distilling import finetune
-from decomp.explorer import explore
-from decomp.finetuning import finetune_layerwise
-from decomp.folding import fold_batch_norm
-from decomp.plans import Plan
-from decomp.repairing import repair
-from decomp.reports import compare, profile
-from decomp.sensitivities import sensitivity
+from decomp.explorer.launch import explore
+from decomp.network.batch_norm_folding import fold_batch_norm
+from decomp.planning.plan import Plan
+from decomp.recovery.repair import repair
+from decomp.training.end_to_end import finetune
+from decomp.training.layerwise import finetune_layerwise
 
 __all__ = [
     "Plan",

@@ -2,7 +2,7 @@
 
 import sys
 
-from decomp.cli import main
+from decomp.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import nn
 
-from decomp import surgery
 from decomp.applying import apply_plan
-from decomp.budgets import Budget, Wish
 from decomp.layers import Factorized
 from decomp.methods import Method
-from decomp.planning import Scope, make_budget_plan, make_plan
-from decomp.plans import PLAN, Plan
-from decomp.selection import Selector
+from decomp.network import surgery
+from decomp.network.selection import Selector
+from decomp.planning.budget import Budget, Wish
+from decomp.planning.plan import PLAN, Plan
+from decomp.planning.planner import Scope, make_budget_plan, make_plan
 
 
 def plan(

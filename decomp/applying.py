@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from decomp.asymmetry import apply_asymmetric
-from decomp.calibration import Statistics
-from decomp.finetuning import FinetuneReport, finetune_layerwise
-from decomp.lessons import LayerReport
+from decomp.calibration.calibrate import Statistics
 from decomp.methods import default_options
-from decomp.planning import Scope, make_plan
-from decomp.plans import Plan
+from decomp.planning.plan import Plan
+from decomp.planning.planner import Scope, make_plan
+from decomp.recovery.sequential import apply_asymmetric
+from decomp.training.layerwise import FinetuneReport, finetune_layerwise
+from decomp.training.lessons import LayerReport
 
 REPORT = "decomp_finetuning"  # the attribute of a model that carries the report of its fine-tuning
 

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from decomp.applying import decompose
-from decomp.planning import Scope
-from decomp.selection import Selector
+from decomp.network.selection import Selector
+from decomp.planning.planner import Scope
 
 
 def tucker(

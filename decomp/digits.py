@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decomp.progress import bar
+from decomp._util.progress import bar
 
 Batch = tuple[Tensor, Tensor]
 BATCH_SIZE = 64

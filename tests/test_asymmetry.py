@@ -8,7 +8,7 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp.frames import Frame
+from decomp.recovery.batch_norm_shift import Frame
 
 
 class Net(nn.Module):
@@ -192,7 +192,7 @@ def test_shuffled_data_and_a_small_cache_change_nothing(net, data, monkeypatch):
     images = torch.utils.data.TensorDataset(torch.cat(data))
     results = []
     for cache_bytes in (2**30, 1):
-        monkeypatch.setattr("decomp.asymmetry.CACHE_BYTES", cache_bytes)
+        monkeypatch.setattr("decomp.recovery.sequential.CACHE_BYTES", cache_bytes)
         torch.manual_seed(3)
         loader = torch.utils.data.DataLoader(images, batch_size=8, shuffle=True)
         plan = decomp.plan(net, ranks=6)

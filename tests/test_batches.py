@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import decomp
-from decomp.batches import Batches
-from decomp.randomness import OwnRandomness, random_state
+from decomp.data.batches import Batches
+from decomp.data.rng import OwnRandomness, random_state
 
 GOOD = torch.ones(2, 3)
 

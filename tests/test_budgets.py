@@ -9,10 +9,10 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp.budgets import OBJECTIVES, Budget, Wish
-from decomp.costs import count_params
-from decomp.observing import observe
-from decomp.ranks.allocation import BudgetTooSmall, Front, _knapsack, allocate, allocate_minmax
+from decomp.network.flops import observe
+from decomp.planning.allocation import BudgetTooSmall, Front, _knapsack, allocate, allocate_minmax
+from decomp.planning.budget import OBJECTIVES, Budget, Wish
+from decomp.planning.cost import count_params
 
 
 def network(seed, widths, kernels):

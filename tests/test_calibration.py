@@ -10,12 +10,12 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp.building import decomposed
+from decomp.calibration.shrinkage import oracle_shrinkage
+from decomp.calibration.unfold import patches_like, rows_of
 from decomp.layers import group_kernels
 from decomp.methods import METHODS
-from decomp.patches import patches_like, rows_of
-from decomp.refitting import Refit
-from decomp.shrinkage import oracle_shrinkage
+from decomp.planning.build import decomposed
+from decomp.recovery.least_squares import Refit
 
 
 def correlated(samples, channels, *positions, dtype=torch.float64):

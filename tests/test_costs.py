@@ -10,11 +10,11 @@ import torch
 from networks import alexnet, resnet18, resnet50, vgg16
 from torch import nn
 
-from decomp.costs import Price, count_macs, count_params, on_meta
+from decomp.analysis.reports import profile
 from decomp.layers import group_kernels
 from decomp.methods import METHODS
-from decomp.observing import Call, observe
-from decomp.reports import profile
+from decomp.network.flops import Call, observe
+from decomp.planning.cost import Price, count_macs, count_params, on_meta
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_cases.json").read_text())
 REFERENCE = PUBLISHED["reference_macs"]

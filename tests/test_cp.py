@@ -10,9 +10,9 @@ import torch
 from tensorly.decomposition import parafac
 from torch import Tensor
 
-from decomp.solvers import CP, fit_cp
-from decomp.solvers.epc import SLACK, correct
-from decomp.solvers.terms import weights
+from decomp.methods.solvers import CP, fit_cp
+from decomp.methods.solvers.epc import SLACK, correct
+from decomp.methods.solvers.terms import weights
 
 SHAPES = [(7, 5), (8, 6, 9), (6, 5, 3, 3), (5, 4, 2, 3, 2)]
 

@@ -9,8 +9,8 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
+from decomp.analysis.scores import Judge
 from decomp.methods import FAMILIES, METHODS
-from decomp.scores import Judge
 
 INPUTS = torch.randn(8, 64)
 

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_model
 
 import decomp
-from decomp import cli, demo, digits
+from decomp import digits
+from decomp.cli import main as cli
+from decomp.demo import run as demo
 from decomp.layers import Factorized
 
 

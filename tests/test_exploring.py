@@ -10,10 +10,10 @@ from networks import plant_spectra, resnet50
 from torch import nn
 
 import decomp
-from decomp import sketches
-from decomp.budgets import importance
-from decomp.exploring import Exploration
-from decomp.panel import Explorer
+from decomp.explorer import svg as sketches
+from decomp.explorer.state import Exploration
+from decomp.explorer.widgets import Explorer
+from decomp.planning.budget import importance
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -285,7 +285,7 @@ def test_without_widgets_the_plan_is_shown_and_without_ipywidgets_the_way_to_get
     real = builtins.__import__
 
     def missing(name, *rest, **options):
-        if name == "decomp.panel":
+        if name == "decomp.explorer.widgets":
             raise ModuleNotFoundError("No module named 'ipywidgets'", name="ipywidgets")
         return real(name, *rest, **options)
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 import decomp
-from decomp.activations import Activations
-from decomp.batches import Batches
-from decomp.following import Tail, tails
+from decomp.data.activations import Activations
+from decomp.data.batches import Batches
+from decomp.network.tracing import Tail, tails
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import decomp
-from decomp.following import tails
+from decomp.network.tracing import tails
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CASES = [

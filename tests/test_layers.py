@@ -20,10 +20,10 @@ from layer_cases import (
 )
 from torch import nn
 
-from decomp.costs import Price, count_macs, count_params, on_meta
 from decomp.layers import TuckerConv, group_kernels
 from decomp.methods import METHODS
-from decomp.observing import Call
+from decomp.network.flops import Call
+from decomp.planning.cost import Price, count_macs, count_params, on_meta
 
 INEXACT = {"monochromatic"}  # a colour for every filter leaves what is not of rank 1 in it
 PAIRS = [(name, kind) for name in SPATIAL for kind in KINDS if takes(name, kind)]

@@ -19,11 +19,11 @@ from tensorly.tucker_tensor import tucker_to_tensor
 from torch import nn
 
 import decomp
-from decomp.costs import Price, count_macs, count_params
 from decomp.layers import group_kernels
 from decomp.methods import METHODS, method_named, to_tensorly
-from decomp.observing import Call
-from decomp.solvers.block_term import fit_block_term
+from decomp.methods.solvers.block_term import fit_block_term
+from decomp.network.flops import Call
+from decomp.planning.cost import Price, count_macs, count_params
 
 LC = json.loads((Path(__file__).parent / "data" / "published_cases.json").read_text())["lc_alexnet"]
 CONVOLUTIONS = [  # of the ungrouped AlexNet of that table, with the size of their input

@@ -8,10 +8,10 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
+from decomp.calibration.moments import Moments
+from decomp.calibration.whitening import output_error, output_kernels
 from decomp.layers import group_kernels
 from decomp.methods import METHODS
-from decomp.metrics import output_error, output_kernels
-from decomp.moments import Moments
 
 
 def linear_network():
@@ -190,7 +190,7 @@ def test_wide_outputs_are_counted_one_by_one(monkeypatch):
     net = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 6)).double().requires_grad_(False)
     data = [torch.randn(50, 12, dtype=torch.float64) for _ in range(4)]
     full = decomp.calibrate(net, data, loss="output", progress=False)["0"]
-    monkeypatch.setattr("decomp.sums.LARGEST_ROW_METRIC", 30)
+    monkeypatch.setattr("decomp.calibration.accumulators.LARGEST_ROW_METRIC", 30)
     narrow = decomp.calibrate(net, data, loss="output", progress=False)
     assert narrow["0"].row_metric.shape == (1, 40)
     torch.testing.assert_close(

@@ -11,9 +11,9 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp.choices import Change
 from decomp.layers import SVDConv, SVDLinear, TuckerConv
 from decomp.methods import METHODS
+from decomp.planning.choices import Change
 
 
 def network():

@@ -10,8 +10,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 import decomp
-from decomp.following import Tail, tails
-from decomp.rectified import Rectifier, nearest, rectifier
+from decomp.network.tracing import Tail, tails
+from decomp.recovery.relu import Rectifier, nearest, rectifier
 
 
 @pytest.mark.parametrize("top", [math.inf, 6.0])

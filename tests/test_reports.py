@@ -6,7 +6,7 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp.tables import milliseconds, number, render
+from decomp._util.tables import milliseconds, number, render
 
 
 class Net(nn.Module):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import decomp
-from decomp.checkpoints import Checkpoint, pack, unpack, write_atomically
+from decomp.training.checkpoint import Checkpoint, pack, unpack, write_atomically
 
 TESTS = Path(__file__).parent
 JOB = TESTS / "finetune_job.py"

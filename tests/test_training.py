@@ -10,8 +10,8 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp.activations import Activations
-from decomp.training import cosine
+from decomp.data.activations import Activations
+from decomp.training.loop import cosine
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 import decomp
 from decomp.layers import SVDEmbedding, SVDLinear
-from decomp.observing import observe
+from decomp.network.flops import observe
 
 CONTEXTS = [nullcontext, torch.no_grad, torch.inference_mode]
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from decomp.methods.block_term import BLOCK_TERM, block_term
 from decomp.methods.cp import CP, CP4, cp
-from decomp.methods.filters import CHANNELWISE, FLATTENED, SHARED_BANK
-from decomp.methods.folded import CHANNEL, DEPTHWISE_POINTWISE, FOLDS, INPUT, POINTWISE_DEPTHWISE, SPATIAL
-from decomp.methods.interchange import to_tensorly
+from decomp.methods.folded_svd import CHANNEL, DEPTHWISE_POINTWISE, FOLDS, INPUT, POINTWISE_DEPTHWISE, SPATIAL
 from decomp.methods.monochromatic import MONOCHROMATIC
 from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.separable import CHANNELWISE, FLATTENED, SHARED_BANK
 from decomp.methods.svd import SVD
-from decomp.methods.trains import ASYMMETRIC, TENSOR_TRAIN
+from decomp.methods.tensor_train import ASYMMETRIC, TENSOR_TRAIN
+from decomp.methods.tensorly import to_tensorly
 from decomp.methods.tucker import TUCKER, tucker
 
 _ROWS = (

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from decomp.layers import BlockTermConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from decomp.linalg import as_float64
 from decomp.methods import cp, tucker
-from decomp.methods.fits import Fit, fitted_analysis
+from decomp.methods.eligibility import spatial
+from decomp.methods.fitted import Fit, fitted_analysis
 from decomp.methods.record import Analysis, Method, Ranks
-from decomp.methods.takes import spatial
-from decomp.solvers.block_term import fit_block_term
-from decomp.spectra import as_float64
+from decomp.methods.solvers.block_term import fit_block_term
 
 DEFAULT_BLOCKS = 4
 POINTS = 64

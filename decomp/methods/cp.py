@@ -9,12 +9,12 @@ from torch import Tensor
 
 from decomp.layers import CP4Conv, CPConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, step_lengths
-from decomp.methods.fits import Fit, fitted_analysis
-from decomp.methods.interchange import Solver, by_tensorly
+from decomp.linalg import as_float64
+from decomp.methods.eligibility import needs_two_axes, spatial
+from decomp.methods.fitted import Fit, fitted_analysis
 from decomp.methods.record import Analysis, Method, Ranks
-from decomp.methods.takes import needs_two_axes, spatial
-from decomp.solvers import fit_cp
-from decomp.spectra import as_float64
+from decomp.methods.solvers import fit_cp
+from decomp.methods.tensorly import Solver, by_tensorly
 
 CPFactors = tuple[Tensor | None, list[Tensor]]
 

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from decomp.layers import MonochromaticConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from decomp.methods.fits import Fit, fitted_analysis
+from decomp.linalg import as_float64
+from decomp.methods.eligibility import spatial
+from decomp.methods.fitted import Fit, fitted_analysis
 from decomp.methods.record import Analysis, Method, Ranks
-from decomp.methods.takes import spatial
-from decomp.spectra import as_float64
 
 MAX_ROUNDS = 100
 

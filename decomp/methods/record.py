@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from decomp.layers import Factorized
 from decomp.layers.kernels import qualified_name
-from decomp.spectra import Spectrum, Values
+from decomp.linalg import Spectrum, Values
 
 Ranks = tuple[int, ...]
 Layers = Mapping[Any, type[Factorized]]  # by type, or by qualified name

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from decomp.layers import SVDConv, SVDEmbedding, SVDLinear
 from decomp.layers.kernels import CONVOLUTIONS, HUGGING_FACE_CONV1D, TRANSPOSED_CONVOLUTIONS
+from decomp.linalg import Spectrum, as_float64, gram_eigenvalues, tail_sums
 from decomp.methods.record import Analysis, Layers, Method, Ranks
-from decomp.spectra import Spectrum, as_float64, gram_eigenvalues, tail_sums
 
 
 def refuses(module: nn.Module) -> str:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from decomp.layers import TuckerConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from decomp.methods.interchange import Solver, by_tensorly
+from decomp.linalg import Spectrum, Values, as_float64, tail_sums
+from decomp.methods.eligibility import spatial
 from decomp.methods.record import Analysis, Method, Ranks
-from decomp.methods.takes import spatial
-from decomp.spectra import Spectrum, Values, as_float64, tail_sums
+from decomp.methods.tensorly import Solver, by_tensorly
 
 MAX_SWEEPS = 50
 RELATIVE_GAIN = 1e-4

@@ -1,0 +1,1 @@
+"""What was decided and measured: profiles, comparisons, trade-offs, figures."""

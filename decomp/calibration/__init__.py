@@ -1,0 +1,1 @@
+"""Statistics from data, and what they change: moments, whitened kernels, weights of layers."""

@@ -1,0 +1,102 @@
+"""The demo: a network that reads digits, compressed with vbmf ranks and fine-tuned layer by layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_model
+from torch import nn
+
+from decomp._util import tables
+from decomp._util.progress import bar
+from decomp.analysis.reports import compare
+from decomp.api import plan
+from decomp.digits import Digits, load_digits, train
+from decomp.planning.plan import Plan
+from decomp.ranks import energy
+from decomp.training.layerwise import FinetuneReport, finetune_layerwise
+
+ENERGIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One compressed network: its MACs per image, and its accuracy before and after fine-tuning."""
+
+    name: str
+    model: nn.Module
+    macs: float
+    compressed: float
+    finetuned: float
+    report: FinetuneReport
+
+
+def run(folder: Path, seed: int = 0, say: Callable[[str], None] = print) -> tuple[float, Outcome]:
+    """Train, compress, fine-tune and report; return the dense accuracy and what became of it.
+
+    Writes ``tradeoff.png`` and ``digits-tucker.safetensors`` into ``folder``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = load_digits(seed)
+    say(f"Training a residual network on {sum(len(images) for images in digits.images)} handwritten digits ...")
+    dense = train(digits, seed)
+    accuracy, image = digits.accuracy(dense), digits.test[0][:1]
+    decided = plan(dense, "tucker", "vbmf", example_inputs=image, progress=False)
+    say(f'\nThe plan behind decomp.tucker(model, ranks="vbmf"):\n\n{decided}\n')
+    say("Fine-tuning layer by layer against the dense network, without labels ...\n")
+    outcome = compress(dense, decided, digits, "vbmf")
+    say(f"{outcome.report}\n\nOne batch of {len(digits.test[0])} digits:\n")
+    say(f"{compare(outcome.model, dense, digits.test[0])}\n")
+    stages = {"dense": accuracy, "compressed": outcome.compressed, "fine-tuned": outcome.finetuned}
+    rows = [(stage, f"{share:.1%}") for stage, share in stages.items()]
+    say(tables.render("", ("network", ">accuracy on held-out digits"), rows))
+    curve = [
+        compress(dense, decided.with_ranks("*", energy(share)), digits, f"energy {share:g}")
+        for share in bar(None, "trade-off", ENERGIES)
+    ]
+    picture, weights = folder / "tradeoff.png", folder / "digits-tucker.safetensors"
+    draw(picture, outcome, curve, accuracy, macs_of(decided, 0))
+    save_model(outcome.model, str(weights))
+    say(f"\nWrote {picture} and {weights}")
+    return accuracy, outcome
+
+
+def compress(dense: nn.Module, decided: Plan, digits: Digits, name: str) -> Outcome:
+    """Apply a plan and fine-tune layer by layer; measure the accuracy after both."""
+    small = decided.apply(dense, progress=False)
+    compressed = digits.accuracy(small)
+    report = finetune_layerwise(small, dense, digits.images, progress=None if name == "vbmf" else False)
+    return Outcome(name, small, macs_of(decided, 1), compressed, digits.accuracy(small), report)
+
+
+def macs_of(decided: Plan, side: int) -> float:
+    """MACs of the whole network in a plan that was made with example inputs: 0 before, 1 after."""
+    if decided.macs is None:
+        raise ValueError("the plan was made without example_inputs")
+    return decided.macs[side]
+
+
+def draw(path: Path, vbmf: Outcome, curve: list[Outcome], accuracy: float, macs: float) -> None:
+    """Draw accuracy over MACs: energy thresholds before and after fine-tuning, vbmf, and the dense network."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    curve = sorted(curve, key=lambda outcome: outcome.macs)
+    costs = [outcome.macs / 1e6 for outcome in curve]
+    axes.plot(costs, [100 * o.finetuned for o in curve], "o-", color="tab:blue", label="fine-tuned layer by layer")
+    axes.plot(costs, [100 * o.compressed for o in curve], "o--", color="tab:gray", label="compressed only")
+    for height, color in ((vbmf.finetuned, "tab:blue"), (vbmf.compressed, "tab:gray")):
+        axes.plot(vbmf.macs / 1e6, 100 * height, "*", markersize=15, color=color)
+        axes.annotate("vbmf", (vbmf.macs / 1e6, 100 * height), (-8, 9), textcoords="offset points")
+    for outcome in curve:
+        place = (outcome.macs / 1e6, 100 * outcome.compressed)
+        axes.annotate(outcome.name, place, (6, -10), textcoords="offset points", fontsize=8)
+    axes.plot(macs / 1e6, 100 * accuracy, "s", color="black", label="dense")
+    axes.set(xlabel="MACs per image (millions)", ylabel="accuracy on held-out digits (%)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(top=108)  # room for the label above the highest point
+    axes.set_title("Tucker-2 of a residual network, energy thresholds and vbmf")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)

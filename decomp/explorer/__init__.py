@@ -1,0 +1,1 @@
+"""The rank explorer for Jupyter."""

@@ -1,0 +1,96 @@
+"""Analysis of methods whose error is known only once they are fitted: few fits, and a curve through them."""
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decomp.linalg import Values, as_float64
+from decomp.methods.record import Analysis, Ranks
+
+KNOTS = 5
+
+
+class Fit(NamedTuple):
+    """Factors, the squared error ||W - W'||^2 that they leave, and what a user must know about them."""
+
+    factors: Any
+    squared_error: float
+    note: str = ""
+
+
+def fitted_analysis(kernels: Tensor, path: Sequence[Ranks], fit: Callable[[Tensor, Ranks], Fit]) -> Analysis:
+    """Analysis along ``path``, ranks of growing cost: nothing is fitted before it is asked for."""
+    fits = _Fits(kernels, path, fit)
+    energy = float(as_float64(kernels).square().sum())
+    return Analysis(
+        energy,
+        np.array(path, np.int32),
+        fits.curve,
+        lambda ranks: fits(ranks).squared_error,
+        factors=fits.factors,
+        note=lambda ranks: fits(ranks).note,
+    )
+
+
+class Unchanged:
+    """A weight that is looked at later, and must be what it was.
+
+    Raises:
+        ValueError: on call, where it has changed.
+    """
+
+    def __init__(self, kernels: Tensor) -> None:
+        self._kernels, self.digest = kernels, digest(kernels)
+
+    def __call__(self) -> Tensor:
+        if digest(self._kernels) != self.digest:
+            raise ValueError("the weight has changed since the plan was made: make a new plan")
+        return self._kernels
+
+
+class _Fits:
+    """Fits of one weight. Errors are kept, factors only of the last ranks that were asked for."""
+
+    def __init__(self, kernels: Tensor, path: Sequence[Ranks], fit: Callable[[Tensor, Ranks], Fit]) -> None:
+        self._kernels = Unchanged(kernels)
+        self._places = {ranks: place for place, ranks in enumerate(path)}
+        self._fit = fit
+        self._errors: dict[Ranks, float] = {}
+        self._last: tuple[Ranks, Fit] | None = None
+
+    def __call__(self, ranks: Ranks) -> Fit:
+        kernels = self._kernels()
+        if self._last is None or self._last[0] != ranks:
+            self._last = (ranks, self._fit(kernels, ranks))
+            self._errors[ranks] = self._last[1].squared_error
+        return self._last[1]
+
+    def factors(self, kernels: Tensor, ranks: Ranks) -> Any:
+        """The factors of these kernels where they were fitted last, else None."""
+        known = self._last is not None and self._last[0] == ranks and digest(kernels) == self._kernels.digest
+        return self._last[1].factors if known and self._last is not None else None
+
+    def curve(self) -> Values:
+        """Squared errors along the path: fits at a few ranks, in between their roots are linear in log(place)."""
+        last = len(self._places) - 1
+        path = list(self._places)
+        for place in np.unique(np.geomspace(1, last + 1, KNOTS).round().astype(int) - 1):
+            if path[place] not in self._errors:
+                self(path[place])
+        known = sorted(
+            (self._places[ranks], error) for ranks, error in self._errors.items() if ranks in self._places
+        )
+        places, errors = (np.array(column, np.float64) for column in zip(*known, strict=True))
+        # More rank is not more error: where a fit says otherwise, the smaller one stands for both.
+        roots = np.sqrt(np.minimum.accumulate(np.maximum(errors, 0)))
+        return np.asarray(np.interp(np.log1p(np.arange(last + 1)), np.log1p(places), roots) ** 2, np.float64)
+
+
+def digest(kernels: Tensor) -> bytes:
+    """A fingerprint of all values."""
+    values = kernels.detach().contiguous().cpu().view(torch.uint8)
+    return blake2b(values.numpy().tobytes(), digest_size=16).digest()

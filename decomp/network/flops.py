@@ -1,0 +1,133 @@
+"""What a forward pass does to the layers of a model: their calls, their MACs, and who reads their weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from decomp.network.forward import Unfused, call, evaluating, to_device_of
+
+
+class Call(NamedTuple):
+    """The shape of a layer's input in one call, and the output size that a transposed convolution was given."""
+
+    shape: tuple[int, ...]
+    output_size: tuple[int, ...] | None = None
+
+
+@dataclass
+class Observation:
+    """One forward pass: the calls and the MACs of each module, in the order of execution.
+
+    Modules that the batch never reaches are left out. ``total_macs`` counts the whole model. ``read`` are the
+    modules whose weight was used outside of their own forward.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
+    total_macs: int = 0
+
+
+class MacCounter(FlopCounterMode):
+    """torch's flop counter, with the attention kernel of the CPU that it leaves out; one multiply-add is 1."""
+
+    def __init__(self) -> None:
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        super().__init__(display=False, custom_mapping={attention: _attention_flops})
+
+    @property
+    def macs(self) -> int:
+        return int(self.get_total_flops()) // 2
+
+
+def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> Observation:
+    """Run one batch in eval mode without gradients and note what it does to ``modules``."""
+    seen = Observation()
+    running: list[str] = []
+    batch = to_device_of(model, batch)
+
+    def before(name: str, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        running.append(name)
+        received = positional[0] if positional else next(iter(keywords.values()), None)
+        size = keywords.get("output_size", positional[1] if len(positional) > 1 else None)
+        size = tuple(size) if isinstance(size, tuple | list) else None
+        seen.calls.setdefault(name, []).append(Call(tuple(getattr(received, "shape", ())), size))
+
+    def after(name: str) -> None:
+        running.remove(name)
+
+    weights = {id(module.weight): name for name, module in modules.items() if isinstance(_weight(module), Tensor)}
+    with MacCounter() as counter, _Reads(weights, running, seen.read):
+        macs = meter(model, batch, modules, lambda: counter.macs, before, after)
+    seen.macs = {name: int(value) for name, value in macs.items()}
+    seen.total_macs = counter.macs
+    return seen
+
+
+def meter(
+    model: nn.Module,
+    batch: Any,
+    modules: Mapping[str, nn.Module],
+    read: Callable[[], float],
+    enter: Callable[[str, tuple[Any, ...], dict[str, Any]], None] = lambda name, positional, keywords: None,
+    leave: Callable[[str], None] = lambda name: None,
+) -> dict[str, float]:
+    """How far ``read()`` moves while each module runs in one pass, in eval mode without gradients.
+
+    The batch is on the device of the model.
+    """
+    spent: dict[str, float] = {}
+    begun: dict[str, float] = {}
+
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            enter(name, positional, keywords)
+            begun[name] = read()
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, received: Any, result: Any) -> None:
+            spent[name] = spent.get(name, 0.0) + read() - begun[name]
+            leave(name)
+
+        return hook
+
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(name)))
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return spent
+
+
+class _Reads(Unfused):
+    """Notes the weights that any torch function is given while their own layer is not running."""
+
+    def __init__(self, weights: Mapping[int, str], running: list[str], read: set[str]) -> None:
+        super().__init__()
+        self._weights, self._running, self._read = weights, running, read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            name = self._weights.get(id(value))
+            if name is not None and name not in self._running:
+                self._read.add(name)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _weight(module: nn.Module) -> Any:
+    return module._parameters.get("weight")
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))

@@ -1,0 +1,1 @@
+"""The decision: candidates and their costs, budgets, the plan, and what is built of it."""

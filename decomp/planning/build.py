@@ -1,0 +1,149 @@
+"""From choices to factorized layers: decomposed weights, or the bare structure."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from decomp._util.naming import naming, require_finite
+from decomp._util.progress import bar
+from decomp.calibration.moments import Moments
+from decomp.calibration.whitening import lost_mean, output_error, output_factors
+from decomp.layers import Factorized, group_kernels
+from decomp.linalg import as_float64
+from decomp.methods import Method, Ranks
+from decomp.planning.candidate import Candidate
+from decomp.planning.choices import Choice
+
+MethodOf = Callable[[str], Method]
+
+
+def decomposed(
+    dense: Mapping[str, nn.Module],
+    choices: Mapping[str, Choice],
+    method_of: MethodOf,
+    candidates: Mapping[str, Sequence[Candidate]],
+    progress: bool | None,
+) -> dict[str, Factorized]:
+    """Decompose the weight of each layer as chosen; none of the dense layers is changed.
+
+    Warns of layers that were chosen from data that is no longer known.
+
+    Raises:
+        ValueError: a weight is not finite; the message names the layer.
+    """
+    new = {}
+    told = (name for name in dense if choices[name].output_error is not None)
+    forgotten = next((n for n in told if all(c.moments is None for c in candidates.get(n, ()))), None)
+    if forgotten is not None:
+        warnings.warn(
+            f"layer {forgotten!r} was planned from data, which neither a file nor a model keeps: it is decomposed "
+            "by its weight alone. Make the plan anew from data with decomp.plan(model, ranks=plan, data=...)",
+            stacklevel=3,
+        )
+    for name, module in bar(progress, "decompose", dense.items()):
+        require_finite(name, module)
+        method, ranks = method_of(name), choices[name].ranks
+        candidate = next((found for found in candidates.get(name, ()) if found.method is method), None)
+        with naming(name):
+            new[name] = _layer_of(module, method, ranks, candidate)
+    return new
+
+
+def structures(
+    dense: Mapping[str, nn.Module], choices: Mapping[str, Choice], method_of: MethodOf
+) -> dict[str, Factorized]:
+    """The factorized layers as chosen, with torch's own initialization."""
+    return {
+        name: _layer(method_of(name), module).like(module, choices[name].ranks) for name, module in dense.items()
+    }
+
+
+def _layer(method: Method, module: nn.Module) -> type[Factorized]:
+    return cast(type[Factorized], method.layer_of(module))
+
+
+def _layer_of(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None) -> Factorized:
+    """Decompose the weight, or the output where the candidate has moments."""
+    layer, kernels = _layer(method, module), group_kernels(module).detach()
+    if candidate is None:
+        return layer.from_factors(module, method.factors(kernels, ranks))
+    if candidate.moments is None:
+        # What was fitted when the ranks were chosen serves, if the weight is still the same.
+        known = candidate.analysis.factors
+        factors = known(kernels, ranks) if known is not None else None
+        return layer.from_factors(module, method.factors(kernels, ranks) if factors is None else factors)
+    return from_moments(module, method, ranks, candidate.moments)
+
+
+def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: Moments) -> Factorized:
+    """Decompose the output of a layer, of which moments are known."""
+    layer, kernels = _layer(method, module), group_kernels(module).detach()
+    moments = moments.to(kernels.device)
+    found = layer.from_kernels(module, output_factors(method, layer, module, ranks, moments))
+    if hasattr(found, "expand") and layer.mixes_inputs:
+        return found
+    # The metric of the channels is no more than near that of the patches: where it can be checked, it is.
+    plain = layer.from_factors(module, method.factors(kernels, ranks))
+    errors = [output_error(each, module, moments) for each in (found, plain)]
+    return plain if errors[0] is not None and errors[1] is not None and errors[1] < errors[0] else found
+
+
+@torch.no_grad()
+def correct_means(
+    model: nn.Module,
+    dense: Mapping[str, nn.Module],
+    new: Mapping[str, Factorized],
+    candidates: Mapping[str, Sequence[Candidate]],
+) -> None:
+    """Put what the factors took off the mean of the outputs into the bias, or into the BatchNorm that follows.
+
+    Only layers decomposed by their output; one with neither a bias nor a BatchNorm gets none.
+    """
+    for name, layer in new.items():
+        moments = known_moments(name, dense[name], candidates)
+        shift = None if moments is None else lost_mean(layer, dense[name], moments)
+        if moments is None or shift is None:
+            continue
+        bias = layer.bias
+        if bias is not None:
+            bias.add_(shift.to(bias.dtype))
+        elif moments.normalization:
+            mean = cast(Tensor, model.get_submodule(moments.normalization).running_mean)
+            mean.sub_(shift.to(mean.device, mean.dtype))
+
+
+@torch.no_grad()
+def measured(
+    choices: Mapping[str, Choice],
+    dense: Mapping[str, nn.Module],
+    new: Mapping[str, Factorized],
+    candidates: Mapping[str, Sequence[Candidate]],
+) -> dict[str, Choice]:
+    """The choices of layers planned from data, with both errors as they are; without the data there is one."""
+    found = {}
+    for name, layer in new.items():
+        moments = known_moments(name, dense[name], candidates)
+        if moments is not None:
+            output = output_error(layer, dense[name], moments)
+            output = choices[name].output_error if output is None else output
+            found[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=output)
+        elif choices[name].output_error is not None:
+            found[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=None)
+    return found
+
+
+def weight_error(layer: Factorized, dense: nn.Module) -> float:
+    """Relative error of the weight, ||W - W'|| / ||W||."""
+    weight = as_float64(cast(Tensor, dense.weight))
+    energy = float(weight.norm())
+    return float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
+
+
+def known_moments(name: str, module: nn.Module, candidates: Mapping[str, Sequence[Candidate]]) -> Moments | None:
+    """What data told of a layer, the same for all of its candidates, on its device."""
+    moments = next((candidate.moments for candidate in candidates.get(name, ())), None)
+    return None if moments is None else moments.to(cast(Tensor, module.weight).device)

@@ -1,0 +1,250 @@
+"""One layer under one method: its analysis and its price, and the choice of its ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from operator import index
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from decomp._util.naming import naming, require_finite
+from decomp.calibration.moments import Moments
+from decomp.calibration.whitening import output_kernels
+from decomp.layers import Factorized, group_kernels
+from decomp.linalg import Spectrum, Values
+from decomp.methods import METHODS, Analysis, Method, Ranks
+from decomp.methods.fitted import Unchanged
+from decomp.network.flops import Call
+from decomp.planning.choices import Change, Choice, describe
+from decomp.planning.cost import Price
+from decomp.planning.grids import Grid, undominated
+from decomp.planning.latency import Stopwatch
+from decomp.ranks import Fixed, Rule
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layer under one method, analysed once: every rank has its error and its cost at once."""
+
+    name: str
+    layer: str
+    shape: tuple[int, ...]
+    method: Method
+    limits: Ranks
+    weight_analysis: Analysis
+    analysis: Analysis
+    price: Price
+    absolute_macs: bool
+    stopwatch: Stopwatch | None = None
+    reference: "Callable[[], Candidate] | None" = None
+    moments: Moments | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        module: nn.Module,
+        method: Method,
+        calls: list[Call] | None,
+        *,
+        timed: bool = False,
+        moments: Moments | None = None,
+    ) -> "Candidate":
+        """Analyse the weight of ``module``, and its output by moments; ``calls`` are those of an example."""
+        require_finite(name, module)
+        kernels = group_kernels(module).detach()
+        limits = method.limits(kernels)
+        with naming(name):
+            layer = cast(type[Factorized], method.layer_of(module))
+            price = Price(module, layer, limits, calls)
+            weight_analysis = analysis = method.analyse(kernels)
+            outputs = None if moments is None else output_kernels(layer, kernels, moments)
+            if outputs is not None:
+                analysis = method.analyse(outputs)
+            stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
+        # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses.
+        reference = None
+        if not analysis.spectra:
+            reference = cache(partial(cls._reference, Unchanged(kernels), name, module, calls))
+        return cls(
+            name,
+            describe(module),
+            tuple(module.weight.shape),  # type: ignore[arg-type]
+            method,
+            limits,
+            weight_analysis,
+            analysis,
+            price,
+            calls is not None,
+            stopwatch,
+            reference,
+            moments,
+        )
+
+    @classmethod
+    def _reference(cls, kernels: Unchanged, name: str, module: nn.Module, calls: list[Call] | None) -> "Candidate":
+        """The layer under Tucker-2, or SVD where it is a matrix."""
+        kernels()
+        tucker = METHODS["tucker"]
+        return cls.of(name, module, METHODS["svd"] if tucker.why_not(module) else tucker, calls)
+
+    @property
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """Of the weight: what is signal in it, and what noise."""
+        return self.weight_analysis.spectra
+
+    @property
+    def output_spectra(self) -> tuple[Spectrum, ...]:
+        """Of the weight as the outputs see it, where data tell it; else of the weight."""
+        return self.analysis.spectra
+
+    @cached_property
+    def _costs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return self.price.at(self.analysis.ranks)
+
+    @property
+    def grid(self) -> Grid:
+        """Costs and errors at the ranks of the analysis; errors between fits get better with every fit."""
+        params, macs = self._costs
+        dense, energy = self.price.dense, self.analysis.energy
+        error = np.sqrt(self.analysis.squared_errors() / energy) if energy else np.zeros(params.shape)
+        macs_share = macs / dense.macs if dense.macs else np.zeros(macs.shape)
+        return Grid(self.analysis.ranks, params, macs, params / dense.params, macs_share, error)
+
+    def dense_cost(self, kind: str) -> float:
+        """Cost of the dense layer in "params", "macs" or measured "seconds"."""
+        return self._stopwatch.dense if kind == "seconds" else float(getattr(self.price.dense, kind))
+
+    def seconds(self, ranks: Ranks) -> float:
+        """Predicted seconds at these ranks, interpolated between measured ones."""
+        return float(self._stopwatch(np.array(self.price(ranks).macs)))
+
+    @cached_property
+    def _fronts(self) -> dict[tuple[str, int], tuple[list[Ranks], Values, Values]]:
+        return {}
+
+    def front(self, kind: str, multiple_of: int) -> tuple[list[Ranks], Values, Values]:
+        """Ranks that lower params and MACs, and that no others beat: with their costs and squared relative errors.
+
+        Ranks are multiples of ``multiple_of``, or full.
+        """
+        key = (kind, multiple_of)
+        if key not in self._fronts:
+            grid = self.grid
+            costs = self._stopwatch(grid.macs) if kind == "seconds" else getattr(grid, kind).astype(np.float64)
+            fixed = tuple(preset is not None for preset in self._preset)
+            places = undominated(grid, costs, self.dense_cost(kind), self.limits, multiple_of, fixed)
+            ranks = [tuple(row) for row in grid.ranks[places].tolist()]
+            self._fronts[key] = (ranks, costs[places], grid.error[places] ** 2)
+        return self._fronts[key]
+
+    @property
+    def _preset(self) -> tuple[int | None, ...]:
+        preset = self.method.preset or (None,) * len(self.limits)
+        return tuple(p and min(p, limit) for p, limit in zip(preset, self.limits, strict=True))
+
+    @property
+    def _stopwatch(self) -> Stopwatch:
+        if self.stopwatch is None:
+            raise ValueError(f"layer {self.name!r} was not timed: make the plan with seconds=")
+        return self.stopwatch
+
+    def choose(self, ranks: Ranks, reason: str) -> Choice:
+        """The choice of these ranks, or to stay dense for this reason where they are empty."""
+        return self._choice(ranks, reason="" if ranks else reason)
+
+    def error(self, ranks: Ranks) -> float:
+        """Relative error at these ranks: of the output where data tell it, else of the weight."""
+        return self.analysis.error(ranks)
+
+    def params_share(self, ranks: Ranks) -> float:
+        """Parameters at these ranks, as a share of the dense layer's."""
+        return self.price(ranks).params / self.price.dense.params
+
+    def macs_share(self, ranks: Ranks) -> float:
+        """MACs at these ranks, as a share of the dense layer's."""
+        dense = self.price.dense.macs
+        return self.price(ranks).macs / dense if dense else 0.0
+
+    def decide(self, request: "Rule | Fixed | None") -> Choice:
+        """Choose the ranks that a rule or the user asks for, or dense with the reason.
+
+        Raises:
+            ValueError: the ranks do not fit this layer; the message names it.
+        """
+        if request is None:
+            return self._choice((), reason="ranks= names no rank for it")
+        if isinstance(request, Fixed):
+            ranks, note = self._fitted(request)
+            return self._unless_worse(ranks, note)
+        if self.reference is not None and getattr(request, "reads_spectra", False):
+            return self._no_dearer_than(self.reference(), request)
+        given = request(self)
+        try:
+            ranks = tuple(map(index, given))
+        except TypeError:
+            ranks = ()
+        if len(ranks) != len(self.limits) or any(not 0 <= r <= m for r, m in zip(ranks, self.limits, strict=True)):
+            raise ValueError(
+                f"layer {self.name!r}: {request!r} gave ranks {given}, allowed are 0 to {self.limits}"
+            )
+        if 0 in ranks:
+            return self._choice((), reason=getattr(request, "nothing", f"{request!r} keeps nothing of it"))
+        return self._unless_worse(ranks, "")
+
+    def _fitted(self, request: Fixed) -> tuple[Ranks, str]:
+        try:
+            ranks, clamped = request.fit(
+                self.limits, self._preset, is_matrix=self.method.name == METHODS["svd"].name
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {self.name!r}: {error}") from None
+        return ranks, f"clamped to {_ranks(ranks)}" if clamped else ""
+
+    def _no_dearer_than(self, reference: "Candidate", rule: Rule) -> Choice:
+        """The ranks of most parameters that cost no more than the Tucker-2 that a spectral rule chooses."""
+        tucker = reference.decide(rule)
+        if not tucker.ranks:
+            return self._choice((), reason=tucker.reason)
+        params, macs = self._costs
+        bound = reference.price(tucker.ranks)
+        places = np.flatnonzero((params <= bound.params) & (macs <= bound.macs))
+        if not len(places):
+            return self._choice(
+                (), reason=f"dearer at any rank than the Tucker-2 {_ranks(tucker.ranks)} of {rule!r}"
+            )
+        return self._choice(tuple(self.analysis.ranks[places[params[places].argmax()]].tolist()))
+
+    def _unless_worse(self, ranks: Ranks, note: str) -> Choice:
+        cost, dense = self.price(ranks), self.price.dense
+        params, macs = self.params_share(ranks), self.macs_share(ranks)
+        if cost.params < dense.params and (cost.macs < dense.macs or not dense.macs):
+            return self._choice(ranks, note=note)
+        return self._choice((), reason=f"not cheaper at {_ranks(ranks)}: params x{params:.2f}, MACs x{macs:.2f}")
+
+    def _choice(self, ranks: Ranks, reason: str = "", note: str = "") -> Choice:
+        dense = self.price.dense
+        cost = self.price(ranks) if ranks else dense
+        share = Change(
+            min(1.0, float(dense.macs)), self.macs_share(ranks) if ranks else min(1.0, float(dense.macs))
+        )
+        notes = (note, self.analysis.note(ranks) if ranks else "")
+        return Choice(
+            self.layer,
+            self.shape,
+            self.method.name if ranks else "dense",
+            ranks,
+            Change(dense.params, cost.params),
+            Change(dense.macs, cost.macs) if self.absolute_macs else share,
+            self.weight_analysis.error(ranks) if ranks else 0.0,
+            reason,
+            "; ".join(filter(None, notes)),
+            None if self.analysis is self.weight_analysis else self.error(ranks) if ranks else 0.0,
+        )
+
+
+def _ranks(ranks: Ranks) -> str:
+    return str(ranks[0]) if len(ranks) == 1 else str(ranks)

@@ -1,0 +1,123 @@
+"""What a plan says of one layer, as data, as JSON and as a row of a table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from decomp._util import tables
+from decomp.layers import Factorized
+from decomp.layers.kernels import HUGGING_FACE_CONV1D, qualified_name
+from decomp.planning.cost import count_params
+
+Ranks = tuple[int, ...]
+DENSE = "dense"  # the method of a layer that stays as it is
+COLUMNS = ("layer", "type", "method", "ranks", ">params", ">MACs", ">error", "why / note")
+
+
+class Change(NamedTuple):
+    """A cost before and after; ``before`` is 1.0 where it is a share."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan says of one layer.
+
+    ``ranks`` is empty and ``method`` is "dense" where the layer stays as it is; ``reason`` then says why.
+    ``params`` counts the layer's parameters. ``macs`` counts its multiply-adds on the example inputs (ints), or
+    is a share of the dense layer's (floats). ``error`` is the relative error of the weight. ``output_error`` is
+    that of the layer's output about its mean, and None without data. Factors from data have another error of the
+    weight than is planned: the plan that an applied model carries has both as they are. ``note`` says what was
+    adjusted.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    method: str
+    ranks: Ranks
+    params: Change
+    macs: Change
+    error: float
+    reason: str = ""
+    note: str = ""
+    output_error: float | None = None
+
+    def as_dense(self, reason: str) -> "Choice":
+        """Return the choice to leave this layer dense."""
+        return replace(
+            self,
+            method="dense",
+            ranks=(),
+            params=Change(self.params.before, self.params.before),
+            macs=Change(self.macs.before, self.macs.before),
+            error=0.0,
+            reason=reason,
+            note="",
+            output_error=None if self.output_error is None else 0.0,
+        )
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> "Choice":
+        """Read a choice back from what ``dataclasses.asdict`` made of it, by way of JSON.
+
+        Raises:
+            ValueError: a field is unknown or missing.
+        """
+        unknown = set(entry) ^ {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown or missing fields {sorted(unknown)}")
+        ranks, shape = tuple(map(int, entry["ranks"])), tuple(map(int, entry["shape"]))
+        macs, params = Change(*entry["macs"]), Change(*entry["params"])
+        return cls(**{**entry, "ranks": ranks, "shape": shape, "macs": macs, "params": params})
+
+    def row(self, name: str) -> tuple[str, ...]:
+        """The row of a table with the columns ``COLUMNS``."""
+        costs = [_change(change, replaced=bool(self.ranks)) for change in (self.params, self.macs)]
+        ranks, error = " x ".join(map(str, self.ranks)), f"{self.error:.3f}" if self.ranks else ""
+        if self.ranks and self.output_error is not None:
+            error += f" / {self.output_error:.3f}"
+        return (name or "(the model)", self.layer, self.method, ranks, *costs, error, self.reason or self.note)
+
+
+def _change(change: Change, *, replaced: bool) -> str:
+    before, after = (f"{v:.2f}" if isinstance(change.before, float) else tables.number(v) for v in change)
+    return f"{before} => {after}" if replaced else before
+
+
+def undecided(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:
+    """The choice of a layer that no method looks at."""
+    if isinstance(module, Factorized):
+        shape = module.dense_shape
+    else:
+        weight = getattr(module, "weight", None)
+        shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
+    params = count_params(module, recurse=isinstance(module, (Factorized, nn.MultiheadAttention)))
+    return Choice(describe(module), shape, "dense", (), Change(params, params), Change(macs, macs), 0.0, reason)
+
+
+def describe(module: nn.Module) -> str:
+    """Name a layer the way a table can hold it.
+
+    >>> describe(nn.Conv2d(64, 128, (3, 1), stride=2, groups=4))
+    'Conv2d 64>128 3x1 /2 g4'
+    """
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        return f"{kind} {module.in_features}>{module.out_features}"
+    if isinstance(module, nn.Embedding) or qualified_name(type(module)) == HUGGING_FACE_CONV1D:
+        return f"{kind} {'>'.join(map(str, module.weight.shape))}"  # type: ignore[arg-type]
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return kind
+    stride = "" if set(module.stride) == {1} else f" /{_sizes(module.stride)}"
+    groups = "" if module.groups == 1 else f" g{module.groups}"
+    kernel = "x".join(map(str, module.kernel_size))
+    return f"{kind} {module.in_channels}>{module.out_channels} {kernel}{stride}{groups}"
+
+
+def _sizes(sizes: tuple[int, ...]) -> str:
+    return str(sizes[0]) if len(set(sizes)) == 1 else "x".join(map(str, sizes))
