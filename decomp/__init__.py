@@ -3,10 +3,9 @@
 from decomp import layers, losses, plots, ranks
 from decomp.analysis.reports import compare, profile
 from decomp.analysis.tradeoff import tradeoff
-from decomp.api import compress, densify, plan
+from decomp.api import block_term, compress, cp, densify, flattened, plan, separable, svd, tucker
 from decomp.calibration.calibrate import Statistics, calibrate
 from decomp.calibration.sensitivity import sensitivity
-from decomp.decompositions import block_term, cp, flattened, separable, svd, tucker
 from decomp.explorer.launch import explore
 from decomp.network.batch_norm_folding import fold_batch_norm
 from decomp.planning.plan import Plan

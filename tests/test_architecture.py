@@ -20,9 +20,7 @@ ALLOWED = {
     "planning": {"_util", "calibration", "layers", "linalg", "methods", "network", "ranks"},
     "recovery": {"_util", "calibration", "data", "layers", "network", "planning"},
     "training": {"_util", "data", "network"},
-    "applying": {"calibration", "methods", "planning", "recovery", "training"},
-    "decompositions": {"applying", "network", "planning"},
-    "api": {"applying", "layers", "methods", "network", "planning"},
+    "api": {"calibration", "layers", "methods", "network", "planning", "recovery", "training"},
     "analysis": {
         *("_util", "api", "calibration", "data", "layers", "linalg", "methods", "network", "planning", "ranks"),
         "training",

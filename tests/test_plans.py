@@ -13,7 +13,7 @@ from torch import nn
 import decomp
 from decomp.layers import SVDConv, SVDLinear, TuckerConv
 from decomp.methods import METHODS
-from decomp.planning.choices import Change
+from decomp.planning.choice import Change
 
 
 def network():

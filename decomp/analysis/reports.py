@@ -10,7 +10,7 @@ from decomp._util import tables
 from decomp.layers import Factorized
 from decomp.network import surgery
 from decomp.network.flops import Observation, observe
-from decomp.planning.choices import describe
+from decomp.planning.choice import describe
 from decomp.planning.cost import count_params
 from decomp.planning.latency import latency, layer_seconds
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from decomp.data.batches import Batches
 from decomp.network.forward import Unfused, call, evaluating, flat_output, to_device_of
-from decomp.planning.choices import Change
+from decomp.planning.choice import Change
 
 Evaluate = Callable[[nn.Module], float]
 

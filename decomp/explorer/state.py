@@ -16,7 +16,7 @@ from decomp.methods import METHODS
 from decomp.network.selection import Selector
 from decomp.planning.budget import Menu, Wish, fixed_cost, importance
 from decomp.planning.candidate import Candidate
-from decomp.planning.choices import DENSE, Change, Choice
+from decomp.planning.choice import DENSE, Change, Choice
 from decomp.planning.plan import KEPT_DENSE, Plan
 from decomp.planning.planner import NothingToDecompose
 from decomp.ranks import Fixed, Ranks, energy

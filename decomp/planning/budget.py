@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from decomp.planning.allocation import BudgetTooSmall, Front, allocate, allocate_minmax, allocate_quickly
 from decomp.planning.candidate import Candidate
-from decomp.planning.choices import Change, Choice
+from decomp.planning.choice import Change, Choice
 from decomp.planning.cost import Cost
 from decomp.ranks import Ranks
 

@@ -1,6 +1,6 @@
 """One layer under one method: its analysis and its price, and the choice of its ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from operator import index
@@ -18,11 +18,48 @@ from decomp.linalg import Spectrum, Values
 from decomp.methods import METHODS, Analysis, Method, Ranks
 from decomp.methods.fitted import Unchanged
 from decomp.network.flops import Call
-from decomp.planning.choices import Change, Choice, describe
+from decomp.planning.allocation import Front
+from decomp.planning.choice import Change, Choice, describe
 from decomp.planning.cost import Price
-from decomp.planning.grids import Grid, undominated
 from decomp.planning.latency import Stopwatch
 from decomp.ranks import Fixed, Rule
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Many ranks of a candidate at once: row i of every array is about ``ranks[i]``, of shape (n, modes)."""
+
+    ranks: NDArray[np.int32]
+    params: NDArray[np.int64]
+    macs: NDArray[np.int64]
+    params_share: NDArray[np.float64]
+    macs_share: NDArray[np.float64]
+    error: NDArray[np.float64]
+
+    @property
+    def pays(self) -> NDArray[np.bool_]:
+        """Where both costs are below the dense layer's, or parameters where that has no MACs."""
+        return (self.params_share < 1) & (self.macs_share < 1)
+
+
+def undominated(
+    grid: Grid,
+    costs: NDArray[np.float64],
+    dense_cost: float,
+    limits: Sequence[int],
+    multiple_of: int,
+    fixed: Sequence[bool],
+) -> NDArray[np.int64]:
+    """Rows that pay, cost less than the dense layer, and that no others beat in cost and error.
+
+    Ranks are multiples of ``multiple_of``, or full, but for those that are ``fixed``.
+    """
+    allowed = grid.pays & (costs < dense_cost)
+    for mode, limit in enumerate(limits):
+        ranks = grid.ranks[:, mode]
+        allowed &= (ranks % multiple_of == 0) | (ranks == limit) | fixed[mode]
+    places = np.flatnonzero(allowed)
+    return places[Front.of(costs[places], grid.error[places] ** 2).places] if len(places) else places
 
 
 @dataclass(frozen=True)

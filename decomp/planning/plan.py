@@ -12,11 +12,10 @@ from decomp.methods import METHODS, Method
 from decomp.network import surgery
 from decomp.network.eligibility import ALREADY_FACTORIZED
 from decomp.planning.budget import Budget, Wish, spend, total_cost
-from decomp.planning.build import correct_means, decomposed, measured, structures
+from decomp.planning.build import correct_means, decomposed, layers_to_replace, measured, require_fit, structures
 from decomp.planning.candidate import Candidate
-from decomp.planning.choices import COLUMNS, Change, Choice
+from decomp.planning.choice import COLUMNS, Change, Choice
 from decomp.planning.cost import Cost
-from decomp.planning.fitting import layers_to_replace, require_fit
 from decomp.ranks import RULES, RankSpec, parse_spec
 
 FORMAT = "decomp-plan-1"

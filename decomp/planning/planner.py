@@ -14,7 +14,7 @@ from decomp.network.eligibility import WhyNot
 from decomp.network.selection import Selector
 from decomp.planning.budget import Budget, Wish
 from decomp.planning.candidate import Candidate
-from decomp.planning.choices import Change
+from decomp.planning.choice import Change
 from decomp.planning.latency import latency, layer_seconds
 from decomp.planning.plan import Plan
 from decomp.planning.survey import Survey, survey

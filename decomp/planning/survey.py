@@ -10,7 +10,7 @@ from decomp.layers import Factorized
 from decomp.network.eligibility import Site, WhyNot, sites
 from decomp.network.flops import Call, Observation, observe
 from decomp.network.selection import Selector
-from decomp.planning.choices import Change, Choice, undecided
+from decomp.planning.choice import Change, Choice, undecided
 from decomp.planning.cost import Cost, count_params
 from decomp.planning.plan import PLAN, Plan
 

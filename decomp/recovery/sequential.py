@@ -19,9 +19,15 @@ from decomp.layers import Factorized
 from decomp.network import surgery
 from decomp.network.forward import Unfused, evaluating
 from decomp.network.tracing import Tail
-from decomp.planning.build import decomposed, from_moments, known_moments, measured, weight_error
-from decomp.planning.choices import Choice
-from decomp.planning.fitting import layers_to_replace
+from decomp.planning.build import (
+    decomposed,
+    from_moments,
+    known_moments,
+    layers_to_replace,
+    measured,
+    weight_error,
+)
+from decomp.planning.choice import Choice
 from decomp.planning.plan import Plan
 from decomp.recovery.batch_norm_shift import Frame, frames_of
 from decomp.recovery.least_squares import OtherSize, Refit
