@@ -1,4 +1,4 @@
-"""Singular values of the unfoldings of a weight: what every rank rule reads."""
+"""Linear algebra on batches of matrices: spectra, eigenvectors, powers, shrinkage towards the identity."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Values = NDArray[np.float64]
+
+NOTHING = 1e-18  # a mean square below is what centring leaves of constant inputs
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,54 @@ def gram_eigenvalues(matrices: Tensor) -> Tensor:
     gram = matrices @ matrices.mT if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT @ matrices
     eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
     return eigenvalues.flip(-1).clamp(min=0)
+
+
+def eigenbasis(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of symmetric matrices (..., n, n), descending, and their eigenvectors as columns."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return values.flip(-1), vectors.flip(-1)
+
+
+def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
+    """The eigenvectors (..., n, rank) of the largest eigenvalues of symmetric matrices (..., n, n).
+
+    >>> leading_eigenvectors(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).abs()
+    tensor([[0., 0.],
+            [1., 0.],
+            [0., 1.]])
+    """
+    return eigenbasis(symmetric)[1][..., :rank]
+
+
+def symmetric_power(symmetric: Tensor, power: float) -> Tensor:
+    """A power of symmetric positive semidefinite matrices (..., n, n).
+
+    Eigenvalues below n eps of the largest count as that, so that the inverse is finite.
+
+    >>> symmetric_power(torch.diag(torch.tensor([4.0, 9.0])), -0.5)
+    tensor([[0.5000, 0.0000],
+            [0.0000, 0.3333]])
+    """
+    values, vectors = torch.linalg.eigh(symmetric)
+    limits = torch.finfo(values.dtype)
+    floor = values[..., -1:].clamp(min=limits.tiny) * values.shape[-1] * limits.eps
+    powers: Tensor = torch.maximum(values, floor).pow(power)
+    result: Tensor = (vectors * powers[..., None, :]) @ vectors.mT
+    return result
+
+
+def shrunk(moments: Tensor, rho: float) -> Tensor:
+    """(1 - rho) C + rho tr(C) / n I for moments C (groups, n, n); the identity where C is zero.
+
+    >>> shrunk(torch.diag(torch.tensor([3.0, 1.0]))[None], 0.5)
+    tensor([[[2.5000, 0.0000],
+             [0.0000, 1.5000]]])
+    """
+    mean = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
+    still = mean <= NOTHING
+    moments, mean = torch.where(still, identity, moments), torch.where(still, 1.0, mean)
+    return (1 - rho) * moments + rho * mean * identity
 
 
 def tail_sums(energies: Values) -> Values:

@@ -2,12 +2,15 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from decomp.layers.kernels import is_input_first, join_kernels, memory_format_of
+
+Absorbs: TypeAlias = Literal["full", "diagonal", "nothing"]
+"""What of a matrix that stands before or after a layer can go into its factors, with none added."""
 
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module)))
 _OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape", "input_first"))
@@ -20,11 +23,14 @@ class Factorized(nn.Module):
     the last one has a bias. The attributes that code around a layer reads (``in_features``, ``stride``,
     ``bias``, ..., and what else was set on it) are those of the dense layer. ``weight`` can be read, never set: it
     multiplies the factors anew each time.
+
+    ``absorbs_inputs`` says which matrices M the first factor can take up, K' = K M, and ``absorbs_outputs`` which
+    the last one can, K' = M K: any, diagonal ones (every channel has filters of its own), or none.
     """
 
     method: ClassVar[str]
-    mixes_inputs: ClassVar[bool] = True
-    mixes_outputs: ClassVar[bool] = True
+    absorbs_inputs: ClassVar[Absorbs] = "full"
+    absorbs_outputs: ClassVar[Absorbs] = "full"
     ranks: tuple[int, ...]
     dense_type: type[nn.Module]
     dense_shape: tuple[int, ...]
@@ -99,10 +105,12 @@ class Factorized(nn.Module):
     def mix_inputs(cls, kernels: Mapping[str, Tensor], mixing: Tensor) -> dict[str, Tensor]:
         """The kernels of K' = K M, K'[t, s] = sum_r K[t, r] M[r, s], for M of shape (groups, S, S).
 
-        Where every input channel has filters of its own (``mixes_inputs`` is false) only the diagonal of M counts.
+        Of M only what the layer absorbs (``absorbs_inputs``) counts.
         """
+        if cls.absorbs_inputs == "nothing":
+            return dict(kernels)
         role, kernel = next(iter(kernels.items()))
-        if cls.mixes_inputs:
+        if cls.absorbs_inputs == "full":
             mixed = torch.einsum("gor...,grs->gos...", kernel, mixing)
         else:
             scale = mixing.diagonal(dim1=1, dim2=2).flatten()
@@ -120,17 +128,27 @@ class Factorized(nn.Module):
     def mix_outputs(cls, kernels: Mapping[str, Tensor], mixing: Tensor) -> dict[str, Tensor]:
         """The kernels of K' = M K, K'[t] = sum_u M[t, u] K[u], for M of shape (groups, T, T), or its diagonal.
 
-        Where every output channel has filters of its own (``mixes_outputs`` is false) only the diagonal of M
-        counts.
+        Of M only what the layer absorbs (``absorbs_outputs``) counts.
         """
+        if cls.absorbs_outputs == "nothing":
+            return dict(kernels)
         role, kernel = list(kernels.items())[-1]
-        if cls.mixes_outputs and mixing.dim() == 3:
+        if cls.absorbs_outputs == "full" and mixing.dim() == 3:
             mixed = torch.einsum("gtu,gu...->gt...", mixing, kernel)
         else:
             scale = mixing if mixing.dim() == 2 else mixing.diagonal(dim1=1, dim2=2)
             scale = scale.reshape(-1, *(1,) * (kernel.dim() - 2))
             mixed = (kernel.flatten(0, 1) * scale).reshape(kernel.shape)
         return {**kernels, role: mixed}
+
+    @classmethod
+    def refittable(cls, kernels: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """The last roles that least squares can choose anew together while the others stay; none if empty.
+
+        One role is a 1x1 convolution A of what the factors before it give. Two are a kernel of rank r on that, as
+        A C with A a 1x1 convolution of r inputs.
+        """
+        return ("expand",) if "expand" in kernels else ()
 
     @classmethod
     @abstractmethod

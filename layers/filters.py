@@ -46,7 +46,7 @@ class _Filters(Factorized):
 class _FiltersFirst(_Filters):
     """Filters over every input channel by itself, then one 1x1 convolution: factors (A, filters of each step)."""
 
-    mixes_inputs = False
+    absorbs_inputs = "diagonal"
 
     @classmethod
     def factor_kernels(cls, dense: Any, factors: Any) -> Mapping[str, Tensor]:
@@ -114,7 +114,7 @@ class PointwiseDepthwiseConv(_Filters):
     """
 
     method = "pointwise_depthwise"
-    mixes_outputs = False
+    absorbs_outputs = "diagonal"
     reduce: nn.Module
 
     def build(self, dense: ConvNd, device: Any) -> None:

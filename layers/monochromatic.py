@@ -43,7 +43,7 @@ class MonochromaticConv(Factorized):
     """
 
     method = "monochromatic"
-    mixes_outputs = False
+    absorbs_outputs = "diagonal"
     reduce: nn.Module
     colour: Channels
     filters: nn.Module

@@ -54,6 +54,10 @@ class TuckerConv(Factorized):
         return kernels if left is None else kernels | {"expand": left}
 
     @classmethod
+    def refittable(cls, kernels: Mapping[str, Tensor]) -> tuple[str, ...]:
+        return ("core", "expand") if {"reduce", "expand"} <= set(kernels) else super().refittable(kernels)
+
+    @classmethod
     def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:
         return (kernels["core"].shape[1], kernels["core"].shape[2])
 

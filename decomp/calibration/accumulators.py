@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from decomp.calibration.moments import Moments
 from decomp.calibration.shrinkage import chosen_shrinkage, oracle_shrinkage
 from decomp.calibration.unfold import patches_like, rows_of
-from decomp.calibration.whitening import symmetric_power
 from decomp.layers import group_kernels
+from decomp.linalg import symmetric_power
 from decomp.network.forward import slope_of_norm
 
 LARGEST_MOMENTS = 4096  # channels: 134 MB in float64

@@ -1,4 +1,4 @@
-"""Factors made best for given moments of the patches, the ones before them left as they are."""
+"""Last factors fitted by least squares to moments of the patches; the factors before them stay as they are."""
 
 import copy
 from collections.abc import Mapping
@@ -6,42 +6,45 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from decomp.layers import Factorized, TuckerConv, group_kernels
+from decomp.layers import Factorized, group_kernels
+from decomp.linalg import leading_eigenvectors
 
 
 def refitted(
     layer: type[Factorized], dense: nn.Module, kernels: Mapping[str, Tensor], whole: Tensor, patches: Tensor
 ) -> dict[str, Tensor]:
-    """The same first factors, and those behind them that are best for patches of moments C (groups, S k^2, S k^2).
+    """The same first factors, and the last ones that make E ||W x - W' x||^2 least for patches x.
 
-    Of a Tucker-2 core and last factor: with the features z = (V (x) I) x of the first one, the best kernel on
-    them is M = W C_xz C_zz^-1, and of its rank-R4 versions U U^T M, with U the leading eigenvectors of M C_zz
-    M^T. Of the others the last 1x1 convolution: A = W C_xz C_zz^-1. ``whole`` is the dense kernel W.
+    C (groups, S k^2, S k^2) are the moments of the patches and W, ``whole``, is the dense kernel. With z = F x
+    what the first factors give, the best matrix on z is M = W C_xz C_zz^-1. Where the layer lets one factor be
+    refitted, it becomes M. Where it lets two, they become the best A C of rank r: A = U, C = U^T M, with U the r
+    leading eigenvectors of M C_zz M^T.
     """
-    if "expand" not in kernels:
+    roles = layer.refittable(kernels)
+    if not roles:
         return dict(kernels)
-    if layer is TuckerConv and "reduce" in kernels:
-        return _tucker(kernels, whole, patches)
-    features = _features(layer, dense, kernels)
-    cross = whole.flatten(2) @ patches @ features.mT
-    return {**kernels, "expand": _solve(features @ patches @ features.mT, cross)}
-
-
-def _tucker(kernels: Mapping[str, Tensor], whole: Tensor, patches: Tensor) -> dict[str, Tensor]:
-    reduce, core = kernels["reduce"].flatten(2), kernels["core"]
-    taps = core[0, 0, 0].numel()
-    identity = torch.eye(taps, dtype=reduce.dtype, device=reduce.device)
-    features = torch.stack([torch.kron(each, identity) for each in reduce])
+    features = _features(layer, dense, kernels) if len(roles) == 1 else _patch_features(kernels)
     inside = features @ patches @ features.mT
     best = _solve(inside, whole.flatten(2) @ patches @ features.mT)
-    vectors: Tensor = torch.linalg.eigh(best @ inside @ best.mT)[1]
-    basis = vectors.flip(-1)[:, :, : core.shape[1]]
-    return {**kernels, "core": (basis.mT @ best).reshape(core.shape), "expand": basis}
+    if len(roles) == 1:
+        return {**kernels, roles[0]: best}
+    core = kernels[roles[0]]
+    basis = leading_eigenvectors(best @ inside @ best.mT, core.shape[1])
+    return {**kernels, roles[0]: (basis.mT @ best).reshape(core.shape), roles[1]: basis}
+
+
+def _patch_features(kernels: Mapping[str, Tensor]) -> Tensor:
+    """V^T (x) I: what a first 1x1 convolution V^T gives at every place of a patch, (groups, r k^2, S k^2)."""
+    reduce, core = (kernels[role] for role in list(kernels)[:2])
+    taps = core[0, 0, 0].numel()
+    identity = torch.eye(taps, dtype=reduce.dtype, device=reduce.device)
+    return torch.stack([torch.kron(each, identity) for each in reduce.flatten(2)])
 
 
 def _features(layer: type[Factorized], dense: nn.Module, kernels: Mapping[str, Tensor]) -> Tensor:
     """The kernels of all factors but the last, (groups, r, S k^2), read off with unit rows for the last."""
-    expand = kernels["expand"].flatten(2)
+    last = list(kernels)[-1]
+    expand = kernels[last].flatten(2)
     _, outputs, rank = expand.shape
     wide = copy.deepcopy(dense).to(torch.float64)
     found = []
@@ -49,7 +52,7 @@ def _features(layer: type[Factorized], dense: nn.Module, kernels: Mapping[str, T
         units = torch.zeros_like(expand)
         count = min(outputs, rank - start)
         units[:, torch.arange(count), start + torch.arange(count)] = 1
-        built = layer.from_kernels(wide, {**kernels, "expand": units})
+        built = layer.from_kernels(wide, {**kernels, last: units})
         found.append(group_kernels(built.to_dense()).detach().to(expand.device)[:, :count].flatten(2))
     return torch.cat(found, 1)
 

@@ -1,7 +1,9 @@
-"""How far moments are moved towards the metric of the weight, so that few data do not mislead."""
+"""How far moments are shrunk towards the metric of the weight, so that few data do not mislead."""
 
 import torch
 from torch import Tensor
+
+from decomp.linalg import leading_eigenvectors
 
 SHRINKAGES = (0.01, 0.1, 0.5, 1.0)
 
@@ -36,7 +38,7 @@ def _held_out_error(kernels: Tensor, moments: Tensor, held_out: Tensor, shrinkag
     values, vectors = torch.linalg.eigh((1 - shrinkage) * moments + (shrinkage + 1e-12) * mean * identity)
     roots = values.clamp(min=1e-300).sqrt()[:, None]
     white = weight @ (vectors * roots)
-    leading = torch.linalg.eigh(white.mT @ white)[1][:, :, -max(1, size // 4) :]
+    leading = leading_eigenvectors(white.mT @ white, max(1, size // 4))
     cut = ((white @ leading) @ leading.mT / roots) @ vectors.mT
     lost = weight - cut
     return float(torch.einsum("gts,gsr,gtr->", lost, held_out, lost))

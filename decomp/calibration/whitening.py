@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from decomp.calibration.moments import Moments
 from decomp.calibration.reduced_rank import refitted
 from decomp.layers import Factorized, group_kernels
-from decomp.linalg import as_float64
+from decomp.layers.factorized import Absorbs
+from decomp.linalg import as_float64, leading_eigenvectors, shrunk, symmetric_power
 from decomp.methods import Method, Ranks
 
 RELATIVE_RIDGE = 1e-6
-NOTHING = 1e-18  # a mean square below is what centring leaves of constant inputs
 LARGEST_PATCH_SHRINKAGE = 0.1
 
 
@@ -36,8 +36,8 @@ def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -
     patches = _patch_moments(moments)
     energy = ((kernels.flatten(2) @ patches) * kernels.flatten(2)).sum()
     for mode, marginal in enumerate(_marginals(patches, tuple(kernels.shape[2:])), start=2):
-        if mode == 2 and not layer.mixes_inputs:
-            marginal = torch.diag_embed(marginal.diagonal(dim1=1, dim2=2))
+        if mode == 2:
+            marginal = _absorbable(marginal, layer.absorbs_inputs)
         moved = torch.einsum("gij,gj...->gi...", symmetric_power(marginal, 0.5), kernels.movedim(mode, 1))
         kernels = moved.movedim(1, mode)
     return _scaled(kernels, energy)
@@ -86,7 +86,7 @@ def output_factors(
     basis = None
     known = moments.outputs is not None
     if known and method.out_rank is not None and ranks[method.out_rank] < kernels.shape[1]:
-        basis = _leading(_output_moments(layer, kernels, moments), ranks[method.out_rank])
+        basis = leading_eigenvectors(_output_moments(layer, kernels, moments), ranks[method.out_rank])
         kernels = torch.einsum("gta,gt...->ga...", basis, kernels)
     if basis is not None and len(ranks) == 1:
         # Nothing is left to decompose: each side gets the root of the norm.
@@ -136,29 +136,19 @@ def _whitened(
 
 
 def _input_moments(layer: type[Factorized], moments: Tensor, shrinkage: float) -> Tensor:
-    """(1 - rho) C + rho tr(C) / S I; the diagonal alone where a layer cannot mix its inputs."""
-    if not layer.mixes_inputs:
-        moments = torch.diag_embed(moments.diagonal(dim1=1, dim2=2))
+    """(1 - rho) C + rho tr(C) / S I, with of C what the first factor of the layer can absorb the root of."""
+    moments = _absorbable(moments, layer.absorbs_inputs)
     least = torch.finfo(moments.dtype).eps * moments.shape[1]  # a singular moment has a root as well
-    return _shrunk(moments, max(shrinkage, least))
+    return shrunk(moments, max(shrinkage, least))
 
 
 def _patch_moments(moments: Moments) -> Tensor:
     rho = max(min(moments.shrinkage, LARGEST_PATCH_SHRINKAGE), RELATIVE_RIDGE)
-    return _shrunk(cast(Tensor, moments.patches), rho)
-
-
-def _shrunk(moments: Tensor, rho: float) -> Tensor:
-    """(1 - rho) C + rho tr(C) / n I; the identity, the metric of the weight, where inputs do not move."""
-    mean = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
-    still = mean <= NOTHING
-    moments, mean = torch.where(still, identity, moments), torch.where(still, 1.0, mean)
-    return (1 - rho) * moments + rho * mean * identity
+    return shrunk(cast(Tensor, moments.patches), rho)
 
 
 def _output_moments(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
-    """Moments of the outputs, moved towards K K^T as those of the inputs are towards the identity."""
+    """Moments of the outputs, shrunk towards K K^T as those of the inputs are towards the identity."""
     found, metric = cast(Tensor, moments.outputs), _row_metric(layer, moments)
     if metric is not None and metric.dim() == 2:
         found = metric[:, :, None] * found * metric[:, None]
@@ -176,11 +166,20 @@ def _is_matrix(kernels: Tensor) -> bool:
 
 
 def _row_metric(layer: type[Factorized], moments: Moments) -> Tensor | None:
-    """The root D of how errors of the outputs count; its diagonal where a layer cannot mix its outputs."""
+    """The root D of how errors of the outputs count, or its diagonal: what the last factor can absorb of it."""
     metric = moments.row_metric
-    if metric is None or layer.mixes_outputs or metric.dim() == 2:
+    if layer.absorbs_outputs == "nothing":
+        return None
+    if metric is None or layer.absorbs_outputs == "full" or metric.dim() == 2:
         return metric
     return (metric @ metric).diagonal(dim1=1, dim2=2).sqrt()
+
+
+def _absorbable(moments: Tensor, absorbs: Absorbs) -> Tensor:
+    """Of moments (groups, n, n) what a factor can absorb: all, the diagonal, or the mean as a multiple of I."""
+    if absorbs == "full":
+        return moments
+    return torch.diag_embed(moments.diagonal(dim1=1, dim2=2)) if absorbs == "diagonal" else shrunk(moments, 1.0)
 
 
 def _weighted(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
@@ -194,19 +193,3 @@ def _weighted(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Ten
 
 def _mixed(kernels: Tensor, mixing: Tensor) -> Tensor:
     return torch.einsum("gtr...,grs->gts...", kernels, mixing)
-
-
-def symmetric_power(moments: Tensor, power: float) -> Tensor:
-    """A power of symmetric matrices; eigenvalues below rounding count as that, so that the inverse is finite."""
-    values, vectors = torch.linalg.eigh(moments)
-    floor = (
-        values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny) * values.shape[1] * torch.finfo(values.dtype).eps
-    )
-    powers: Tensor = torch.maximum(values, floor).pow(power)
-    result: Tensor = (vectors * powers[:, None]) @ vectors.mT
-    return result
-
-
-def _leading(moments: Tensor, rank: int) -> Tensor:
-    vectors: Tensor = torch.linalg.eigh(moments)[1]
-    return vectors.flip(-1)[:, :, :rank]

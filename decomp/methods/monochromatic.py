@@ -5,7 +5,7 @@ from torch import Tensor
 
 from decomp.layers import MonochromaticConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from decomp.linalg import as_float64
+from decomp.linalg import as_float64, leading_eigenvectors
 from decomp.methods.eligibility import spatial
 from decomp.methods.fitted import Fit, fitted_analysis
 from decomp.methods.record import Analysis, Method, Ranks
@@ -62,7 +62,7 @@ def _cluster(filters: Tensor, count: int) -> Factors:
             break
         for each in cluster.unique().tolist():
             own = filters[cluster == each].transpose(0, 1).flatten(1)
-            colours[each] = torch.linalg.eigh(own @ own.T)[1][:, -1]
+            colours[each] = leading_eigenvectors(own @ own.T, 1)[:, 0]
     spatial_filters = torch.einsum("ts,tsk->tk", colours[cluster], filters)
     return colours if basis is None else colours @ basis.T, cluster, spatial_filters
 

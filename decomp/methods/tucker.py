@@ -8,7 +8,7 @@ from torch import Tensor
 
 from decomp.layers import TuckerConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
-from decomp.linalg import Spectrum, Values, as_float64, tail_sums
+from decomp.linalg import Spectrum, Values, as_float64, eigenbasis, leading_eigenvectors, tail_sums
 from decomp.methods.eligibility import spatial
 from decomp.methods.record import Analysis, Method, Ranks
 from decomp.methods.tensorly import Solver, by_tensorly
@@ -34,8 +34,8 @@ def error_table(kernels: Tensor) -> tuple[tuple[Spectrum, Spectrum], Values]:
     error^2 = sum of |C[a, b]|^2 over a > R4 or b > R3: one cumulative sum over a T x S table.
     """
     tensor = as_float64(kernels)
-    out_energies, out_basis = _eigenbasis(_gram(tensor, 1))
-    in_energies, in_basis = _eigenbasis(_gram(tensor, 2))
+    out_energies, out_basis = eigenbasis(_gram(tensor, 1))
+    in_energies, in_basis = eigenbasis(_gram(tensor, 2))
     spectra = (_spectrum(out_energies, tensor, 1), _spectrum(in_energies, tensor, 2))
     energies = _core(tensor, out_basis, in_basis).square().flatten(3).sum(-1).sum(0).cpu().numpy()
     return spectra, _squared_errors(energies)
@@ -44,12 +44,12 @@ def error_table(kernels: Tensor) -> tuple[tuple[Spectrum, Spectrum], Values]:
 def spectrum_of(kernels: Tensor, mode: int) -> Spectrum:
     """Singular values of the unfolding of one mode, 1 or 2."""
     tensor = as_float64(kernels)
-    return _spectrum(_eigenbasis(_gram(tensor, mode))[0], tensor, mode)
+    return _spectrum(eigenbasis(_gram(tensor, mode))[0], tensor, mode)
 
 
 def leading_basis(tensor: Tensor, mode: int, rank: int) -> Tensor:
     """The leading left singular vectors of the unfolding of one mode, as (groups, n, rank)."""
-    return _leading(_gram(tensor, mode), rank)
+    return leading_eigenvectors(_gram(tensor, mode), rank)
 
 
 def factors(kernels: Tensor, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
@@ -67,15 +67,15 @@ def factors(kernels: Tensor, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
     full_out, full_in = ranks[0] == tensor.shape[1], ranks[1] == tensor.shape[2]
     left, right = _identity(tensor, 1), _identity(tensor, 2)
     if not full_in:
-        right = _leading(_gram(tensor, 2), ranks[1])
+        right = leading_eigenvectors(_gram(tensor, 2), ranks[1])
     if full_out or full_in:
-        left = left if full_out else _leading(_gram(tensor, 1), ranks[0])
+        left = left if full_out else leading_eigenvectors(_gram(tensor, 1), ranks[0])
         return _core(tensor, left, right), [left, right]
     energy, captured = float(tensor.square().sum()), 0.0
     for _ in range(MAX_SWEEPS):
-        left = _leading(_gram(_project_in(tensor, right), 1), ranks[0])
+        left = leading_eigenvectors(_gram(_project_in(tensor, right), 1), ranks[0])
         projected = _project_out(tensor, left)
-        right = _leading(_gram(projected, 2), ranks[1])
+        right = leading_eigenvectors(_gram(projected, 2), ranks[1])
         core = _project_in(projected, right)
         before, captured = captured, float(core.square().sum())
         if captured - before <= RELATIVE_GAIN * (energy - captured):
@@ -102,15 +102,6 @@ def _spectrum(energies: Tensor, tensor: Tensor, mode: int) -> Spectrum:
 def _gram(tensor: Tensor, mode: int) -> Tensor:
     unfolded = tensor.transpose(1, mode).flatten(2)
     return unfolded @ unfolded.mT
-
-
-def _eigenbasis(gram: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(gram)
-    return values.flip(-1), vectors.flip(-1)
-
-
-def _leading(gram: Tensor, rank: int) -> Tensor:
-    return _eigenbasis(gram)[1][:, :, :rank]
 
 
 def _identity(tensor: Tensor, mode: int) -> Tensor:

@@ -150,8 +150,9 @@ def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: Momen
     """Decompose the output of a layer, of which moments are known."""
     layer, kernels = _layer(method, module), group_kernels(module).detach()
     moments = moments.to(kernels.device)
-    found = layer.from_kernels(module, output_factors(method, layer, module, ranks, moments))
-    if hasattr(found, "expand") and layer.mixes_inputs:
+    role_kernels = output_factors(method, layer, module, ranks, moments)
+    found = layer.from_kernels(module, role_kernels)
+    if layer.refittable(role_kernels) and layer.absorbs_inputs == "full":
         return found
     # The metric of the channels is no more than near that of the patches: where it can be checked, it is.
     plain = layer.from_factors(module, method.factors(kernels, ranks))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from decomp.linalg import leading_eigenvectors
+
 MAX_SWEEPS = 200
 LAST_SWEEPS = 20
 TOLERANCE = 1e-5
@@ -134,5 +136,4 @@ def _deflated(tensor: Tensor, blocks: int, rank_out: int, rank_in: int) -> Block
 def _leading(tensor: Tensor, mode: int, rank: int) -> Tensor:
     """Leading left singular vectors of an unfolding, by its Gram matrix."""
     unfolded = tensor.transpose(0, mode).flatten(1)
-    vectors: Tensor = torch.linalg.eigh(unfolded @ unfolded.T)[1]
-    return vectors[:, -rank:].flip(1)
+    return leading_eigenvectors(unfolded @ unfolded.T, rank)

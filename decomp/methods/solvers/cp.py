@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from decomp.linalg import leading_eigenvectors
 from decomp.methods.solvers.als import FLOORS, Problem, Rules, minimise
 from decomp.methods.solvers.epc import correct as correct_terms
 from decomp.methods.solvers.terms import residual, spread, unit, weights
@@ -130,6 +131,6 @@ def _start(tensor: Tensor, rank: int, generator: torch.Generator, leading: bool)
     factors = [unit(factor.to(tensor)) for factor in random]
     if leading:
         unfolded = tensor.transpose(1, 2).flatten(2)
-        basis = torch.linalg.eigh(unfolded @ unfolded.mT)[1].flip(-1)[:, :, :rank]
+        basis = leading_eigenvectors(unfolded @ unfolded.mT, rank)
         factors[1] = torch.cat([basis, factors[1][:, :, basis.shape[2] :]], dim=2)
     return factors
