@@ -14,7 +14,6 @@ from torch import nn
 import decomp
 from decomp._util.tables import render
 from decomp.digits import Digits, load_digits, train
-from decomp.planning.budget import Wish
 from decomp.planning.plan import Plan
 
 BUDGETS = (0.5, 0.25, 0.125)
@@ -49,14 +48,14 @@ def strategies(model: nn.Module, plan: Plan, digits: Digits) -> dict[str, Callab
         "uniform share of the ranks": lambda b: scaled(plan, share_of_ranks, b),
         "uniform energy": lambda b: scaled(plan, decomp.ranks.energy, b),
         "vbmf, weakened to the budget": lambda b: scaled(plan, lambda s: decomp.ranks.vbmf(1 - s or 1), b),
-        "global: sum of errors": lambda b: plan.with_budget(macs=b, wish=Wish("sum")),
-        "global: product of energies": lambda b: plan.with_budget(macs=b, wish=Wish("product")),
-        "global: largest error": lambda b: plan.with_budget(macs=b, wish=Wish("max")),
-        "global: sum, measured weights": lambda b: plan.with_budget(macs=b, wish=Wish("sum", weights=measured)),
+        "global: sum of errors": lambda b: plan.with_budget(macs=b, objective="sum"),
+        "global: product of energies": lambda b: plan.with_budget(macs=b, objective="product"),
+        "global: largest error": lambda b: plan.with_budget(macs=b, objective="max"),
+        "global: sum, measured weights": lambda b: plan.with_budget(macs=b, objective="sum", weights=measured),
         "global: product, measured weights": lambda b: plan.with_budget(
-            macs=b, wish=Wish("product", weights=measured)
+            macs=b, objective="product", weights=measured
         ),
-        "global: sum, Fisher weights": lambda b: plan.with_budget(macs=b, wish=Wish("sum", weights=fisher)),
+        "global: sum, Fisher weights": lambda b: plan.with_budget(macs=b, objective="sum", weights=fisher),
     }
 
 

@@ -11,7 +11,7 @@ from networks import plant_spectra, resnet50
 
 import decomp
 from decomp._util.tables import milliseconds, render
-from decomp.planning.budget import OBJECTIVES, Wish
+from decomp.planning.budget import OBJECTIVES
 
 SHARES = [0.1 + 0.04 * step for step in range(20)]
 
@@ -24,11 +24,11 @@ def main() -> None:
     rows = [("spectra, prices and timings of all layers", "", milliseconds(time.perf_counter() - start), "")]
     for kind in ("macs", "params"):
         for objective in OBJECTIVES:
-            plan.with_budget(**{kind: 0.5}, wish=Wish(objective))
+            plan.with_budget(**{kind: 0.5}, objective=objective)
             times, used = [], []
             for share in SHARES:
                 start = time.perf_counter()
-                decided = plan.with_budget(**{kind: share}, wish=Wish(objective))
+                decided = plan.with_budget(**{kind: share}, objective=objective)
                 times.append(time.perf_counter() - start)
                 change = getattr(decided, kind)
                 used.append(change.after / (share * change.before))

@@ -40,7 +40,7 @@ def recover(
     plan = decomp.plan(dense, **given, data=statistics_)
     note(plan.apply(dense, progress=False), start)
     start = time.perf_counter()
-    small = decomp.tucker(dense, plan, data=images, asymmetric=True, progress=False)
+    small = decomp.tucker(dense, plan, data=images, sequential=True, progress=False)
     note(small, start)
     start = time.perf_counter()
     decomp.repair(small, dense, images, progress=False)

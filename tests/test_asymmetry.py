@@ -56,7 +56,7 @@ def test_two_matrices_are_what_reduced_rank_regression_says():
     dense.requires_grad_(False)
     mix = torch.randn(20, 20, dtype=torch.float64)
     data = [torch.randn(60, 20, dtype=torch.float64) @ mix for _ in range(8)]
-    small = decomp.svd(dense, ranks={"0": 3, "1": 2}, data=data, asymmetric=True, progress=False)
+    small = decomp.svd(dense, ranks={"0": 3, "1": 2}, data=data, sequential=True, progress=False)
     x = torch.cat(data)
     hidden = small[0](x)
     y = dense(x)
@@ -78,11 +78,11 @@ def test_the_network_comes_closer_than_with_every_layer_by_itself(net, data, cal
     known, unknown = data[:9], data[9:]
     before = copy.deepcopy(net.state_dict())
     symmetric = call(net, ranks=decomp.ranks.params(0.4), data=known, progress=False)
-    small = call(net, ranks=decomp.ranks.params(0.4), data=known, asymmetric=True, progress=False)
+    small = call(net, ranks=decomp.ranks.params(0.4), data=known, sequential=True, progress=False)
     assert error(small, net, unknown) < 0.97 * error(symmetric, net, unknown)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert not any(module.training for module in small.modules())
-    training = call(net.train(), ranks=decomp.ranks.params(0.4), data=known, asymmetric=True, progress=False)
+    training = call(net.train(), ranks=decomp.ranks.params(0.4), data=known, sequential=True, progress=False)
     assert all(module.training for module in (*training.modules(), *net.modules()))
     ranks = {name: choice.ranks for name, choice in small.decomp_plan.items()}
     assert ranks == {name: choice.ranks for name, choice in symmetric.decomp_plan.items()}
@@ -90,7 +90,7 @@ def test_the_network_comes_closer_than_with_every_layer_by_itself(net, data, cal
 
 
 def test_the_plan_on_the_model_says_how_well_each_layer_does_on_what_it_gets(net, data):
-    small = decomp.tucker(net, ranks=8, data=data, asymmetric=True, progress=False)
+    small = decomp.tucker(net, ranks=8, data=data, sequential=True, progress=False)
     seen = {}
     for key, model in (("ours", small), ("theirs", net)):
         hook = model.bn1.register_forward_hook(lambda _, given, got, key=key: seen.setdefault(key, []).append(got))
@@ -107,7 +107,7 @@ def test_the_plan_on_the_model_says_how_well_each_layer_does_on_what_it_gets(net
 
 def test_means_are_those_of_the_dense_network(net, data):
     """Into the bias where there is one, into the BatchNorm where there is none."""
-    small = decomp.tucker(net, ranks=6, data=data, asymmetric=True, progress=False)
+    small = decomp.tucker(net, ranks=6, data=data, sequential=True, progress=False)
     with torch.no_grad():
         x = torch.cat(data)
         ours, theirs = small.bn1(small.conv1(x)), net.bn1(net.conv1(x))
@@ -119,23 +119,23 @@ def test_means_are_those_of_the_dense_network(net, data):
 
 def test_with_fine_tuning_each_layer_is_trained_before_the_next_is_decomposed(net, data):
     settings = {"steps": 40, "progress": False}
-    small = decomp.tucker(net, ranks=6, data=data, asymmetric=True, finetune=settings, progress=False)
+    small = decomp.tucker(net, ranks=6, data=data, sequential=True, finetune=settings, progress=False)
     plain = decomp.tucker(net, ranks=6, data=data, finetune=settings, progress=False)
     assert list(small.decomp_finetuning) == ["conv1", "conv2", "conv3", "fc"]
     assert error(small, net, data) < error(plain, net, data)
     with pytest.raises(ValueError, match=r"'blocks'.*finetune_layerwise afterwards"):
-        decomp.tucker(net, ranks=6, data=data, asymmetric=True, finetune={"blocks": "conv1"})
+        decomp.tucker(net, ranks=6, data=data, sequential=True, finetune={"blocks": "conv1"})
 
 
 def test_what_it_needs_is_said(net, data):
-    with pytest.raises(ValueError, match="asymmetric= needs batches"):
-        decomp.tucker(net, ranks=6, asymmetric=True)
-    with pytest.raises(ValueError, match="asymmetric= needs batches"):
-        decomp.tucker(net, ranks=6, data=decomp.calibrate(net, data, progress=False), asymmetric=True)
-    with pytest.raises(ValueError, match="asymmetric= learns from the dense model"):
-        decomp.tucker(net, ranks=6, data=data, asymmetric=True, inplace=True)
+    with pytest.raises(ValueError, match="sequential= needs batches"):
+        decomp.tucker(net, ranks=6, sequential=True)
+    with pytest.raises(ValueError, match="sequential= needs batches"):
+        decomp.tucker(net, ranks=6, data=decomp.calibrate(net, data, progress=False), sequential=True)
+    with pytest.raises(ValueError, match="sequential= learns from the dense model"):
+        decomp.tucker(net, ranks=6, data=data, sequential=True, inplace=True)
     plan = decomp.plan(net, ranks=6, data=decomp.calibrate(net, data, progress=False))
-    assert decomp.tucker(net, plan, data=data, asymmetric=True, progress=False).conv1.ranks == (6, 6)
+    assert decomp.tucker(net, plan, data=data, sequential=True, progress=False).conv1.ranks == (6, 6)
 
 
 def test_layers_that_the_data_never_reaches_and_the_model_as_a_layer():
@@ -149,14 +149,14 @@ def test_layers_that_the_data_never_reaches_and_the_model_as_a_layer():
 
     net, data = plant_spectra(Half()), [torch.randn(16, 24) for _ in range(4)]
     plan = decomp.plan(net, "svd", ranks=4)
-    small = decomp.svd(net, plan, data=data, asymmetric=True, progress=False)
+    small = decomp.svd(net, plan, data=data, sequential=True, progress=False)
     assert (small.used.ranks, small.unused.ranks) == ((4,), (4,))
-    one = decomp.svd(net.used, ranks=4, data=data, asymmetric=True, progress=False)
+    one = decomp.svd(net.used, ranks=4, data=data, sequential=True, progress=False)
     assert isinstance(one, decomp.layers.SVDLinear)
     assert one.decomp_plan[""].ranks == (4,)
     net = nn.Sequential(nn.Embedding(50, 24), nn.Linear(24, 24))
     words = [torch.randint(0, 50, (8, 5)) for _ in range(4)]
-    small = decomp.svd(net, ranks=4, layers=["0", "1"], data=words, asymmetric=True, progress=False)
+    small = decomp.svd(net, ranks=4, layers=["0", "1"], data=words, sequential=True, progress=False)
     assert {type(module).__name__ for module in small.children()} == {"SVDEmbedding", "SVDLinear"}
 
 
@@ -180,7 +180,7 @@ def test_a_frame_is_what_the_moved_norm_has_to_get():
 
 def test_a_repair_does_not_take_back_what_the_batch_norm_took_up(net, data):
     """The BatchNorm moved with the factors: the refit counts from where it is now."""
-    small = decomp.tucker(net, ranks=6, data=data, asymmetric=True, progress=False)
+    small = decomp.tucker(net, ranks=6, data=data, sequential=True, progress=False)
     before = error(small, net, data)
     report = decomp.repair(small, net, data, progress=False, batch_norm=False)
     assert error(small, net, data) <= before * 1.001
@@ -198,7 +198,7 @@ def test_shuffled_data_and_a_small_cache_change_nothing(net, data, monkeypatch):
         plan = decomp.plan(net, ranks=6)
         results.append(
             decomp.tucker(
-                net, plan, data=loader, inputs=lambda batch: batch[0], asymmetric=True, progress=False
+                net, plan, data=loader, inputs=lambda batch: batch[0], sequential=True, progress=False
             ).state_dict()
         )
     for name, value in results[0].items():

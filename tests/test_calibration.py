@@ -88,7 +88,12 @@ def test_factors_from_data_never_raise_the_error_of_the_output(name, kind, group
     small = decomp.plan(dense, METHODS[name], ranks={"": ranks}, data=statistics)
     candidate = small._candidates[""][0]
     small = decomposed(
-        {"": dense}, {"": candidate.choose(ranks, "")}, lambda _: METHODS[name], {"": [candidate]}, False
+        {"": dense},
+        {"": candidate.choose(ranks, "")},
+        lambda _: METHODS[name],
+        {"": [candidate]},
+        {"": moments},
+        False,
     )[""]
     assert small.ranks == plain.ranks == ranks
     patches = moments.patches if kernel > 1 else moments.inputs

@@ -77,12 +77,13 @@ def test_price_equals_every_layer_that_can_be_built(dense, name, shape):
     x = torch.randn(shape)
     assert price.dense.macs == profile(dense, x).total.macs
     every = np.array(list(product(*(range(1, limit + 1) for limit in limits))))
-    params, macs = price.at(every)
+    costs = price.at(every)
     for place, ranks in enumerate(every.tolist()):
         built = method.layer_of(dense).like(dense, tuple(ranks))
         counted = observe(built, x, {}).total_macs
-        assert price(tuple(ranks)) == (count_params(built), counted)
-        assert (params[place], macs[place]) == (count_params(built), counted)
+        expected = {"params": count_params(built), "macs": counted, "bytes": 4 * count_params(built)}
+        assert price(tuple(ranks)) == expected
+        assert {kind: counts[place] for kind, counts in costs.items()} == expected
 
 
 def test_a_layer_called_twice_costs_twice():

@@ -13,7 +13,6 @@ import decomp
 from decomp.explorer import svg as sketches
 from decomp.explorer.state import Exploration
 from decomp.explorer.widgets import Explorer
-from decomp.planning.budget import importance
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -147,7 +146,7 @@ def test_statistics_with_gradients_say_what_the_budget_does_to_the_output(net):
     tried = state.evaluate()
     assert tried.totals.error == pytest.approx(tried.score, rel=0.5), "to first order"
     state.choose_method("2", "pointwise_depthwise")
-    expected = sum(importance(found) * state.plan[name].output_error ** 2 for name, found in state.layers.items())
+    expected = sum(found.importance * state.plan[name].output_error ** 2 for name, found in state.layers.items())
     assert state.totals.error == pytest.approx(sqrt(expected)), "each layer under the method that it has now"
 
 
@@ -166,7 +165,7 @@ def test_with_gradients_a_budget_is_spent_by_what_the_output_feels():
     state.choose_budget("params", 0.5)
     exact = decomp.plan(net, params=0.5, data=options["statistics"], progress=False)
     lost = [
-        sum(importance(state.layers[name]) * plan[name].output_error ** 2 for name in state.layers)
+        sum(state.layers[name].importance * plan[name].output_error ** 2 for name in state.layers)
         for plan in (state.plan, exact)
     ]
     assert lost[0] < 1.02 * lost[1]

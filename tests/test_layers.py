@@ -169,7 +169,8 @@ def test_prices_are_those_of_built_layers(name, kind):
     for share in (0.0, 0.4, 0.8, 1.0):
         ranks = tuple(max(1, int(share * limit)) for limit in limits)
         built = METHODS[name].layer_of(dense).like(dense, ranks)
-        assert price(ranks) == (count_params(built), count_macs(built, calls)), ranks
+        params, macs = count_params(built), count_macs(built, calls)
+        assert price(ranks) == {"params": params, "macs": macs, "bytes": 4 * params}, ranks
 
 
 @pytest.mark.parametrize("name", SPATIAL)

@@ -1,11 +1,31 @@
-"""Errors that name the layer they come from."""
+"""Names of layers: globs that match them, and errors that say where something went wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob matches a name; ``*`` crosses dots, and a name that is written out matches itself.
+
+    >>> matches("layer1.conv", "layer?.*"), matches("a[0]", "a[0]")
+    (True, True)
+    """
+    return name == glob or fnmatchcase(name, glob)
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """The first of some names, for an error that says what there is.
+
+    >>> some(["a", "b", "c"], most=2)
+    "'a', 'b', ... (3 in all)"
+    """
+    shown = ", ".join(map(repr, names[:most])) or "none"
+    return shown + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 @contextmanager

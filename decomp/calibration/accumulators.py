@@ -156,9 +156,11 @@ class Sums:
 
 @torch.no_grad()
 def moments_of(
-    layer: nn.Module, received: Iterable[tuple[Tensor, bool]], told: Moments | None, *, centred: bool
+    layer: nn.Module, received: Iterable[tuple[Tensor, bool]], calibrated: Moments | None, *, centred: bool
 ) -> Moments:
-    """The moments of a layer for these inputs, each with whether it is held out; how errors count is as told.
+    """The moments of a layer for these inputs, each with whether it is held out.
+
+    How errors of its outputs count is what ``calibrated`` says of it.
 
     ``centred`` says that a shift of the outputs will be taken up, by more than the layer's own bias.
     """
@@ -166,7 +168,10 @@ def moments_of(
     for given, held_out in received:
         sums.add(given, layer(given), held_out=held_out)
     moments = sums.moments()
-    return moments if told is None else replace(moments, row_metric=told.row_metric, importance=told.importance)
+    if calibrated is None:
+        return moments
+    metric = None if calibrated.row_metric is None else calibrated.row_metric.to(sums.kernels.device)
+    return replace(moments, row_metric=metric, importance=calibrated.importance)
 
 
 class Accumulator:

@@ -14,7 +14,7 @@ from decomp.calibration.calibrate import Statistics
 from decomp.calibration.sensitivity import sensitivity
 from decomp.methods import METHODS
 from decomp.network.selection import Selector
-from decomp.planning.budget import Menu, Wish, fixed_cost, importance
+from decomp.planning.budget import Menu, Request, fixed_cost
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import DENSE, Change, Choice
 from decomp.planning.plan import KEPT_DENSE, Plan
@@ -71,7 +71,7 @@ class Exploration:
             self.problem, self.plan = str(error), api.plan(model, layers=layers, exclude=exclude, progress=False)
         self.layers = {name: found[0] for name, found in self.plan.candidates.items() if not self.problem}
         self._found.update({(name, c.method.name): c for name, c in self.layers.items()})
-        self._menu = Menu(Wish().of({name: [found] for name, found in self.layers.items()}).objective)
+        self._menu = Menu(Request().settled({name: [found] for name, found in self.layers.items()}).objective)
         self._weights = self._weighed(data, inputs, progress)
         for kind in self.kinds if self.layers else ():
             self.curve(kind)  # now, so that the first move of a slider is fast as well
@@ -125,7 +125,7 @@ class Exploration:
         errors = {n: c.error if c.output_error is None else c.output_error for n, c in known.items()}
         squared = {name: error**2 for name, error in errors.items()}
         if self._menu.objective == "network":  # each layer under the method that it has now
-            return sqrt(sum((importance(self.layers[name]) or 0.0) * error for name, error in squared.items()))
+            return sqrt(sum((self.layers[name].importance or 0.0) * error for name, error in squared.items()))
         if self._weights is not None:
             return sqrt(sum(self._weights.get(name, 0.0) * error for name, error in squared.items()))
         return sqrt(sum(squared.values()) / max(len(squared), 1))

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+from torch import nn
+
+from decomp._util.arguments import Argument
 from decomp.methods.block_term import BLOCK_TERM, block_term
 from decomp.methods.cp import CP, CP4, cp
 from decomp.methods.folded_svd import CHANNEL, DEPTHWISE_POINTWISE, FOLDS, INPUT, POINTWISE_DEPTHWISE, SPATIAL
@@ -12,7 +15,7 @@ from decomp.methods.record import Analysis, Method, Ranks
 from decomp.methods.separable import CHANNELWISE, FLATTENED, SHARED_BANK
 from decomp.methods.svd import SVD
 from decomp.methods.tensor_train import ASYMMETRIC, TENSOR_TRAIN
-from decomp.methods.tensorly import to_tensorly
+from decomp.methods.tensorly import Solver, to_tensorly
 from decomp.methods.tucker import TUCKER, tucker
 
 _ROWS = (
@@ -31,6 +34,25 @@ def kinds_of(*methods: Method) -> set[Any]:
 # What a budget chooses among: asymmetric, tensor train and the depthwise methods besides lowered the error of the
 # weights and, without fine-tuning, the accuracy as well.
 AUTO = ("svd", "tucker")
+
+# What matrices take in a call whose method is for spatial kernels.
+MATRICES = SVD
+
+
+def method_for(named: Method, module: nn.Module) -> Method:
+    """The named method where it takes a layer, else the one for matrices.
+
+    Where neither takes it, the one whose refusal says more: the named one if the layer is of a type that it knows.
+    """
+    if not named.why_not(module) or (MATRICES.why_not(module) and named.layer_of(module)):
+        return named
+    return MATRICES
+
+
+def spectral_reference(module: nn.Module) -> Method:
+    """The method whose spectra choose ranks for one that has none: Tucker-2, or that of matrices."""
+    return MATRICES if TUCKER.why_not(module) else TUCKER
+
 
 SCHEMES = {
     "spatial": SPATIAL,
@@ -55,6 +77,19 @@ def _row(option: str, value: str, rows: Any) -> Method:
     if value not in rows:
         raise ValueError(f"{option}={value!r} is unknown: write one of {sorted(rows)}")
     return rows[value]  # type: ignore[no-any-return]
+
+
+class MethodOptions(TypedDict, total=False):
+    """The options of the families of methods; None stands for the default of the family."""
+
+    fold: Annotated[str | None, Argument(None, 'of svd: "channel" (the default), "input" or "spatial".')]
+    modes: Annotated[int | None, Argument(None, "of cp: 3 (the default) or 4.")]
+    blocks: Annotated[int | None, Argument(None, "of block_term: the number of terms, by default 4.")]
+    scheme: Annotated[str | None, Argument(None, "of separable: see :func:`decomp.separable`.")]
+    solver: Annotated[
+        Solver | None,
+        Argument(None, "of tucker and cp: takes the place of our solver, see :func:`decomp.tucker`."),
+    ]
 
 
 FAMILIES: dict[str, Callable[..., Method]] = {
@@ -111,10 +146,14 @@ __all__ = [
     "METHODS",
     "Analysis",
     "Method",
+    "MethodOptions",
     "Ranks",
+    "Solver",
     "default_options",
     "kinds_of",
+    "method_for",
     "method_named",
     "row_named",
+    "spectral_reference",
     "to_tensorly",
 ]

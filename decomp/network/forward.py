@@ -1,7 +1,7 @@
 """How a batch is fed to a model, and what it is called with on the way."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from typing_extensions import TypeAliasType
+
+Batch = TypeAliasType("Batch", Tensor | Sequence[Any] | Mapping[str, Any])
+"""What a model is called with: a tensor is one argument, a tuple or list positional ones, a mapping keywords."""
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

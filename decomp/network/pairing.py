@@ -1,10 +1,10 @@
 """The factorized layers of a network, or blocks of them, beside what they stand for in the dense one."""
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
+from decomp._util.naming import matches, some
 from decomp.layers import Factorized
 
 
@@ -35,15 +35,10 @@ def pairs_of(
             )
     globs = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     for glob in globs:
-        if not any(_matches(name, glob) for name in factorized):
-            names = ", ".join(map(repr, list(factorized)[:8]))
-            raise ValueError(f"layers={glob!r} matches no factorized layer; there are {names}")
-    wanted = [name for name in factorized if any(_matches(name, glob) for glob in globs)]
+        if not any(matches(name, glob) for name in factorized):
+            raise ValueError(f"layers={glob!r} matches no factorized layer; there are {some(list(factorized))}")
+    wanted = [name for name in factorized if any(matches(name, glob) for glob in globs)]
     return {name: (factorized[name], known[name]) for name in wanted}
-
-
-def _matches(name: str, glob: str) -> bool:
-    return name == glob or fnmatchcase(name, glob)
 
 
 def blocks_of(
@@ -62,12 +57,12 @@ def blocks_of(
     globs = [blocks] if isinstance(blocks, str) else list(blocks or ())
     found: dict[str, tuple[nn.Module, nn.Module]] = {}
     for glob in globs:
-        matching = [name for name, _ in small.named_modules() if name and _matches(name, glob)]
+        matching = [name for name, _ in small.named_modules() if name and matches(name, glob)]
         outermost = [name for name in matching if not any(name.startswith(f"{other}.") for other in matching)]
         holding = [name for name in outermost if any(_inside(layer, name) for layer in layers)]
         if not holding:
             what = "holds a factorized layer" if matching else "has such a name"
-            known = ", ".join(map(repr, [name for name, _ in small.named_children()][:8]))
+            known = some([name for name, _ in small.named_children()])
             raise ValueError(f"blocks={glob!r}: no module {what}; modules are {known}, and what lies in them")
         found |= {name: (small.get_submodule(name), dense.get_submodule(name)) for name in holding}
     nested = [name for name in found if any(name.startswith(f"{other}.") for other in found)]

@@ -1,14 +1,18 @@
 """Which layers a call is about: globs on names, types, or a predicate."""
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
+from typing_extensions import TypeAliasType
 
-Selector: TypeAlias = (
-    "str | type[nn.Module] | Callable[[str, nn.Module], bool] | tuple[Any, ...] | list[Any] | None"
+from decomp._util.naming import matches, some
+
+Selector = TypeAliasType(
+    "Selector",
+    str | type[nn.Module] | Callable[[str, nn.Module], bool] | tuple[Any, ...] | list[Any] | None,
 )
+"""Layers by a glob on their names, an exact type, a predicate (name, module), or several of these."""
 
 
 def select(selector: Selector, modules: Mapping[str, nn.Module], argument: str) -> set[str]:
@@ -24,7 +28,7 @@ def select(selector: Selector, modules: Mapping[str, nn.Module], argument: str) 
     if isinstance(selector, tuple | list | set | frozenset):
         return set().union(*(select(part, modules, argument) for part in selector))
     if isinstance(selector, str):
-        found = {name for name in modules if name == selector or fnmatchcase(name, selector)}
+        found = {name for name in modules if matches(name, selector)}
     elif isinstance(selector, type):
         found = {name for name, module in modules.items() if type(module) is selector}
     elif callable(selector):
@@ -34,8 +38,5 @@ def select(selector: Selector, modules: Mapping[str, nn.Module], argument: str) 
             f"{argument}={selector!r}: write a glob, a module type, a predicate (name, module), or several"
         )
     if not found:
-        known = ", ".join(map(repr, list(modules)[:8])) or "none"
-        raise ValueError(
-            f"{argument}={selector!r} matches no layer; layers are {known}{', ...' if len(modules) > 8 else ''}"
-        )
+        raise ValueError(f"{argument}={selector!r} matches no layer; layers are {some(list(modules))}")
     return found

@@ -1,18 +1,20 @@
 """A budget over the whole network: the method and the ranks of all layers together."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil, inf
 from numbers import Integral, Real
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from decomp._util.naming import some
+from decomp.methods import AUTO
 from decomp.planning.allocation import BudgetTooSmall, Front, allocate, allocate_minmax, allocate_quickly
 from decomp.planning.candidate import Candidate
-from decomp.planning.choice import Change, Choice
-from decomp.planning.cost import Cost
+from decomp.planning.choice import Choice
+from decomp.planning.cost import COUNTED, Bounds
 from decomp.ranks import Ranks
 
 Values = NDArray[np.float64]
@@ -40,13 +42,13 @@ OBJECTIVES: dict[str, Objective] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """A bound on ``kind``: "params", "macs" or "seconds"."""
+    """A bound on a kind of cost of the whole model: an amount, or a share of what the dense model costs."""
 
     kind: str
     value: float
 
     @classmethod
-    def of(cls, **bounds: float | None) -> "Budget | None":
+    def of(cls, bounds: Bounds) -> "Budget | None":
         """The one bound that is given; None if none is.
 
         Raises:
@@ -57,23 +59,33 @@ class Budget:
             raise ValueError(f"one budget at a time, not {' and '.join(f'{kind}=' for kind in given)}")
         for kind, value in given.items():
             is_number = isinstance(value, Real) and not isinstance(value, bool)
-            is_share = is_number and kind != "seconds" and not isinstance(value, Integral)
-            if not is_number or not value > 0 or (is_share and value >= 1):
-                allowed = "seconds above 0" if kind == "seconds" else "a share in (0, 1), or an absolute int"
+            is_share = is_number and kind in COUNTED and not isinstance(value, Integral)
+            if not is_number or not value > 0 or (is_share and value >= 1):  # type: ignore[operator]
+                allowed = "a share in (0, 1), or an absolute int" if kind in COUNTED else f"{kind} above 0"
                 raise ValueError(f"{kind}={value!r}: write {allowed}")
-            return cls(kind, float(value) if is_share or kind == "seconds" else int(value))
+            number = cast(float, value)
+            return cls(kind, int(number) if kind in COUNTED and not is_share else float(number))
         return None
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share of what the dense model costs."""
+        return self.kind in COUNTED and isinstance(self.value, float)
 
     def absolute(self, total: float) -> float:
         """The bound in units of cost, for a model that costs ``total``."""
-        is_share = self.kind != "seconds" and isinstance(self.value, float)
-        return self.value * total if is_share else self.value
+        return self.value * total if self.is_share else self.value
 
 
 @dataclass(frozen=True)
-class Wish:
-    """How a budget is to be spent: the objective, what ranks are multiples of, and the weights of the layers."""
+class Request:
+    """What a plan under a budget was asked for; the plan keeps it, so that another budget is spent likewise.
 
+    ``methods`` are names of rows of the table of methods, or of the user's own methods.
+    """
+
+    budget: Budget | None = None
+    methods: tuple[str, ...] = AUTO
     objective: str = "auto"
     multiple_of: int = 1
     weights: Mapping[str, float] | None = None
@@ -92,58 +104,45 @@ class Wish:
             if not isinstance(weight, Real) or not 0 <= weight < inf:
                 raise ValueError(f"weights: {name!r} has {weight!r}; write a finite number of at least 0")
 
-    def of(self, layers: Mapping[str, Sequence[Candidate]]) -> "Wish":
-        """The wish with its objective settled.
+    def settled(self, layers: Mapping[str, Sequence[Candidate]]) -> "Request":
+        """The request with the objective that "auto" stands for with these layers.
 
         Raises:
-            ValueError: the objective needs what the data did not tell.
+            ValueError: the objective needs the sensitivity of the network's output, which was not measured.
         """
-        told = {name: importance(found[0]) for name, found in layers.items()}
-        unknown = [name for name, scale in told.items() if scale is None]
-        if self.objective == "auto" and len(unknown) == len(told):
+        unknown = [name for name, candidates in layers.items() if candidates[0].importance is None]
+        if self.objective == "auto" and len(unknown) == len(layers):
             return replace(self, objective="product")
         if self.objective not in ("auto", "network"):
             return self
-        if len(unknown) == len(told):
+        if len(unknown) == len(layers):
             raise ValueError(
-                "objective='network': nothing tells how much a layer counts; "
+                "objective='network': how much the network's output depends on each layer is not known; "
                 "write data=decomp.calibrate(model, batches, loss='output')"
             )
         if unknown:
             raise ValueError(
-                f"nothing tells how much layer {unknown[0]!r} counts: calibrate did not look at it, or no "
-                "gradient reached it (what the loss reads does not depend on it, or it runs under no_grad); leave "
-                "it out by exclude=, calibrate all layers, or, where there is objective=, write 'product'"
+                f"how much the network's output depends on layer {unknown[0]!r} is not known: calibrate left it "
+                "out, or no gradient reached it (the loss does not depend on it, or it runs under no_grad); "
+                "leave it out by exclude=, calibrate all layers, or, where there is objective=, write 'product'"
             )
         return replace(self, objective="network")
 
+    def to_dict(self) -> dict[str, Any]:
+        """The request as JSON can hold it."""
+        return asdict(self)
 
-def importance(candidate: Candidate) -> float | None:
-    """What a squared relative error of 1 of the layer does to the network, where gradients told it."""
-    scale = None if candidate.moments is None else candidate.moments.importance
-    return None if scale is None else scale * candidate.analysis.energy
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> "Request":
+        """Read a request back."""
+        budget = None if entry["budget"] is None else Budget(**entry["budget"])
+        return cls(**{**entry, "budget": budget, "methods": tuple(entry["methods"])})
 
 
 def _losses(candidate: Candidate, squared: Values, objective: str) -> Values:
-    """What an objective, settled by :meth:`Wish.of`, makes of squared relative errors."""
-    scale = importance(candidate) if objective == "network" else 1.0
+    """What an objective, other than "auto", makes of squared relative errors."""
+    scale = candidate.importance if objective == "network" else 1.0
     return cast(float, scale) * OBJECTIVES[objective].loss(squared)
-
-
-def total_cost(kind: str, before: Cost, seconds: Change | None) -> float:
-    """What the whole model costs as it is.
-
-    Raises:
-        ValueError: that is not known; the message says what to give.
-    """
-    if kind == "seconds" and seconds is None:
-        raise ValueError("no layer was timed: make the plan with seconds=")
-    if kind == "macs" and not before.macs:
-        raise ValueError(
-            "a budget of MACs needs the sizes of inputs (give example_inputs=) and layers that multiply; where "
-            "there are none make it one of parameters"
-        )
-    return seconds.before if kind == "seconds" and seconds else float(getattr(before, kind))
 
 
 def fixed_cost(
@@ -151,10 +150,9 @@ def fixed_cost(
 ) -> float:
     """What the model costs beside ``layers``, with the savings of those that are settled."""
     fixed = total - sum(candidates[0].dense_cost(kind) for candidates in layers.values())
-    if kind == "seconds":  # a model is timed as it is now, with what was factorized earlier
+    if kind not in COUNTED:  # a model is timed as it is now, with what was factorized earlier
         return fixed
-    changes = [getattr(choice, kind) for choice in settled.values()]
-    return fixed - float(sum(change.before - change.after for change in changes))
+    return fixed - float(sum(choice.saved(kind) for choice in settled.values()))
 
 
 def spend(
@@ -162,7 +160,7 @@ def spend(
     budget: Budget,
     total: float,
     settled: Mapping[str, Choice],
-    wish: Wish,
+    request: Request,
 ) -> dict[str, tuple[Candidate, Ranks]]:
     """Return for each layer a candidate and its ranks, empty where it stays dense, within the budget.
 
@@ -171,28 +169,26 @@ def spend(
         budget: the bound.
         total: what the whole model costs as it is, of which a share is taken.
         settled: the choices of the other layers.
-        wish: how the budget is to be spent.
+        request: how the budget is to be spent.
 
     Raises:
         OutOfReach: the budget is less than what can be reached; the message says what that is.
     """
-    unknown = set(wish.weights or ()) - set(layers) - set(settled)
+    unknown = set(request.weights or ()) - set(layers) - set(settled)
     if unknown:
-        raise ValueError(
-            f"weights: no layer {sorted(unknown)[0]!r}; layers are {', '.join(map(repr, list(layers)[:8]))}"
-        )
+        raise ValueError(f"weights: no layer {sorted(unknown)[0]!r}; layers are {some(list(layers))}")
     fixed = fixed_cost(budget.kind, layers, total, settled)
-    wish = wish.of(layers)
-    objective = OBJECTIVES[wish.objective]
+    request = request.settled(layers)
+    objective = OBJECTIVES[request.objective]
     fronts: list[Front] = []
     tables: list[list[tuple[Candidate, Ranks, float, float]]] = []
     for name, candidates in layers.items():
-        weight = 1.0 if wish.weights is None else wish.weights.get(name, 1.0)
+        weight = 1.0 if request.weights is None else request.weights.get(name, 1.0)
         table: list[tuple[Candidate, Ranks, float, float]]
         table = [(candidates[0], (), candidates[0].dense_cost(budget.kind), 0.0)]
         for candidate in candidates:
-            ranks, costs, squared = candidate.front(budget.kind, wish.multiple_of)
-            losses = weight * _losses(candidate, squared, wish.objective)
+            ranks, costs, squared = candidate.front(budget.kind, request.multiple_of)
+            losses = weight * _losses(candidate, squared, request.objective)
             rows = zip(ranks, costs.tolist(), losses.tolist(), strict=True)
             table += [(candidate, found, cost, loss) for found, cost, loss in rows]
         tables.append(table)
@@ -202,7 +198,7 @@ def spend(
         chosen = objective.allocate(fronts, bound - fixed)
     except BudgetTooSmall as error:
         least = fixed + error.least
-        count = f"{least:.3g}" if budget.kind == "seconds" else f"{ceil(least):,}"
+        count = f"{ceil(least):,}" if budget.kind in COUNTED else f"{least:.3g}"
         reached = f"{count}, a share of {ceil(1000 * least / total) / 1000:.3f}"
         raise OutOfReach(
             f"{budget.kind}={budget.value!r} cannot be reached: the least is {reached} "

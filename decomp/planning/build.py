@@ -93,30 +93,34 @@ def decomposed(
     choices: Mapping[str, Choice],
     method_of: MethodOf,
     candidates: Mapping[str, Sequence[Candidate]],
+    statistics: Mapping[str, Moments],
     progress: bool | None,
 ) -> dict[str, Factorized]:
-    """Decompose the weight of each layer as chosen; none of the dense layers is changed.
+    """Decompose each layer as chosen, for its output where there are moments of it; no dense layer is changed.
 
-    Warns of layers that were chosen from data that is no longer known.
+    Warns of layers that were chosen from data whose statistics are not there.
 
     Raises:
         ValueError: a weight is not finite; the message names the layer.
     """
     new = {}
-    told = (name for name in dense if choices[name].output_error is not None)
-    forgotten = next((n for n in told if all(c.moments is None for c in candidates.get(n, ()))), None)
-    if forgotten is not None:
+    missing = [name for name in dense if choices[name].output_error is not None and name not in statistics]
+    if missing:
         warnings.warn(
-            f"layer {forgotten!r} was planned from data, which neither a file nor a model keeps: it is decomposed "
-            "by its weight alone. Make the plan anew from data with decomp.plan(model, ranks=plan, data=...)",
+            f"layer {missing[0]!r} was planned from data, which neither a file nor a model keeps: it is "
+            "decomposed by its weight alone. Make the plan anew from data with decomp.plan(model, ranks=plan, "
+            "data=...)",
             stacklevel=3,
         )
     for name, module in bar(progress, "decompose", dense.items()):
         require_finite(name, module)
         method, ranks = method_of(name), choices[name].ranks
-        candidate = next((found for found in candidates.get(name, ()) if found.method is method), None)
         with naming(name):
-            new[name] = _layer_of(module, method, ranks, candidate)
+            if name in statistics:
+                new[name] = from_moments(module, method, ranks, statistics[name])
+            else:
+                candidate = next((each for each in candidates.get(name, ()) if each.method is method), None)
+                new[name] = _from_weight(module, method, ranks, candidate)
     return new
 
 
@@ -133,17 +137,12 @@ def _layer(method: Method, module: nn.Module) -> type[Factorized]:
     return cast(type[Factorized], method.layer_of(module))
 
 
-def _layer_of(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None) -> Factorized:
-    """Decompose the weight, or the output where the candidate has moments."""
+def _from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None) -> Factorized:
+    """Decompose the weight; what was fitted when the ranks were chosen serves, if the weight is still the same."""
     layer, kernels = _layer(method, module), group_kernels(module).detach()
-    if candidate is None:
-        return layer.from_factors(module, method.factors(kernels, ranks))
-    if candidate.moments is None:
-        # What was fitted when the ranks were chosen serves, if the weight is still the same.
-        known = candidate.analysis.factors
-        factors = known(kernels, ranks) if known is not None else None
-        return layer.from_factors(module, method.factors(kernels, ranks) if factors is None else factors)
-    return from_moments(module, method, ranks, candidate.moments)
+    fitted = None if candidate is None or candidate.analysis.factors is None else candidate.analysis.factors
+    factors = None if fitted is None else fitted(kernels, ranks)
+    return layer.from_factors(module, method.factors(kernels, ranks) if factors is None else factors)
 
 
 def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: Moments) -> Factorized:
@@ -165,14 +164,14 @@ def correct_means(
     model: nn.Module,
     dense: Mapping[str, nn.Module],
     new: Mapping[str, Factorized],
-    candidates: Mapping[str, Sequence[Candidate]],
+    statistics: Mapping[str, Moments],
 ) -> None:
     """Put what the factors took off the mean of the outputs into the bias, or into the BatchNorm that follows.
 
     Only layers decomposed by their output; one with neither a bias nor a BatchNorm gets none.
     """
     for name, layer in new.items():
-        moments = known_moments(name, dense[name], candidates)
+        moments = statistics.get(name)
         shift = None if moments is None else lost_mean(layer, dense[name], moments)
         if moments is None or shift is None:
             continue
@@ -189,13 +188,13 @@ def measured(
     choices: Mapping[str, Choice],
     dense: Mapping[str, nn.Module],
     new: Mapping[str, Factorized],
-    candidates: Mapping[str, Sequence[Candidate]],
+    statistics: Mapping[str, Moments],
 ) -> dict[str, Choice]:
     """The choices of layers planned from data, with both errors as they are; without the data there is one."""
     found = {}
     for name, layer in new.items():
-        moments = known_moments(name, dense[name], candidates)
-        if moments is not None:
+        if name in statistics:
+            moments = statistics[name].to(cast(Tensor, dense[name].weight).device)
             output = output_error(layer, dense[name], moments)
             output = choices[name].output_error if output is None else output
             found[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=output)
@@ -209,9 +208,3 @@ def weight_error(layer: Factorized, dense: nn.Module) -> float:
     weight = as_float64(cast(Tensor, dense.weight))
     energy = float(weight.norm())
     return float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
-
-
-def known_moments(name: str, module: nn.Module, candidates: Mapping[str, Sequence[Candidate]]) -> Moments | None:
-    """What data told of a layer, the same for all of its candidates, on its device."""
-    moments = next((candidate.moments for candidate in candidates.get(name, ())), None)
-    return None if moments is None else moments.to(cast(Tensor, module.weight).device)

@@ -1,6 +1,6 @@
 """One layer under one method: its analysis and its price, and the choice of its ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from operator import index
@@ -15,12 +15,12 @@ from decomp.calibration.moments import Moments
 from decomp.calibration.whitening import output_kernels
 from decomp.layers import Factorized, group_kernels
 from decomp.linalg import Spectrum, Values
-from decomp.methods import METHODS, Analysis, Method, Ranks
+from decomp.methods import Analysis, Method, Ranks, spectral_reference
 from decomp.methods.fitted import Unchanged
 from decomp.network.flops import Call
 from decomp.planning.allocation import Front
-from decomp.planning.choice import Change, Choice, describe
-from decomp.planning.cost import Price
+from decomp.planning.choice import DENSE, Change, Choice, describe
+from decomp.planning.cost import COUNTED, Cost, Price
 from decomp.planning.latency import Stopwatch
 from decomp.ranks import Fixed, Rule
 
@@ -30,11 +30,24 @@ class Grid:
     """Many ranks of a candidate at once: row i of every array is about ``ranks[i]``, of shape (n, modes)."""
 
     ranks: NDArray[np.int32]
-    params: NDArray[np.int64]
-    macs: NDArray[np.int64]
-    params_share: NDArray[np.float64]
-    macs_share: NDArray[np.float64]
+    costs: Mapping[str, NDArray[np.int64]]
+    dense: Cost
     error: NDArray[np.float64]
+
+    def share(self, kind: str) -> NDArray[np.float64]:
+        """A kind of cost as a share of the dense layer's; 0 where that has none."""
+        dense, costs = self.dense[kind], self.costs[kind]
+        return costs / dense if dense else np.zeros(costs.shape)
+
+    @property
+    def params_share(self) -> NDArray[np.float64]:
+        """Parameters as a share of the dense layer's."""
+        return self.share("params")
+
+    @property
+    def macs_share(self) -> NDArray[np.float64]:
+        """MACs as a share of the dense layer's."""
+        return self.share("macs")
 
     @property
     def pays(self) -> NDArray[np.bool_]:
@@ -64,7 +77,11 @@ def undominated(
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layer under one method, analysed once: every rank has its error and its cost at once."""
+    """One layer under one method, analysed once: every rank has its error and its cost at once.
+
+    ``importance`` is what a squared relative error of 1 of the layer does to the network, where gradients were
+    taken.
+    """
 
     name: str
     layer: str
@@ -77,7 +94,7 @@ class Candidate:
     absolute_macs: bool
     stopwatch: Stopwatch | None = None
     reference: "Callable[[], Candidate] | None" = None
-    moments: Moments | None = None
+    importance: float | None = None
 
     @classmethod
     def of(
@@ -90,7 +107,10 @@ class Candidate:
         timed: bool = False,
         moments: Moments | None = None,
     ) -> "Candidate":
-        """Analyse the weight of ``module``, and its output by moments; ``calls`` are those of an example."""
+        """Analyse the weight of ``module``, and its output where there are moments of the data.
+
+        ``calls`` are how example inputs call the layer.
+        """
         require_finite(name, module)
         kernels = group_kernels(module).detach()
         limits = method.limits(kernels)
@@ -118,15 +138,13 @@ class Candidate:
             calls is not None,
             stopwatch,
             reference,
-            moments,
+            None if moments is None or moments.importance is None else moments.importance * analysis.energy,
         )
 
     @classmethod
     def _reference(cls, kernels: Unchanged, name: str, module: nn.Module, calls: list[Call] | None) -> "Candidate":
-        """The layer under Tucker-2, or SVD where it is a matrix."""
         kernels()
-        tucker = METHODS["tucker"]
-        return cls.of(name, module, METHODS["svd"] if tucker.why_not(module) else tucker, calls)
+        return cls.of(name, module, spectral_reference(module), calls)
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
@@ -135,25 +153,23 @@ class Candidate:
 
     @property
     def output_spectra(self) -> tuple[Spectrum, ...]:
-        """Of the weight as the outputs see it, where data tell it; else of the weight."""
+        """Of the weight in the metric of the outputs, where it was measured on data; else of the weight."""
         return self.analysis.spectra
 
     @cached_property
-    def _costs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _costs(self) -> dict[str, NDArray[np.int64]]:
         return self.price.at(self.analysis.ranks)
 
     @property
     def grid(self) -> Grid:
         """Costs and errors at the ranks of the analysis; errors between fits get better with every fit."""
-        params, macs = self._costs
-        dense, energy = self.price.dense, self.analysis.energy
-        error = np.sqrt(self.analysis.squared_errors() / energy) if energy else np.zeros(params.shape)
-        macs_share = macs / dense.macs if dense.macs else np.zeros(macs.shape)
-        return Grid(self.analysis.ranks, params, macs, params / dense.params, macs_share, error)
+        energy = self.analysis.energy
+        error = np.sqrt(self.analysis.squared_errors() / energy) if energy else np.zeros(len(self.analysis.ranks))
+        return Grid(self.analysis.ranks, self._costs, self.price.dense, error)
 
     def dense_cost(self, kind: str) -> float:
-        """Cost of the dense layer in "params", "macs" or measured "seconds"."""
-        return self._stopwatch.dense if kind == "seconds" else float(getattr(self.price.dense, kind))
+        """Cost of the dense layer, of a kind that is counted, or in measured seconds."""
+        return float(self.price.dense[kind]) if kind in COUNTED else self._stopwatch.dense
 
     def seconds(self, ranks: Ranks) -> float:
         """Predicted seconds at these ranks, interpolated between measured ones."""
@@ -171,7 +187,8 @@ class Candidate:
         key = (kind, multiple_of)
         if key not in self._fronts:
             grid = self.grid
-            costs = self._stopwatch(grid.macs) if kind == "seconds" else getattr(grid, kind).astype(np.float64)
+            counted = grid.costs.get(kind)
+            costs = self._stopwatch(grid.costs["macs"]) if counted is None else counted.astype(np.float64)
             fixed = tuple(preset is not None for preset in self._preset)
             places = undominated(grid, costs, self.dense_cost(kind), self.limits, multiple_of, fixed)
             ranks = [tuple(row) for row in grid.ranks[places].tolist()]
@@ -194,7 +211,7 @@ class Candidate:
         return self._choice(ranks, reason="" if ranks else reason)
 
     def error(self, ranks: Ranks) -> float:
-        """Relative error at these ranks: of the output where data tell it, else of the weight."""
+        """Relative error at these ranks: of the output where it was measured on data, else of the weight."""
         return self.analysis.error(ranks)
 
     def params_share(self, ranks: Ranks) -> float:
@@ -217,7 +234,7 @@ class Candidate:
         if isinstance(request, Fixed):
             ranks, note = self._fitted(request)
             return self._unless_worse(ranks, note)
-        if self.reference is not None and getattr(request, "reads_spectra", False):
+        if self.reference is not None and request.reads_spectra:
             return self._no_dearer_than(self.reference(), request)
         given = request(self)
         try:
@@ -229,14 +246,12 @@ class Candidate:
                 f"layer {self.name!r}: {request!r} gave ranks {given}, allowed are 0 to {self.limits}"
             )
         if 0 in ranks:
-            return self._choice((), reason=getattr(request, "nothing", f"{request!r} keeps nothing of it"))
+            return self._choice((), reason=request.nothing)
         return self._unless_worse(ranks, "")
 
     def _fitted(self, request: Fixed) -> tuple[Ranks, str]:
         try:
-            ranks, clamped = request.fit(
-                self.limits, self._preset, is_matrix=self.method.name == METHODS["svd"].name
-            )
+            ranks, clamped = request.fit(self.limits, self._preset, is_matrix=set(self.shape[2:]) <= {1})
         except ValueError as error:
             raise ValueError(f"layer {self.name!r}: {error}") from None
         return ranks, f"clamped to {_ranks(ranks)}" if clamped else ""
@@ -246,12 +261,12 @@ class Candidate:
         tucker = reference.decide(rule)
         if not tucker.ranks:
             return self._choice((), reason=tucker.reason)
-        params, macs = self._costs
+        params, macs = self._costs["params"], self._costs["macs"]
         bound = reference.price(tucker.ranks)
         places = np.flatnonzero((params <= bound.params) & (macs <= bound.macs))
         if not len(places):
             return self._choice(
-                (), reason=f"dearer at any rank than the Tucker-2 {_ranks(tucker.ranks)} of {rule!r}"
+                (), reason=f"more expensive at every rank than the Tucker-2 {_ranks(tucker.ranks)} of {rule!r}"
             )
         return self._choice(tuple(self.analysis.ranks[places[params[places].argmax()]].tolist()))
 
@@ -265,17 +280,17 @@ class Candidate:
     def _choice(self, ranks: Ranks, reason: str = "", note: str = "") -> Choice:
         dense = self.price.dense
         cost = self.price(ranks) if ranks else dense
-        share = Change(
-            min(1.0, float(dense.macs)), self.macs_share(ranks) if ranks else min(1.0, float(dense.macs))
-        )
+        costs = {kind: Change(dense[kind], cost[kind]) for kind in dense}
+        if not self.absolute_macs:
+            before = min(1.0, float(dense.macs))
+            costs["macs"] = Change(before, self.macs_share(ranks) if ranks else before)
         notes = (note, self.analysis.note(ranks) if ranks else "")
         return Choice(
             self.layer,
             self.shape,
-            self.method.name if ranks else "dense",
+            self.method.name if ranks else DENSE,
             ranks,
-            Change(dense.params, cost.params),
-            Change(dense.macs, cost.macs) if self.absolute_macs else share,
+            costs,
             self.weight_analysis.error(ranks) if ranks else 0.0,
             reason,
             "; ".join(filter(None, notes)),

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from decomp._util import tables
 from decomp.layers import Factorized
 from decomp.layers.kernels import HUGGING_FACE_CONV1D, qualified_name
-from decomp.planning.cost import count_params
+from decomp.planning.cost import Cost
 
 Ranks = tuple[int, ...]
 DENSE = "dense"  # the method of a layer that stays as it is
@@ -29,9 +29,10 @@ class Choice:
     """What a plan says of one layer.
 
     ``ranks`` is empty and ``method`` is "dense" where the layer stays as it is; ``reason`` then says why.
-    ``params`` counts the layer's parameters. ``macs`` counts its multiply-adds on the example inputs (ints), or
-    is a share of the dense layer's (floats). ``error`` is the relative error of the weight. ``output_error`` is
-    that of the layer's output about its mean, and None without data. Factors from data have another error of the
+    ``costs`` are those of the layer by kind, before and after: "params", "bytes" and "macs", which counts
+    multiply-adds on the example inputs (ints), or is a share of the dense layer's (floats). ``error`` is the
+    relative error of the weight. ``output_error`` is that of the layer's output about its mean, and None without
+    data. Factors from data have another error of the
     weight than is planned: the plan that an applied model carries has both as they are. ``note`` says what was
     adjusted.
     """
@@ -40,21 +41,34 @@ class Choice:
     shape: tuple[int, ...]
     method: str
     ranks: Ranks
-    params: Change
-    macs: Change
+    costs: Mapping[str, Change]
     error: float
     reason: str = ""
     note: str = ""
     output_error: float | None = None
 
+    @property
+    def params(self) -> Change:
+        """Parameters of the layer, before and after."""
+        return self.costs["params"]
+
+    @property
+    def macs(self) -> Change:
+        """Multiply-adds of the layer, before and after."""
+        return self.costs["macs"]
+
+    def saved(self, kind: str) -> float:
+        """How much less of a kind of cost the layer takes; 0 of a kind that is not known of it."""
+        change = self.costs.get(kind, Change(0, 0))
+        return change.before - change.after
+
     def as_dense(self, reason: str) -> "Choice":
         """Return the choice to leave this layer dense."""
         return replace(
             self,
-            method="dense",
+            method=DENSE,
             ranks=(),
-            params=Change(self.params.before, self.params.before),
-            macs=Change(self.macs.before, self.macs.before),
+            costs={kind: Change(change.before, change.before) for kind, change in self.costs.items()},
             error=0.0,
             reason=reason,
             note="",
@@ -72,8 +86,8 @@ class Choice:
         if unknown:
             raise ValueError(f"unknown or missing fields {sorted(unknown)}")
         ranks, shape = tuple(map(int, entry["ranks"])), tuple(map(int, entry["shape"]))
-        macs, params = Change(*entry["macs"]), Change(*entry["params"])
-        return cls(**{**entry, "ranks": ranks, "shape": shape, "macs": macs, "params": params})
+        costs = {kind: Change(*change) for kind, change in entry["costs"].items()}
+        return cls(**{**entry, "ranks": ranks, "shape": shape, "costs": costs})
 
     def row(self, name: str) -> tuple[str, ...]:
         """The row of a table with the columns ``COLUMNS``."""
@@ -96,8 +110,9 @@ def undecided(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:
     else:
         weight = getattr(module, "weight", None)
         shape = () if weight is None or is_lazy(weight) else tuple(weight.shape)
-    params = count_params(module, recurse=isinstance(module, (Factorized, nn.MultiheadAttention)))
-    return Choice(describe(module), shape, "dense", (), Change(params, params), Change(macs, macs), 0.0, reason)
+    cost = Cost.of(module, recurse=isinstance(module, (Factorized, nn.MultiheadAttention)))
+    costs = {kind: Change(count, count) for kind, count in cost.items()} | {"macs": Change(macs, macs)}
+    return Choice(describe(module), shape, DENSE, (), costs, 0.0, reason)
 
 
 def describe(module: nn.Module) -> str:

@@ -1,11 +1,12 @@
-"""What a layer costs: parameters and MACs (one multiply-add = 1), counted by torch on the meta device."""
+"""What a layer or a model costs: the table of the kinds of cost, and the price of a layer at any ranks."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from operator import mul
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from decomp._util import tables
+from decomp._util.arguments import Argument
 from decomp.layers import Factorized, group_kernels
 from decomp.network.flops import Call, MacCounter
 
@@ -22,26 +25,94 @@ Counts = NDArray[np.int64]
 LARGE_POSITIONS = {1: 2**20, 2: 2**14, 3: 2**10}
 
 
-class Cost(NamedTuple):
-    """Parameters and MACs of a layer, biases included in the parameters."""
+class Bounds(TypedDict, total=False):
+    """The bounds that a call takes, one at a time: a key for every row of ``COSTS``."""
 
-    params: int
-    macs: int
+    macs: Annotated[
+        float | None,
+        Argument(
+            None, "multiply-adds of one pass on ``example_inputs``: a float in (0, 1) is a share, an int absolute."
+        ),
+    ]
+    params: Annotated[float | None, Argument(None, "parameters of the model, likewise.")]
+    bytes: Annotated[float | None, Argument(None, "bytes of the parameters in their dtypes, likewise.")]
+    seconds: Annotated[
+        float | None,
+        Argument(
+            None,
+            "seconds of one pass on ``example_inputs``, predicted from layers measured on this machine.",
+        ),
+    ]
 
 
-def count_params(module: nn.Module, *, recurse: bool = True) -> int:
+class Cost(dict[str, int]):
+    """The counted costs of a layer or a model, by kind; biases are parameters, one multiply-add is 1."""
+
+    @property
+    def params(self) -> int:
+        """Number of parameters."""
+        return self["params"]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds."""
+        return self["macs"]
+
+    @classmethod
+    def of(cls, module: nn.Module, calls: Sequence[Call] = (), *, recurse: bool = True) -> "Cost":
+        """Count every kind of cost of a module, which is on the meta device where there are calls."""
+        return cls({name: count(module, calls, recurse) for name, count in COUNTED.items()})
+
+
+def count_params(module: nn.Module, recurse: bool = True) -> int:
     """Number of parameters; one that is shared counts once, one that has no shape yet does not count."""
     return sum(p.numel() for p in module.parameters(recurse) if not is_lazy(p))
 
 
+def count_bytes(module: nn.Module, recurse: bool = True) -> int:
+    """Bytes of the parameters in their dtypes, counted likewise.
+
+    >>> count_bytes(nn.Linear(8, 4, dtype=torch.bfloat16))
+    72
+    """
+    return sum(p.numel() * p.element_size() for p in module.parameters(recurse) if not is_lazy(p))
+
+
 def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
     """MACs of calling ``module``, which is on the meta device, as often and with such inputs as in ``calls``."""
+    if not calls:
+        return 0
     counter = MacCounter()
     with counter, torch.no_grad():
         for shape, output_size in calls:
             sizes = {} if output_size is None else {"output_size": output_size}
             module(example_input(module, shape), **sizes)
     return counter.macs
+
+
+@dataclass(frozen=True)
+class CostKind:
+    """A kind of cost: what budgets, plans and tables need to know of it.
+
+    ``label`` names it for people and ``write`` writes an amount with its unit. ``count(module, calls, recurse)``
+    counts it for a module that is called with inputs of these shapes; a kind without it is measured.
+    """
+
+    name: str
+    label: str
+    write: Callable[[float], str]
+    count: Callable[[nn.Module, Sequence[Call], bool], int] | None
+    needs_inputs: bool = False
+
+
+_KINDS = (
+    CostKind("macs", "MACs", tables.number, lambda module, calls, _: count_macs(module, calls), needs_inputs=True),
+    CostKind("params", "parameters", tables.number, lambda module, _, recurse: count_params(module, recurse)),
+    CostKind("bytes", "bytes", tables.number, lambda module, _, recurse: count_bytes(module, recurse)),
+    CostKind("seconds", "seconds", tables.milliseconds, None, needs_inputs=True),
+)
+COSTS = {kind.name: kind for kind in _KINDS}
+COUNTED = {kind.name: kind.count for kind in _KINDS if kind.count is not None}
 
 
 def example_input(module: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
@@ -91,16 +162,16 @@ class Price:
         self._limits = limits
         self._calls = list(calls or [Call(large_input_shape(dense))])
         self._corners: dict[Ranks, Cost] = {}
-        self.dense = Cost(count_params(self.spec), count_macs(self.spec, self._calls))
+        self.dense = Cost.of(self.spec, self._calls)
 
     def __call__(self, ranks: Ranks) -> Cost:
         """Cost of the factorized layer at these ranks."""
         pairs = zip(ranks, self._limits, strict=True)
-        return Cost(*self._interpolate([self._terms(r, limit, full=r == limit) for r, limit in pairs]))
+        return Cost(self._interpolate([self._terms(r, limit, full=r == limit) for r, limit in pairs]))
 
-    def at(self, ranks: NDArray[np.integer[Any]]) -> tuple[Counts, Counts]:
-        """Parameters and MACs at many ranks (n, modes) at once."""
-        params, macs = np.empty(len(ranks), np.int64), np.empty(len(ranks), np.int64)
+    def at(self, ranks: NDArray[np.integer[Any]]) -> dict[str, Counts]:
+        """Every counted kind of cost at many ranks (n, modes) at once."""
+        costs = {kind: np.empty(len(ranks), np.int64) for kind in COUNTED}
         full = ranks == np.array(self._limits)
         for pattern in product((False, True), repeat=len(self._limits)):
             rows = np.flatnonzero((full == np.array(pattern)).all(1))
@@ -108,8 +179,9 @@ class Price:
                 columns = ranks[rows].astype(np.int64).T
                 given = zip(columns, self._limits, pattern, strict=True)
                 terms = [self._terms(r, limit, full=is_full) for r, limit, is_full in given]
-                params[rows], macs[rows] = self._interpolate(terms)
-        return params, macs
+                for kind, counts in self._interpolate(terms).items():
+                    costs[kind][rows] = counts
+        return costs
 
     @staticmethod
     def _terms(ranks: Any, limit: int, *, full: bool) -> list[tuple[int, Any]]:
@@ -120,14 +192,13 @@ class Price:
             return [(1, 1)]
         return [(1, 2 - ranks), (2, ranks - 1)]
 
-    def _interpolate(self, terms: list[list[tuple[int, Any]]]) -> tuple[Any, Any]:
-        params: Any = 0
-        macs: Any = 0
+    def _interpolate(self, terms: list[list[tuple[int, Any]]]) -> dict[str, Any]:
+        costs: dict[str, Any] = dict.fromkeys(COUNTED, 0)
         for corner in product(*terms):
             weight = reduce(mul, [weight for _, weight in corner])
-            cost = self._built(tuple(rank for rank, _ in corner))
-            params, macs = params + weight * cost.params, macs + weight * cost.macs
-        return params, macs
+            for kind, count in self._built(tuple(rank for rank, _ in corner)).items():
+                costs[kind] = costs[kind] + weight * count
+        return costs
 
     def structure(self, ranks: Ranks) -> Factorized:
         """The factorized layer at these ranks, on the meta device."""
@@ -135,6 +206,5 @@ class Price:
 
     def _built(self, ranks: Ranks) -> Cost:
         if ranks not in self._corners:
-            layer = self.structure(ranks)
-            self._corners[ranks] = Cost(count_params(layer), count_macs(layer, self._calls))
+            self._corners[ranks] = Cost.of(self.structure(ranks), self._calls)
         return self._corners[ranks]

@@ -1,20 +1,21 @@
 """Making a plan: from rank rules, every layer by itself, or from a budget, all layers together."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from decomp._util.progress import bar
 from decomp.calibration.calibrate import Statistics, calibrate
+from decomp.calibration.moments import Moments
 from decomp.layers import Factorized
-from decomp.methods import AUTO, METHODS, Method, kinds_of, method_named, row_named
+from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_named, row_named
 from decomp.network.eligibility import WhyNot
-from decomp.network.selection import Selector
-from decomp.planning.budget import Budget, Wish
+from decomp.planning.arguments import BudgetArguments, Scope
+from decomp.planning.budget import Budget, Request
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
+from decomp.planning.cost import COSTS, COUNTED
 from decomp.planning.latency import latency, layer_seconds
 from decomp.planning.plan import Plan
 from decomp.planning.survey import Survey, survey
@@ -25,50 +26,22 @@ class NothingToDecompose(ValueError):
     """No layer of the model can be decomposed; the message says why."""
 
 
-@dataclass(frozen=True)
-class Scope:
-    """What a plan is about and what it may look at: the arguments that all calls share."""
-
-    layers: Selector = None
-    exclude: Selector = ()
-    example_inputs: Any = None
-    data: Any = None
-    inputs: Callable[[Any], Any] | None = None
-    progress: bool | None = None
-
-    def statistics(self, model: nn.Module) -> Statistics | None:
-        """The statistics that were given as data, or those of the data; None without any."""
-        if isinstance(self.data, Statistics):
-            _require_same_model(self.data, model)
-        if self.data is None or isinstance(self.data, Statistics):
-            return self.data
-        return calibrate(
-            model, self.data, inputs=self.inputs, layers=self.layers, exclude=self.exclude, progress=self.progress
-        )
-
-    def survey(
-        self, model: nn.Module, methods: Sequence[Method], why_not: WhyNot, statistics: Statistics | None
-    ) -> Survey:
-        """The layers; sizes come from the example inputs, else from the data."""
-        example = self.example_inputs
-        if example is None and statistics is not None:
-            example = statistics.example
-        return survey(model, kinds_of(*methods), why_not, self.layers, self.exclude, example)
-
-
 def make_plan(
     model: nn.Module, method: str | Method, options: Mapping[str, Any], ranks: Any, scope: Scope
 ) -> Plan:
-    """Plan every layer of ``model``; see :func:`decomp.plan`."""
+    """Plan every layer of ``model`` by itself; see :func:`decomp.plan`."""
     earlier = ranks if isinstance(ranks, Plan) else None
     named = method_named(method, options)
-    method_of = _methods(named, earlier)
 
-    def why_not(name: str, module: nn.Module) -> str:
-        return method_of(name, module).why_not(module)
+    def method_of(name: str, module: nn.Module) -> Method:
+        """The method in use of an earlier plan, or the named one where it takes the layer."""
+        planned = earlier is not None and name in earlier and bool(earlier[name].ranks)
+        return earlier.method_of(name) if earlier is not None and planned else method_for(named, module)
 
-    statistics = scope.statistics(model)
-    surveyed = scope.survey(model, [named], why_not, statistics)
+    statistics = _statistics(model, scope)
+    surveyed = _survey(
+        model, [named], lambda name, module: method_of(name, module).why_not(module), statistics, scope
+    )
     if earlier is not None:
         earlier.require_fit({name: site.module for name, site in surveyed.sites.items()})
         kept = {name: choice.ranks for name, choice in earlier.items() if choice.ranks}
@@ -76,28 +49,35 @@ def make_plan(
     request_of = parse_request(ranks, surveyed.open, RULES)
     choices = dict(surveyed.refused)
     candidates: dict[str, list[Candidate]] = {}
-    for name, module in bar(scope.progress, "analyse", surveyed.open.items()):
-        moments = statistics.get(name) if statistics is not None else None
+    for name, module in bar(scope["progress"], "analyse", surveyed.open.items()):
+        moments = statistics.get(name)
         candidate = Candidate.of(name, module, method_of(name, module), surveyed.calls(name), moments=moments)
-        candidates[name] = [candidate]
+        candidates[name] = [candidate, *_others(earlier, candidate, module, surveyed, moments)]
         choices[name] = candidate.decide(request_of(name))
         if earlier is not None and not choices[name].ranks and name in earlier:
             choices[name] = choices[name].as_dense(earlier[name].reason or choices[name].reason)
-    return Plan({name: choices[name] for name in surveyed.sites}, surveyed.cost, candidates)
+    return Plan(
+        {name: choices[name] for name in surveyed.sites},
+        surveyed.cost,
+        candidates,
+        statistics=statistics,
+        request=None if earlier is None else earlier.request,
+    )
 
 
-def make_budget_plan(
-    model: nn.Module,
-    budget: Budget,
-    methods: str | Sequence[str | Method],
-    wish: Wish,
-    scope: Scope,
-) -> Plan:
+def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, scope: Scope) -> Plan:
     """Plan all layers of ``model`` together under a budget; see :func:`decomp.compress`."""
-    if scope.example_inputs is None and scope.data is None and budget.kind != "params":
+    if scope["example_inputs"] is None and scope["data"] is None and COSTS[budget.kind].needs_inputs:
         raise ValueError(f"a budget of {budget.kind} needs the sizes of inputs: give example_inputs=")
-    names: Sequence[str | Method] = AUTO if methods == "auto" else methods
+    names: Sequence[str | Method] = AUTO if given["methods"] == "auto" else given["methods"]
     allowed = [row_named(name) for name in ([names] if isinstance(names, str) else names)]
+    request = Request(
+        budget,
+        tuple(method.name for method in allowed),
+        given["objective"],
+        given["multiple_of"],
+        given["weights"],
+    )
 
     def fitting(module: nn.Module) -> list[Method]:
         return [method for method in allowed if not method.why_not(module)]
@@ -105,12 +85,12 @@ def make_budget_plan(
     def why_not(name: str, module: nn.Module) -> str:
         return "" if fitting(module) else f"none of {[method.name for method in allowed]} is for this layer"
 
-    statistics = scope.statistics(model)
-    surveyed = scope.survey(model, allowed, why_not, statistics)
-    timed = budget.kind == "seconds"
-    candidates = {}
-    for name, module in bar(scope.progress, "time and analyse" if timed else "analyse", surveyed.open.items()):
-        calls, moments = surveyed.calls(name), statistics.get(name) if statistics is not None else None
+    statistics = _statistics(model, scope)
+    surveyed = _survey(model, allowed, why_not, statistics, scope)
+    timed = budget.kind not in COUNTED
+    candidates: dict[str, list[Candidate]] = {}
+    for name, module in bar(scope["progress"], "time and analyse" if timed else "analyse", surveyed.open.items()):
+        calls, moments = surveyed.calls(name), statistics.get(name)
         candidates[name] = [
             Candidate.of(name, module, each, calls, timed=timed, moments=moments) for each in fitting(module)
         ]
@@ -119,9 +99,59 @@ def make_budget_plan(
         raise NothingToDecompose(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
     dense = {name: found[0].choose((), "undecided") for name, found in candidates.items()}
     choices = surveyed.refused | dense
-    seconds = _timed_together(model, surveyed.open, candidates, surveyed.example) if timed else None
-    plan = Plan({name: choices[name] for name in surveyed.sites}, surveyed.cost, candidates, seconds=seconds)
-    return plan.with_budget(**{budget.kind: budget.value}, wish=wish)
+    plan = Plan(
+        {name: choices[name] for name in surveyed.sites},
+        surveyed.cost,
+        candidates,
+        statistics=statistics,
+        seconds=_timed_together(model, surveyed.open, candidates, surveyed.example) if timed else None,
+        request=request,
+    )
+    bound: Any = {budget.kind: budget.value}
+    return plan.with_budget(**bound)
+
+
+def _statistics(model: nn.Module, scope: Scope) -> Mapping[str, Moments]:
+    """The statistics that were given as data, or those of the data; none without any."""
+    data = scope["data"]
+    if data is None:
+        return {}
+    if isinstance(data, Statistics):
+        _require_same_model(data, model)
+        return data
+    return calibrate(
+        model,
+        data,
+        inputs=scope["inputs"],
+        layers=scope["layers"],
+        exclude=scope["exclude"],
+        progress=scope["progress"],
+    )
+
+
+def _survey(
+    model: nn.Module,
+    methods: Sequence[Method],
+    why_not: WhyNot,
+    statistics: Mapping[str, Moments],
+    scope: Scope,
+) -> Survey:
+    """The layers; sizes come from the example inputs, else from the data."""
+    example = scope["example_inputs"]
+    if example is None and isinstance(statistics, Statistics):
+        example = statistics.example
+    return survey(model, kinds_of(*methods), why_not, scope["layers"], scope["exclude"], example)
+
+
+def _others(
+    earlier: Plan | None, first: Candidate, module: nn.Module, surveyed: Survey, moments: Moments | None
+) -> list[Candidate]:
+    """Candidates of the other methods that the budget of an earlier plan chose among, to choose again."""
+    if earlier is None or earlier.request.budget is None:
+        return []
+    rows = [METHODS[name] for name in earlier.request.methods if name in METHODS and name != first.method.name]
+    fitting = [row for row in rows if not row.why_not(module)]
+    return [Candidate.of(first.name, module, row, surveyed.calls(first.name), moments=moments) for row in fitting]
 
 
 def _require_same_model(statistics: Statistics, model: nn.Module) -> None:
@@ -146,16 +176,3 @@ def _timed_together(
         for stopwatch in filter(None, (candidate.stopwatch for candidate in found)):
             stopwatch.rescale(share * inside[name] / stopwatch.dense)
     return Change(total, total)
-
-
-def _methods(named: Method, earlier: Plan | None) -> Callable[[str, nn.Module], Method]:
-    """The method of each layer: the one named where it takes the layer, else SVD; a plan brings its own."""
-
-    def method_of(name: str, module: nn.Module) -> Method:
-        if earlier is not None and name in earlier and earlier[name].ranks:
-            return earlier.method_of(name)
-        matrix = METHODS["svd"]
-        taken = not named.why_not(module) or (matrix.why_not(module) and named.layer_of(module))
-        return named if taken else matrix
-
-    return method_of

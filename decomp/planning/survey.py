@@ -11,7 +11,7 @@ from decomp.network.eligibility import Site, WhyNot, sites
 from decomp.network.flops import Call, Observation, observe
 from decomp.network.selection import Selector
 from decomp.planning.choice import Change, Choice, undecided
-from decomp.planning.cost import Cost, count_params
+from decomp.planning.cost import Cost
 from decomp.planning.plan import PLAN, Plan
 
 
@@ -57,9 +57,12 @@ def survey(
         if reason:
             refused[name] = _undecided(model, name, site.module, reason, seen)
     factorized = [refused[name] for name, site in found.items() if isinstance(site.module, Factorized)]
-    params = count_params(model) + sum(int(c.params.before - c.params.after) for c in factorized)
-    macs = seen.total_macs + sum(int(c.macs.before - c.macs.after) for c in factorized) if seen else 0
-    return Survey(found, refused, Cost(params, macs), seen, example_inputs)
+    now = Cost.of(model) | {"macs": seen.total_macs if seen else 0}
+    saved = {kind: sum(int(choice.saved(kind)) for choice in factorized) for kind in now}
+    if seen is None:
+        saved["macs"] = 0
+    cost = Cost({kind: count + saved[kind] for kind, count in now.items()})
+    return Survey(found, refused, cost, seen, example_inputs)
 
 
 def _out_of_reach(name: str, seen: Observation) -> str:
@@ -81,5 +84,5 @@ def _undecided(model: nn.Module, name: str, module: nn.Module, reason: str, seen
         share = earlier[name].macs.after / (earlier[name].macs.before or 1)
         after = seen.macs.get(name, 0) if seen else share
         before = (round(after / share) if share else 0) if seen else 1.0
-        return replace(earlier[name], macs=Change(before, after), reason=reason)
+        return replace(earlier[name], costs={**earlier[name].costs, "macs": Change(before, after)}, reason=reason)
     return replace(choice, method=module.method, ranks=module.ranks)

@@ -19,6 +19,7 @@ class params:
     """
 
     share: float
+    reads_spectra: ClassVar[bool] = False
     nothing: ClassVar[str] = "even rank 1 has more parameters than this share"
 
     def __post_init__(self) -> None:
@@ -37,6 +38,7 @@ class macs:
     """
 
     share: float
+    reads_spectra: ClassVar[bool] = False
     nothing: ClassVar[str] = "even rank 1 needs more MACs than this share"
 
     def __post_init__(self) -> None:
@@ -55,6 +57,7 @@ class error:
     """
 
     bound: float
+    reads_spectra: ClassVar[bool] = False
     nothing: ClassVar[str] = "no rank keeps the error within this bound"
 
     def __post_init__(self) -> None:

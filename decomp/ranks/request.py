@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from operator import index
-from typing import Any, TypeAlias
+from typing import Any
 
-from decomp.ranks.rule import Ranks, Rule
+from typing_extensions import TypeAliasType
 
-RankSpec: TypeAlias = "str | int | tuple[int, ...] | Rule"
+from decomp._util.naming import matches, some
+from decomp.ranks.rule import CandidateLike, FunctionRule, Ranks, Rule
+
+RankSpec = TypeAliasType("RankSpec", str | int | tuple[int, ...] | Rule | Callable[[CandidateLike], Ranks])
+"""Ranks of one layer or of all: the name of a rule, a rule, a function that is one, or fixed ranks."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def parse_spec(spec: Any, rules: Mapping[str, Rule], *, exact: bool = False) -> 
         if numbers:
             return Fixed(numbers if isinstance(spec, tuple | list) else numbers[0], exact)
     if callable(spec) and not isinstance(spec, type):
-        return spec  # type: ignore[no-any-return]
+        is_rule = hasattr(spec, "reads_spectra") and hasattr(spec, "nothing")
+        return spec if is_rule else FunctionRule(spec)
     hint = f"; did you mean {spec.__name__}()?" if isinstance(spec, type) else ""
     raise TypeError(
         f"ranks={spec!r} is not understood: write a rule's name ({', '.join(sorted(rules))}), a rule, an int, "
@@ -94,19 +98,11 @@ def parse_request(
         everywhere = parse_spec(request, rules)
         return lambda name: everywhere
     names = set(names)
-    parsed = []
+    parsed: list[tuple[str, Rule | Fixed]] = []
     for glob, spec in request.items():
-        if not isinstance(glob, str) or not _matching(glob, names):
-            raise ValueError(f"ranks={{{glob!r}: ...}} matches no layer that could be decomposed: {_some(names)}")
+        if not isinstance(glob, str) or not any(matches(name, glob) for name in names):
+            raise ValueError(
+                f"ranks={{{glob!r}: ...}} matches no layer that could be decomposed: {some(sorted(names))}"
+            )
         parsed.append((glob, parse_spec(spec, rules, exact=glob in names)))
-    return lambda name: next((rule for glob, rule in reversed(parsed) if _matching(glob, [name])), None)
-
-
-def _matching(glob: str, names: Iterable[str]) -> list[str]:
-    """A name that is written out matches itself, whatever brackets it has."""
-    return [name for name in names if name == glob or fnmatchcase(name, glob)]
-
-
-def _some(names: Iterable[str], most: int = 8) -> str:
-    ordered = sorted(names)
-    return ", ".join(map(repr, ordered[:most])) + (f", ... ({len(ordered)} in all)" if len(ordered) > most else "")
+    return lambda name: next((rule for glob, rule in reversed(parsed) if matches(name, glob)), None)

@@ -1,6 +1,8 @@
 """What a rank rule is: a function from what is known of one layer to its ranks."""
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,9 +54,39 @@ class CandidateLike(Protocol):
 
 
 class Rule(Protocol):
-    """A rank rule: one rank per spectrum, 0 where nothing of the weight is worth keeping."""
+    """A rank rule: from what is known of a layer to its ranks, one per spectrum.
 
+    A rank of 0 says that nothing of the weight is worth keeping, and ``nothing`` is the reason that the plan gives
+    then. A rule that ``reads_spectra`` is asked about the Tucker-2 of a layer whose own method has no spectra.
+    """
+
+    @property
+    def reads_spectra(self) -> bool: ...
+    @property
+    def nothing(self) -> str: ...
     def __call__(self, candidate: CandidateLike, /) -> Ranks: ...
+
+
+@dataclass(frozen=True)
+class FunctionRule:
+    """A function of the user's as a rule.
+
+    >>> FunctionRule(lambda candidate: (4,))(None)
+    (4,)
+    """
+
+    function: Callable[[Any], Ranks]
+    reads_spectra: ClassVar[bool] = False
+
+    @property
+    def nothing(self) -> str:
+        return f"{self!r} keeps nothing of it"
+
+    def __call__(self, candidate: CandidateLike, /) -> Ranks:
+        return self.function(candidate)
+
+    def __repr__(self) -> str:
+        return repr(self.function)
 
 
 def require_share(name: str, share: float, *, upper_included: bool = False) -> None:

@@ -22,37 +22,36 @@ from decomp.network.tracing import Tail
 from decomp.planning.build import (
     decomposed,
     from_moments,
-    known_moments,
     layers_to_replace,
     measured,
     weight_error,
 )
 from decomp.planning.choice import Choice
-from decomp.planning.plan import Plan
+from decomp.planning.plan import CompressedModule, Plan
 from decomp.recovery.batch_norm_shift import Frame, frames_of
 from decomp.recovery.least_squares import OtherSize, Refit
 
 CACHE_BYTES = 2**30
 NO_TAIL = Tail()
 
-Teach = Callable[[nn.Module, str], None]
+AfterEach = Callable[[nn.Module, str], None]
 
 
-def apply_asymmetric(
+def apply_sequentially(
     model: nn.Module,
     plan: Plan,
     data: Any,
     *,
     inputs: Callable[[Any], Any] | None = None,
-    teach: Teach | None = None,
+    after_each: AfterEach | None = None,
     progress: bool | None = None,
-) -> nn.Module:
+) -> CompressedModule:
     """Return ``model`` with the layers of ``plan`` replaced one after the other, in the order of execution.
 
     Of each layer, with x^ what it gets in the network compressed so far and y what it gave in the dense one: the
     weight is fitted to y ~= W^ x^ + b by least squares (ridge towards W, chosen on held-out batches), W^ is
     decomposed for the moments of x^, and what is left of the mean of y goes into the bias, or into the BatchNorm
-    behind. ``teach(small, name)`` is called after each layer, before the next one sees what it gives.
+    that follows. ``after_each(small, name)`` is called after each layer, before the next one sees its output.
 
     Source: Zhang et al. 2016, section 3.3 (asymmetric reconstruction).
     """
@@ -71,13 +70,13 @@ def apply_asymmetric(
             with naming(name):
                 layer, settled[name] = step.take(name, plan)
             small = surgery.swap(small, {name: layer}, inplace=bool(name))
-            if teach is not None:
-                teach(small, name)
+            if after_each is not None:
+                after_each(small, name)
     unreached = {name: module for name, module in replaced.items() if name not in order}
     for name in order:
         small.get_submodule(name).train(replaced[name].training)  # they were made in eval mode
-    rest = decomposed(unreached, plan, plan.method_of, plan.candidates, False)
-    settled |= measured(plan, unreached, rest, plan.candidates)
+    rest = decomposed(unreached, plan, plan.method_of, plan.candidates, plan.statistics, False)
+    settled |= measured(plan, unreached, rest, plan.statistics)
     return plan.swap(small, rest, settled, inplace=True)
 
 
@@ -92,15 +91,15 @@ class _Step:
 
     def take(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """The factorized layer, its bias or the BatchNorm behind it corrected, and what became of the choice."""
-        told = known_moments(name, self.dense, plan.candidates)
+        calibrated = plan.statistics.get(name)
         try:
             self._refit()
             received = ((example.received, held_out(example.batch)) for example in self.examples)
-            moments = moments_of(self.own, received, told, centred=self.frame is not None)
+            moments = moments_of(self.own, received, calibrated, centred=self.frame is not None)
         except RoutedDifferently:
             dense = {name: self.dense}
-            alone = decomposed(dense, plan, plan.method_of, plan.candidates, False)
-            choice = measured(plan, dense, alone, plan.candidates).get(name, plan[name])
+            alone = decomposed(dense, plan, plan.method_of, plan.candidates, plan.statistics, False)
+            choice = measured(plan, dense, alone, plan.statistics).get(name, plan[name])
             return alone[name], replace(choice, note="routed differently: decomposed by itself")
         layer = from_moments(self.own, plan.method_of(name), plan[name].ranks, moments)
         error = weight_error(layer, self.dense)

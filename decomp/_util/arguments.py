@@ -1,0 +1,98 @@
+"""Arguments that several calls share: typed and documented once, complete in every signature and docstring."""
+
+import functools
+import inspect
+import re
+import textwrap
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Argument(NamedTuple):
+    """The default of a keyword argument and what it means: the metadata of a key of a ``TypedDict``."""
+
+    default: Any
+    meaning: str
+
+
+def arguments_of(group: type[Any]) -> dict[str, Argument]:
+    """The arguments of a ``TypedDict`` whose keys are ``Annotated[type, Argument(default, meaning)]``."""
+    hints = get_type_hints(group, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+
+def takes(group: type[Any], *, renamed: dict[str, str] | None = None) -> Callable[[Function], Function]:
+    """Declare that the ``**keywords`` of a function are the arguments of a group.
+
+    Missing ones get their default, unknown ones are a ``TypeError`` that names what is allowed.
+    ``inspect.signature`` and ``help`` show all of them, and their meanings are added to the Args of the docstring.
+    ``renamed`` maps old names to new ones; the old ones still work, with a ``DeprecationWarning``.
+    """
+
+    def declare(function: Function) -> Function:
+        own = inspect.signature(function)
+        hints = get_type_hints(group)
+        shared = arguments_of(group)
+        kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=argument.default, annotation=hints[name]
+            )
+            for name, argument in shared.items()
+        ]
+        signature = own.replace(parameters=[*kept, *added])
+
+        @functools.wraps(function)
+        def call(*positional: Any, **keywords: Any) -> Any:
+            for old, new in (renamed or {}).items():
+                if old in keywords:
+                    _rename(function.__name__, keywords, old, new)
+            try:
+                signature.bind(*positional, **keywords)
+            except TypeError as error:
+                known = ", ".join(f"{name}=" for name in [p.name for p in kept[1:]] + list(shared))
+                raise TypeError(f"{function.__name__}: {error}; arguments are {known}") from None
+            return function(*positional, **{name: each.default for name, each in shared.items()} | keywords)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__doc__ = _with_arguments(function.__doc__, shared)
+        return call  # type: ignore[return-value]
+
+    return declare
+
+
+def _rename(function: str, keywords: dict[str, Any], old: str, new: str) -> None:
+    if new in keywords:
+        raise TypeError(f"{function}: {old}= is the old name of {new}=: write {new}= alone")
+    warnings.warn(f"{function}: {old}= is now {new}=", DeprecationWarning, stacklevel=3)
+    keywords[new] = keywords.pop(old)
+
+
+def _with_arguments(doc: str | None, shared: dict[str, Argument]) -> str | None:
+    r"""The docstring with the shared arguments at the end of its Args.
+
+    >>> doc = "Do.\n\nArgs:\n    x: a number.\n\nRaises:\n    E: no."
+    >>> print(_with_arguments(doc, {"y": Argument(1, "more.")}))
+    Do.
+    <BLANKLINE>
+    Args:
+        x: a number.
+        y: more.
+    <BLANKLINE>
+    Raises:
+        E: no.
+    """
+    if doc is None:  # python -OO
+        return None
+    doc = inspect.cleandoc(doc)
+    entries = [
+        textwrap.fill(f"{name}: {each.meaning}", 110, initial_indent=" " * 4, subsequent_indent=" " * 8)
+        for name, each in shared.items()
+    ]
+    args = re.search(r"^Args:\n(?:[ ]+.*\n)+", doc + "\n", re.MULTILINE)
+    if args is None:
+        raise ValueError(f"a docstring without Args: {doc[:60]!r}")
+    return "\n".join([doc[: args.end()].rstrip("\n"), *entries]) + "\n" + doc[args.end() :]
