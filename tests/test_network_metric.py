@@ -192,13 +192,14 @@ def root(matrix):
     return torch.tensor(scipy.linalg.sqrtm(matrix.numpy()).real)
 
 
-SMOOTH = torch.tensor([[3.0, 2, 1], [2, 3, 2], [1, 2, 3]], dtype=torch.float64)  # of white noise, summed over three
+# Moments of three neighbours in white noise that was summed over three.
+SMOOTH = torch.tensor([[3.0, 2, 1], [2, 3, 2], [1, 2, 3]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("ranks", [(6, 6), (12, 8), (12, 16)])
 @pytest.mark.parametrize("kernel", [SMOOTH, torch.eye(3, dtype=torch.float64)], ids=["smooth", "white"])
 def test_the_error_of_spatial_kernels_is_predicted_from_patches(kernel, ranks):
-    """Patches whose sample moments are S (x) K (x) K exactly: the error is that of the HOSVD of the whitened kernel.
+    """Patches whose sample moments are S (x) K (x) K: the error is that of the HOSVD of the whitened kernel.
 
     No kernel of these ranks has less than 1 / sqrt(2) of it (De Lathauwer et al. 2000).
     """
