@@ -73,7 +73,7 @@ def test_shared_objects_are_seen_wherever_they_are():
 @pytest.mark.parametrize("wrap", [lambda parent: [parent], lambda parent: parent], ids=["in a list", "as it is"])
 @pytest.mark.xfail(
     strict=True,
-    reason="attributes of a dense layer are set by reference on the factorized one, and become children if modules",
+    reason="attributes of a dense layer are set by reference on the factorized one; modules become its children",
 )
 def test_attributes_of_a_replaced_layer_are_copied_with_the_model(wrap):
     """A way back to the parent must lead to the copy: else the dense model is kept alive, and pickled too."""
