@@ -1,8 +1,10 @@
 """What a swap keeps, what is refused, and models of every make."""
 
 import copy
+import gc
 import re
 import threading
+import weakref
 
 import pytest
 import torch
@@ -29,6 +31,64 @@ def test_the_given_model_is_untouched_and_shares_nothing_with_the_result():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not hasattr(model, "decomp_plan")
     assert [module.training for module in small] == [True, False, True]
+    assert not shared(model, small)
+
+
+FIXED = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device)
+
+
+def shared(one, other):
+    """What can be changed and both models lead to: modules, containers, other objects, memory of tensors."""
+
+    def reachable(model):
+        found, left = {}, [model]
+        while left:
+            value = left.pop()
+            if isinstance(value, torch.Tensor):
+                found[value.untyped_storage().data_ptr()] = value
+            elif not isinstance(value, FIXED) and id(value) not in found:
+                found[id(value)] = value
+                within = value.values() if isinstance(value, dict) else value
+                left += within if isinstance(value, dict | list | tuple | set) else vars(value).values()
+        return found
+
+    ours, theirs = reachable(one), reachable(other)
+    return [ours[key] for key in ours.keys() & theirs.keys() if not isinstance(ours[key], tuple | torch.Size)]
+
+
+def test_shared_objects_are_seen_wherever_they_are():
+    def linear(**attributes):
+        layer = nn.Linear(2, 2)
+        vars(layer).update(attributes)
+        return nn.Sequential(layer)
+
+    settings, tensor, plain = {"kind": "a"}, torch.zeros(6), linear()
+    assert shared(linear(a=settings), linear(b=[settings])) == [settings]
+    assert shared(linear(a=(settings,)), linear(b=[(settings,)])) == [settings]
+    assert len(shared(linear(a=tensor[:2]), linear(b={"view": tensor[2:]}))) == 1
+    assert plain[0] in shared(plain, linear(parent=plain))
+    assert not shared(linear(a=(1, 2)), linear(a=(1, 2)))
+
+
+@pytest.mark.parametrize("wrap", [lambda parent: [parent], lambda parent: parent], ids=["in a list", "as it is"])
+@pytest.mark.xfail(
+    strict=True,
+    reason="attributes of a dense layer are set by reference on the factorized one; modules become its children",
+)
+def test_attributes_of_a_replaced_layer_are_copied_with_the_model(wrap):
+    """A way back to the parent must lead to the copy: else the dense model is kept alive, and pickled too."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    vars(model[0]).update(parent=wrap(model), settings={"scale": [1.0]})
+    small = decomp.tucker(model, ranks=4)
+    assert vars(small[0])["settings"] == {"scale": [1.0]}
+    assert not shared(model, small)
+    held = vars(small[0])["parent"]
+    assert (held[0] if isinstance(held, list) else held) is small
+    assert [name for name, _ in small[0].named_children()] == ["reduce", "expand"]
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_inplace_changes_the_model_itself():
