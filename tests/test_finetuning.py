@@ -276,8 +276,9 @@ def test_inputs_that_are_routed_differently_are_reported_and_not_trained():
     dense = plant_spectra(Gated())
     small = decomp.tucker(dense, ranks=3)
     kept = small.expert.reduce.weight.clone()
-    report = decomp.finetune_layerwise(small, dense, [torch.randn(64, 24) for _ in range(4)], steps=0)
-    assert report["expert"].note == "routed differently: not trained"
+    report = decomp.finetune_layerwise(small, dense, [torch.randn(64, 24) for _ in range(4)], steps=4)
+    assert report["gate"].steps == 4
+    assert (report["expert"].note, report["expert"].steps) == ("routed differently: not trained", 0)
     assert torch.equal(kept, small.expert.reduce.weight)
 
 
@@ -286,6 +287,13 @@ def test_it_trains_under_no_grad_and_names_the_layer_of_an_error(dense, data):
     with torch.no_grad():
         report = decomp.finetune_layerwise(small, dense, data, steps=30)
     assert report["conv1"].error_after < report["conv1"].error_before
+
+    def broken(optimizer, steps):
+        raise RuntimeError("no schedule")
+
+    with pytest.raises(RuntimeError, match="no schedule") as caught:
+        decomp.finetune_layerwise(small, dense, data, steps=2, schedule=broken)
+    assert caught.value.__notes__ == ["in layer 'conv1'"]
 
 
 def test_data_that_is_empty_on_a_later_pass_is_an_error(dense, data):

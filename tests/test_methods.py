@@ -17,6 +17,7 @@ from tensorly.cp_tensor import cp_to_tensor
 from tensorly.decomposition import parafac, partial_tucker
 from tensorly.tucker_tensor import tucker_to_tensor
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import decomp
 from decomp.layers import group_kernels
@@ -153,7 +154,17 @@ def test_decompositions_of_tensorly_as_solvers():
     model = nn.Sequential(nn.Conv2d(16, 24, 3, groups=2))
     ours = decomp.tucker(model, ranks=(4, 3))
     theirs = decomp.tucker(model, ranks=(4, 3), solver=partial_tucker)
-    torch.testing.assert_close(theirs[0].weight, ours[0].weight, rtol=0, atol=2e-2)
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        made = [
+            partial_tucker(half, [4, 3], modes=[0, 1])[0] for half in model[0].weight.detach().double().chunk(2)
+        ]
+        expected = torch.cat(
+            [torch.einsum("ta,abij,sb->tsij", factors[0], core, factors[1]) for core, factors in made]
+        )
+    torch.testing.assert_close(theirs[0].weight, expected.float(), rtol=0, atol=1e-6)
+    norms = [float((small[0].weight - model[0].weight).detach().norm()) for small in (ours, theirs)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    assert norms[0] <= norms[1] * (1 + 1e-5)
     assert not torch.equal(theirs[0].weight, ours[0].weight)
     called = []
 
@@ -382,10 +393,16 @@ def test_options_next_to_a_plan_are_refused():
 
 def test_solvers_do_not_depend_on_the_default_device():
     dense = nn.Conv2d(8, 8, 3)
+    kernels = group_kernels(dense).detach()
+    fitting = {name: small_ranks(name, dense) for name in METHODS if not METHODS[name].why_not(dense)}
+    expected = {name: (ranks, METHODS[name].factors(kernels, ranks)) for name, ranks in fitting.items()}
+    assert len(expected) == len(METHODS) - 1
     with torch.device("meta"):
-        for name in METHODS:
-            if not METHODS[name].why_not(dense):
-                METHODS[name].factors(group_kernels(dense).detach(), small_ranks(name, dense))
+        made = {name: METHODS[name].factors(kernels, ranks) for name, (ranks, _) in expected.items()}
+    for name, (_, factors) in expected.items():
+        for ours, theirs in zip(tree_leaves(made[name]), tree_leaves(factors), strict=True):
+            assert ours.device.type == "cpu"
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_multiples_of_eight_use_the_budget():
