@@ -13,7 +13,7 @@ ALLOWED = {
     "layers": set(),
     "linalg": set(),
     "ranks": set(),
-    "methods": {"layers", "linalg"},
+    "methods": {"_util", "layers", "linalg"},
     "network": {"layers", "linalg"},
     "data": {"network"},
     "calibration": {"_util", "data", "layers", "linalg", "methods", "network"},
@@ -23,7 +23,6 @@ ALLOWED = {
     "api": {"calibration", "layers", "methods", "network", "planning", "recovery", "training"},
     "analysis": {
         *("_util", "api", "calibration", "data", "layers", "linalg", "methods", "network", "planning", "ranks"),
-        "training",
     },
     "explorer": {
         *("_util", "analysis", "api", "calibration", "linalg", "methods", "network", "planning", "ranks"),
