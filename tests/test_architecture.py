@@ -23,7 +23,6 @@ ALLOWED = {
     "api": {"_util", "calibration", "layers", "methods", "network", "planning", "ranks", "recovery", "training"},
     "analysis": {
         *("_util", "api", "calibration", "data", "layers", "linalg", "methods", "network", "planning", "ranks"),
-        "training",
     },
     "explorer": {
         *("_util", "analysis", "api", "calibration", "linalg", "methods", "network", "planning", "ranks"),

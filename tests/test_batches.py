@@ -10,8 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import decomp
-from decomp.data.batches import Batches
-from decomp.data.rng import OwnRandomness, random_state
+from decomp.data.batches import Batches, OwnRandomness, random_state
 
 GOOD = torch.ones(2, 3)
 
@@ -94,9 +93,9 @@ def test_batches_are_counted_with_and_without_a_length():
 def test_data_has_random_numbers_of_its_own(generator):
     loader = DataLoader(TensorDataset(torch.arange(32)), 4, shuffle=True, generator=generator)
     state = random_state(loader)
-    expected = [batch[0] for batch in OwnRandomness(loader, state, again=True)]
+    expected = [batch[0] for batch in OwnRandomness(loader, state, same_order=True)]
     before = torch.get_rng_state()
-    again = OwnRandomness(loader, state, again=True)
+    again = OwnRandomness(loader, state, same_order=True)
     for _ in range(2):
         got = []
         for batch in again:
@@ -104,7 +103,7 @@ def test_data_has_random_numbers_of_its_own(generator):
             torch.rand(3)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     torch.set_rng_state(before)
-    shuffled = OwnRandomness(loader, state, again=False)
+    shuffled = OwnRandomness(loader, state, same_order=False)
     first, second = ([batch[0] for batch in shuffled] for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(torch.cat(first), torch.cat(expected))

@@ -4,16 +4,14 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from decomp import api
 from decomp._util import tables
+from decomp._util.io import digest, write_atomically
 from decomp._util.progress import bar
 from decomp.analysis.scores import Evaluate, Judge
 from decomp.calibration.calibrate import Statistics
@@ -26,12 +24,11 @@ from decomp.planning.latency import latency
 from decomp.planning.plan import Plan
 from decomp.planning.survey import Survey, survey
 from decomp.ranks import RULES, Rule, parse_spec
-from decomp.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = "decomp-tradeoff-1"
+FORMAT = "decomp-tradeoff-2"
 COSTS = {"macs": "MACs", "params": "parameters", "seconds": "seconds"}
 
 
@@ -308,21 +305,12 @@ class Planner:
     def digest(self) -> str:
         """What tells this model, these layers and inputs of this size from others."""
         surveyed = self._survey()
-        found = sha256(
-            repr((surveyed.seen and surveyed.seen.calls, sorted(surveyed.open), surveyed.cost)).encode()
-        )
-        for name, tensor in self._model.state_dict().items():
-            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {digest_of(tensor)}".encode())
-        return found.hexdigest()
-
-
-def digest_of(values: Any) -> str:
-    """What tells these tensors from others of the same shape."""
-    found = sha256()
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, Tensor):
-            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        layers = repr((surveyed.seen and surveyed.seen.calls, sorted(surveyed.open), surveyed.cost))
+        weights = [
+            (f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor)
+            for name, tensor in self._model.state_dict().items()
+        ]
+        return digest([layers, weights])
 
 
 BUDGETS = (0.75, 0.5, 0.35, 0.25, 0.15)
@@ -390,8 +378,8 @@ def tradeoff(
         raise ValueError("nothing to measure: give budgets= with methods=, or rules=")
     planner = Planner(model, example_inputs, statistics, layers, exclude, cost)
     head = {"model": planner.digest(), "score": judge.name, "finetuned": finetune is not None}
-    head["example"] = digest_of(example_inputs) if evaluate is None and data is None else ""
-    head["statistics"] = digest_of([vars(each) for each in statistics.values()]) if statistics else ""
+    head["example"] = digest(example_inputs) if evaluate is None and data is None else ""
+    head["statistics"] = digest([vars(each) for each in statistics.values()]) if statistics else ""
     store = Store.open(path, head)
     if store.dense is None:
         seconds = latency([model], example_inputs)[0]

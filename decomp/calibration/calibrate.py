@@ -11,12 +11,12 @@ from decomp._util.by_layer import ByLayer
 from decomp._util.naming import naming
 from decomp._util.progress import bar
 from decomp.calibration.accumulators import Sums
-from decomp.calibration.gradients import Slope
+from decomp.calibration.gradients import Slope, tracked
 from decomp.calibration.moments import Moments
-from decomp.data.batches import Batches, held_out, naming_batch
+from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, naming_batch
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
-from decomp.network.forward import Unfused, call, evaluating, to_device_of
+from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_of
 from decomp.network.selection import Selector
 from decomp.network.tracing import norms_behind
 
@@ -85,7 +85,7 @@ def calibrate(
                     example = inputs(batch) if inputs is not None and own else batch
                     for name, norm in norms_behind(model, example, modules).items():
                         sums[name].feed(norm, model.get_submodule(norm))
-                _watch(model, batch, sums, held_out=held_out(count), slope=slope)
+                _watch(model, batch, sums, held_out=CLOSED_FORM_SPLIT.held_out(count), slope=slope)
     if example is None:
         raise ValueError("data is empty: at least one batch is needed")
     energy = 1.0 if slope is None else slope.energy
@@ -102,16 +102,14 @@ def _watch(model: nn.Module, batch: Any, sums: Mapping[str, Sums], *, held_out: 
                 each.add(received.detach(), output.detach(), held_out=held_out)
             if slope is None:
                 return None
-            # Frozen layers count as well; and an activation in place must not change what is kept here.
-            kept = output if output.requires_grad else output.detach().requires_grad_()
+            kept, copy = tracked(output)
             seen.append((each, kept))
-            return kept.clone()
+            return copy
 
         return hook
 
-    handles = [each.module.register_forward_hook(watch(each), with_kwargs=True) for each in sums.values()]
-    try:
-        moved = to_device_of(model, batch)
+    moved = to_device_of(model, batch)
+    with hooked(after=[(each.module, watch(each)) for each in sums.values()]):
         if slope is None:
             with torch.no_grad():
                 call(model, moved)
@@ -129,9 +127,6 @@ def _watch(model: nn.Module, batch: Any, sums: Mapping[str, Sums], *, held_out: 
         for (each, _), grad in zip(seen, grads, strict=True):
             if grad is not None:
                 each.add_gradient(grad)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _normal(leaf: Any) -> Any:

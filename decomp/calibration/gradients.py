@@ -1,4 +1,4 @@
-"""What gradients are taken of, so that they tell how much an error inside of the network counts."""
+"""Gradients by the outputs of layers: what an error inside of the network does to its output or to a loss."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -44,3 +44,12 @@ class Slope:
         if not floating(result):
             raise ValueError("loss='output': the model gives no tensor of floats: write a function, or loss=None")
         return flat_output(result)
+
+
+def tracked(output: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of a layer as a tensor to take a gradient by, and the copy of it that the network goes on with.
+
+    There is a gradient where the layer is frozen as well; a function in place that follows changes only the copy.
+    """
+    kept = output if output.requires_grad else output.detach().requires_grad_()
+    return kept, kept.clone()

@@ -11,13 +11,14 @@ from torch.func import functional_call
 
 from decomp._util.naming import naming
 from decomp._util.progress import bar
+from decomp.calibration.gradients import tracked
 from decomp.data.batches import Batches
 from decomp.layers import group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
 from decomp.linalg import as_float64
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
-from decomp.network.forward import Unfused, call, evaluating, flat_output, to_device_of
+from decomp.network.forward import Unfused, call, evaluating, flat_output, hooked, to_device_of
 from decomp.network.selection import Selector
 
 KEPT_ENERGY = 0.75
@@ -92,16 +93,14 @@ def _fisher(
     seen: list[tuple[str, Tensor, float]] = []
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, received: Any, output: Tensor) -> Tensor:
-            # Frozen layers count as well; and an activation in place must not change what is kept here.
-            kept = output if output.requires_grad else output.detach().requires_grad_()
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            kept, copy = tracked(output)
             seen.append((name, kept, float(kept.detach().float().square().mean())))
-            return kept.clone()
+            return copy
 
         return hook
 
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    try:
+    with hooked(after=[(layer, watch(name)) for name, layer in layers.items()]):
         for batch in batches:
             seen.clear()
             with torch.enable_grad():
@@ -110,9 +109,6 @@ def _fisher(
             for (name, _, mean_square), grad in zip(seen, grads, strict=True):
                 if grad is not None:
                     weights[name] += float(grad.float().square().sum()) * mean_square
-    finally:
-        for handle in handles:
-            handle.remove()
     return weights
 
 
@@ -146,8 +142,5 @@ def _running_with(layer: nn.Module, weight: Tensor) -> Iterator[None]:
         finally:
             busy = False
 
-    handle = layer.register_forward_hook(hook, with_kwargs=True)
-    try:
+    with hooked(after=[(layer, hook)]):
         yield
-    finally:
-        handle.remove()

@@ -1,26 +1,42 @@
-"""What flows through one layer or block: inputs in the compressed network, targets from the dense one."""
+"""Training examples of one layer or block, in windows that fit into memory.
+
+Inputs are those that the layer gets in the compressed network, targets are outputs of the dense one.
+"""
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from decomp.data.batches import Batches, Part, naming_batch
-from decomp.data.windows import Window
-from decomp.network.forward import Unfused, call, floating, to_device_of
+from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
 from decomp.network.tracing import Tail, tails
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Window(Generic[Item]):
+    """Examples that are in memory at once: of the batches from ``start`` on, or the ``whole`` of the data."""
+
+    start: int
+    items: list[Item]
+    whole: bool = False
+
+
+Windows = Callable[[int], Iterator[Window[Item]]]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One call: with what, in the compressed network, and what the dense network gives for it, behind the tail.
+    """One call of a layer: its arguments in the compressed network, and its targets from the dense one.
 
-    ``batch`` is the number of the batch that it is of.
+    The targets are the outputs of the dense layer after its tail. ``batch`` is the number of the batch.
     """
 
     batch: int
@@ -30,7 +46,7 @@ class Example:
 
     @property
     def received(self) -> Tensor:
-        """What a layer with one input gets."""
+        """The input of a layer that has one."""
         received: Tensor = (*self.args, *self.kwargs.values())[0]
         return received
 
@@ -41,7 +57,7 @@ class Example:
         return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
     def run(self, module: nn.Module, tail: Tail) -> list[Tensor]:
-        """What a module gives when it is called so, behind its tail; what the example holds is not changed."""
+        """The outputs of a module for these arguments, after its tail; the example itself is not changed."""
         wide = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
         def widened(leaf: Any) -> Any:
@@ -49,7 +65,7 @@ class Example:
             narrow = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.itemsize < wide.itemsize
             return leaf.to(wide) if narrow else leaf
 
-        args, kwargs = tree_map(widened, _own((self.args, self.kwargs)))
+        args, kwargs = tree_map(widened, _copied((self.args, self.kwargs)))
         results = floating(module(*args, **kwargs))
         return [tail(given.to(target.dtype)) for given, target in zip(results, self.targets, strict=True)]
 
@@ -59,7 +75,7 @@ class RoutedDifferently(Exception):
 
 
 class Activations:
-    """What a layer, or a block, is called with in the compressed network, and what the dense one makes of it.
+    """The examples of one layer or block, made batch by batch from a pass of each network.
 
     A layer that is called several times in a pass gives an example for each call. A pass ends as soon as the layer
     was called as often as in the pass in which its tail was seen.
@@ -85,8 +101,8 @@ class Activations:
 
         Args:
             start: the batch to begin with.
-            part: which batches are looked at; the others are passed over.
-            share: of the cache.
+            part: which batches to take, by their number; all by default.
+            share: the share of the cache that a window may fill.
             most: examples that are needed; a window that holds as many is not filled further.
 
         Raises:
@@ -130,69 +146,137 @@ class _Call:
     results: list[Tensor]
 
 
-class _Enough(BaseException):
-    """Nothing behind the layer has to run. No ``Exception``, which the forward of a model may catch."""
+class _LastCall(BaseException):
+    """Ends a pass after the last call of the layer. No ``Exception``, which the forward of a model may catch."""
 
 
 def _calls(model: nn.Module, layer: nn.Module, batch: Any, count: int) -> list[_Call]:
     """Run ``model`` until ``layer`` was called ``count`` times, and return these calls."""
     begun: list[tuple[Any, Any]] = []
-    seen: list[_Call] = []
+    ended: list[_Call] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        begun.append(_own((args, kwargs)))
+        begun.append(_copied((args, kwargs)))
 
     def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        seen.append(_Call(*begun.pop(), [tensor.detach().clone() for tensor in floating(result)]))
-        if len(seen) == count:
-            raise _Enough
+        ended.append(_Call(*begun.pop(), [tensor.detach().clone() for tensor in floating(result)]))
+        if len(ended) == count:
+            raise _LastCall
 
-    handles = [
-        layer.register_forward_pre_hook(before, with_kwargs=True),
-        layer.register_forward_hook(after, with_kwargs=True),
-    ]
     batch = to_device_of(model, batch)
     kind = next((tensor.device.type for tensor in tree_leaves(batch) if isinstance(tensor, Tensor)), "cpu")
     try:
-        # Steps may be in mixed precision; what they are made towards is not, whichever window it is in.
-        with Unfused(), torch.autocast(kind, enabled=False):
+        # Steps may be taken in mixed precision; targets never are, in whichever window they lie.
+        with hooked([(layer, before)], [(layer, after)]), Unfused(), torch.autocast(kind, enabled=False):
             call(model, batch)
-    except _Enough:
+    except _LastCall:
         pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    return ended
 
 
-def _own(arguments: Any) -> Any:
-    """A copy that nobody else changes: of tensors, and of what a model hands from layer to layer (a cache)."""
+def _copied(arguments: Any) -> Any:
+    """A copy of arguments that the model cannot change later, also of objects such as a key-value cache."""
 
-    def copied(leaf: Any) -> Any:
+    def copy_of(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.detach().clone()
         try:
             return copy.deepcopy(leaf)
-        except (TypeError, RuntimeError):  # a lock, a generator: there is but one
+        except (TypeError, RuntimeError):  # a lock, a generator: no copy can be made
             return leaf
 
-    return tree_map(copied, arguments)
+    return tree_map(copy_of, arguments)
 
 
 def reached_tails(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:
-    """Tails in the order of execution, from as many batches as it takes to reach every layer.
+    """Tails of layers in the order of execution, from as many batches as it takes to reach every layer.
 
     Raises:
         ValueError: the data is empty.
     """
-    found: dict[str, Tail] = {}
+    reached: dict[str, Tail] = {}
     empty = True
     for index, batch in batches.numbered():
         empty = False
         with naming_batch(index, batch):
-            found |= tails(model, batch, {name: layer for name, layer in layers.items() if name not in found})
-        if len(found) == len(layers):
+            reached |= tails(model, batch, {name: layer for name, layer in layers.items() if name not in reached})
+        if len(reached) == len(layers):
             break
     if empty:
         raise ValueError("data is empty: at least one batch is needed")
-    return found
+    return reached
+
+
+class ExampleStream(Generic[Item]):
+    """Examples without end, pass after pass, from a position that can be saved.
+
+    Data that fits into one window stays in memory.
+
+    >>> windows = lambda start: (Window(i, [10 * i, 10 * i + 1]) for i in range(start, 3))
+    >>> stream = ExampleStream(windows)
+    >>> [next(stream) for _ in range(7)], stream.position
+    ([0, 1, 10, 11, 20, 21, 0], (0, 1))
+    >>> stream.seek((2, 1)); next(stream), next(stream)
+    (21, 0)
+    """
+
+    def __init__(self, windows: Windows[Item]) -> None:
+        self._windows = windows
+        self._later: Iterator[Window[Item]] = iter(())
+        self._window: Window[Item] = Window(0, [])
+        self._taken = 0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The first batch of the current window, and how many of its examples were taken."""
+        return self._window.start, self._taken
+
+    def seek(self, position: tuple[int, int]) -> None:
+        """Go to a position that was read before."""
+        start, taken = position
+        if not self._window.items or self._window.start != start:
+            self._later = self._windows(start)
+            self._window = next(self._later, Window(start, []))
+        self._taken = taken
+
+    def begin(self) -> bool:
+        """Bring the first window into memory; False where there is none."""
+        self.seek((0, 0))
+        return bool(self._window.items)
+
+    def __next__(self) -> Item:
+        if self._taken >= len(self._window.items):
+            self._advance()
+        self._taken += 1
+        return self._window.items[self._taken - 1]
+
+    def _advance(self) -> None:
+        self._taken = 0
+        if self._window.whole:
+            return
+        self._window = Window(0, [])  # the old window has to be gone before the next one is made
+        following = next(self._later, None)
+        if following is None:
+            self._later = self._windows(0)
+            following = next(self._later, None)
+        if following is None:
+            raise ValueError("data came out empty on a later pass: give what can be gone through again")
+        self._window = following
+
+
+class ExampleCache(Generic[Item]):
+    """The examples of one pass, window by window; kept in memory where one window holds them all."""
+
+    def __init__(self, windows: Windows[Item]) -> None:
+        self._windows = windows
+        self._kept: list[Item] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        for window in self._windows(0):
+            if window.whole:
+                self._kept = window.items
+            yield from window.items
+            del window  # gone before the next one is made

@@ -1,19 +1,18 @@
-"""The user's data, batch by batch: checked, and numbered, so that what is wrong with one is said by its number."""
+"""The user's data: numbered and checked batches, which of them are held out, and passes whose order repeats."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from decomp.data.rng import OwnRandomness, random_state
 from decomp.network.forward import describe
 
 Part = Callable[[int], bool]
-
-HELD_OUT_EVERY = 4
 
 _NO_TENSOR = (str, bytes, int, float, complex, np.ndarray, np.generic, type(None))
 _FORMS = "a batch must be a tensor, a tuple, a list or a mapping of tensors"
@@ -33,17 +32,8 @@ def require_passes(data: Any) -> None:
         )
 
 
-def held_out(index: int) -> bool:
-    """Whether a closed form is chosen on this batch, and not fitted to it: every fourth.
-
-    >>> [index for index in range(10) if held_out(index)]
-    [3, 7]
-    """
-    return index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-
-
 class Batches:
-    """The user's data, as what ``inputs`` makes of each batch; every pass is checked.
+    """The user's data, passed through ``inputs`` batch by batch; every pass is checked.
 
     >>> batches = Batches([(torch.ones(2, 3), "labels")], lambda batch: batch[0])
     >>> [(index, tuple(batch.shape)) for index, batch in batches.numbered()]
@@ -57,10 +47,10 @@ class Batches:
         self._count = 0
 
     @classmethod
-    def alike(cls, data: Iterable[Any], inputs: Callable[[Any], Any] | None) -> "Batches":
-        """Batches whose every pass is alike, shuffled data included, so that what is held out stays so."""
+    def in_fixed_order(cls, data: Iterable[Any], inputs: Callable[[Any], Any] | None) -> "Batches":
+        """Batches in the same order in every pass, shuffled data too, so that what is held out stays held out."""
         require_passes(data)
-        return cls(OwnRandomness(data, random_state(data), again=True), inputs)
+        return cls(OwnRandomness(data, random_state(data), same_order=True), inputs)
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for _, batch in self.numbered())
@@ -74,7 +64,7 @@ class Batches:
             return self._count
 
     def numbered(self, start: int = 0, part: Part | None = None) -> Iterator[tuple[int, Any]]:
-        """Go through the batches from number ``start`` on, or through those of them that ``part`` says yes to.
+        """Go through the batches from number ``start`` on, with ``part`` only those whose number it accepts.
 
         Raises:
             TypeError: a batch holds no tensor.
@@ -85,9 +75,9 @@ class Batches:
             self._count = max(self._count, index + 1)
             if index >= start and (part is None or part(index)):
                 with naming_batch(index, batch):
-                    given = self._inputs(batch)
-                _check(index, given)
-                yield index, given
+                    batch = self._inputs(batch)
+                _check(index, batch)
+                yield index, batch
         if index + 1 < self._count:
             ended = f"ended before batch {index + 1}" if index >= 0 else "came out empty"
             raise ValueError(
@@ -116,15 +106,15 @@ def _check(index: int, batch: Any) -> None:
             continue
         if tensor.shape[:1] == (0,):
             raise ValueError(f"batch {index} is empty, a tensor {tuple(tensor.shape)}: leave such batches out")
-        if not _sound(tensor):
+        if not _is_finite(tensor):
             raise ValueError(
                 f"batch {index} holds NaN or infinity, in a tensor {tuple(tensor.shape)}: "
                 "leave such batches out, or mend them with torch.nan_to_num"
             )
 
 
-def _sound(tensor: Tensor) -> bool:
-    """Finite; or a mask that is added to scores, of zeros and minus infinity alone."""
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, or the tensor is a mask to add to scores: zeros and minus infinity alone."""
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or bool(torch.isfinite(tensor).all()):
         return True
     return bool(((tensor == 0) | (tensor == -torch.inf)).all())
@@ -138,3 +128,111 @@ def _leaves(batch: Any) -> Iterator[Any]:
             yield from _leaves(value)
     else:
         yield batch
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """Which batches a process fits or trains on, and which are held out to measure on.
+
+    Process ``rank`` of ``size`` takes every ``size``-th batch; of these, counted from 0, the numbers ``first``,
+    ``first + every``, ... are held out. ``every=None`` holds none out.
+
+    >>> [index for index in range(10) if CLOSED_FORM_SPLIT.held_out(index)]
+    [3, 7]
+    """
+
+    every: int | None
+    first: int = 0
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of_share(cls, share: float, rank: int = 0, size: int = 1) -> "BatchSplit":
+        """Hold out a share of the batches of each process: every k-th from number k // 2 on, k = round(1 / share).
+
+        >>> split = BatchSplit.of_share(0.2)
+        >>> [index for index in range(10) if split.held_out(index)]
+        [2, 7]
+
+        Raises:
+            ValueError: the share is not from 0 to 0.5.
+        """
+        if not 0 <= share <= 0.5:
+            raise ValueError(f"held_out={share}: write a share of the batches from 0 to 0.5")
+        every = max(2, round(1 / share)) if share else None
+        return cls(every, (every or 0) // 2, rank, size)
+
+    def own(self, index: int) -> bool:
+        """Whether this process takes the batch."""
+        return index % self.size == self.rank
+
+    def held_out(self, index: int) -> bool:
+        """Whether this process measures on the batch, and never fits or trains on it."""
+        return self.every is not None and self.own(index) and index // self.size % self.every == self.first
+
+    def train(self, index: int) -> bool:
+        """Whether this process fits or trains on the batch."""
+        return self.own(index) and not self.held_out(index)
+
+
+CLOSED_FORM_SPLIT = BatchSplit(every=4, first=3)
+"""The split of everything that is fitted in closed form: calibration, repair, layer after layer."""
+
+
+def random_state(data: Any = None) -> dict[str, Any]:
+    """The states of torch's, Python's and numpy's generators, and of the ``generator`` of a DataLoader."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+    generator = getattr(data, "generator", None)
+    if isinstance(generator, torch.Generator):
+        state["generator"] = generator.get_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any], data: Any = None) -> None:
+    """Restore what :func:`random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "generator" in state:
+        data.generator.set_state(state["generator"])
+
+
+class OwnRandomness:
+    """Data whose passes neither read nor advance the random generators of the program around them.
+
+    A pass is determined by the generator state that it begins with, whatever is drawn between its batches, and can
+    be repeated up to any batch. With ``same_order`` every pass begins with ``state``, so that even a shuffling
+    DataLoader keeps one order; without, each begins where the one before ended.
+    """
+
+    def __init__(self, data: Iterable[Any], state: dict[str, Any], *, same_order: bool) -> None:
+        self._data, self._first, self._same_order = data, state, same_order
+        self.next_pass = state
+        self.this_pass = state
+
+    def __len__(self) -> int:
+        return len(self._data)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        self.this_pass = state = self._first if self._same_order else self.next_pass
+        iterator: Iterator[Any] | None = None
+        while True:
+            outside = random_state(self._data)
+            set_random_state(state, self._data)
+            try:
+                iterator = iter(self._data) if iterator is None else iterator
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.next_pass = state = random_state(self._data)
+                set_random_state(outside, self._data)
+            yield batch

@@ -1,13 +1,12 @@
 """Analysis of methods whose error is known only once they are fitted: few fits, and a curve through them."""
 
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from decomp._util.io import digest
 from decomp.linalg import Values, as_float64
 from decomp.methods.record import Analysis, Ranks
 
@@ -88,9 +87,3 @@ class _Fits:
         # More rank is not more error: where a fit says otherwise, the smaller one stands for both.
         roots = np.sqrt(np.minimum.accumulate(np.maximum(errors, 0)))
         return np.asarray(np.interp(np.log1p(np.arange(last + 1)), np.log1p(places), roots) ** 2, np.float64)
-
-
-def digest(kernels: Tensor) -> bytes:
-    """A fingerprint of all values."""
-    values = kernels.detach().contiguous().cpu().view(torch.uint8)
-    return blake2b(values.numpy().tobytes(), digest_size=16).digest()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from decomp.network.forward import Unfused, call, evaluating, to_device_of
+from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_of
 
 
 class Call(NamedTuple):
@@ -91,22 +91,16 @@ def meter(
         return hook
 
     def after(name: str) -> Any:
-        def hook(module: nn.Module, received: Any, result: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             spent[name] = spent.get(name, 0.0) + read() - begun[name]
             leave(name)
 
         return hook
 
-    handles = []
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(after(name)))
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    entering = [(module, before(name)) for name, module in modules.items()]
+    leaving = [(module, after(name)) for name, module in modules.items()]
+    with hooked(entering, leaving), evaluating(model), torch.no_grad():
+        call(model, batch)
     return spent
 
 

@@ -1,9 +1,10 @@
-"""How a batch is fed to a model, and what it is called with on the way."""
+"""Calling a model with a batch: arguments, devices, eval mode, hooks."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from typing_extensions import TypeAliasType
 
 Batch = TypeAliasType("Batch", Tensor | Sequence[Any] | Mapping[str, Any])
 """What a model is called with: a tensor is one argument, a tuple or list positional ones, a mapping keywords."""
+
+Hook = Callable[..., Any]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -40,6 +43,32 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def hooked(
+    before: Iterable[tuple[nn.Module, Hook]] = (), after: Iterable[tuple[nn.Module, Hook]] = ()
+) -> Iterator[None]:
+    """Run the block with forward hooks on modules; none is left afterwards, whatever fails.
+
+    The hooks see the calls of this thread alone: another one may run the same modules at the same time.
+
+    Args:
+        before: modules with a hook (module, args, kwargs) that runs before their forward.
+        after: modules with a hook (module, args, kwargs, output) that runs after it; what it returns, unless None,
+            takes the place of the output.
+    """
+    thread = get_ident()
+
+    def here(hook: Hook) -> Hook:
+        return lambda *given: hook(*given) if get_ident() == thread else None
+
+    with ExitStack() as stack:
+        for module, hook in before:
+            stack.callback(module.register_forward_pre_hook(here(hook), with_kwargs=True).remove)
+        for module, hook in after:
+            stack.callback(module.register_forward_hook(here(hook), with_kwargs=True).remove)
+        yield
 
 
 def call(model: nn.Module, batch: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from decomp.network.forward import call, evaluating, floating, moving_norms, to_device_of
+from decomp.network.forward import call, evaluating, floating, hooked, moving_norms, to_device_of
 
 _NORMALIZATIONS = {
     getattr(functional, name)
@@ -72,13 +72,9 @@ def tails(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict
     batch never reaches are left out. The model runs in eval mode, without gradients.
     """
     watch = _Watch()
-    handles = [module.register_forward_hook(watch.begin(name)) for name, module in layers.items()]
-    try:
-        with evaluating(model), torch.no_grad(), watch:
-            watch.end(call(model, to_device_of(model, batch)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [(module, watch.begin(name)) for name, module in layers.items()]
+    with hooked(after=hooks), evaluating(model), torch.no_grad(), watch:
+        watch.end(call(model, to_device_of(model, batch)))
     return {
         name: Tail(tuple(Step(*step) for step in path.steps), path.calls) for name, path in watch.paths.items()
     }
@@ -98,12 +94,8 @@ def norms_behind(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) 
 
         return hook
 
-    handles = [norm.register_forward_pre_hook(count(name), with_kwargs=True) for name, norm in norms.items()]
-    try:
+    with hooked(before=[(norm, count(name)) for name, norm in norms.items()]):
         found = tails(model, batch, layers)
-    finally:
-        for handle in handles:
-            handle.remove()
     named = {id(norm.running_mean): name for name, norm in norms.items()}
     behind = {}
     for name, tail in found.items():
@@ -167,7 +159,7 @@ class _Watch(TorchFunctionMode):
         self.paths: dict[str, _Path] = {}
 
     def begin(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if name in self.paths:
                 self.paths[name].called_again()
             else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from decomp.calibration.unfold import patches_like, rows_of
 from decomp.layers import Factorized, group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
+from decomp.network.forward import hooked
 from decomp.recovery.batch_norm_shift import Frame
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
@@ -87,11 +88,8 @@ class Refit:
 
     def _reaching_last(self, received: Tensor) -> Tensor:
         seen: list[Tensor] = []
-        hook = self._last.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-        try:
+        with hooked(before=[(self._last, lambda module, args, kwargs: seen.append(args[0]))]):
             self._layer(received)
-        finally:
-            hook.remove()
         return seen[0]
 
     def error(self) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from decomp.data.activations import Example
-from decomp.data.batches import held_out
+from decomp.data.batches import CLOSED_FORM_SPLIT
 from decomp.network.forward import slope_of_norm
 from decomp.network.tracing import Tail
 from decomp.recovery.least_squares import Refit, State
@@ -133,7 +133,7 @@ class Rectified:
         matrix, bias = state
         lost = energy = 0.0
         for example in self._examples:
-            held = held_out(example.batch)
+            held = CLOSED_FORM_SPLIT.held_out(example.batch)
             measured = held or not self._refit.holds_out
             if not measured and weight is None:
                 continue

@@ -12,9 +12,8 @@ from decomp._util import tables
 from decomp._util.by_layer import ByLayer
 from decomp._util.naming import naming
 from decomp._util.progress import bar
-from decomp.data.activations import Activations, Example, RoutedDifferently, reached_tails
-from decomp.data.batches import Batches, held_out
-from decomp.data.windows import Examples
+from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
+from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
 from decomp.layers import Factorized
 from decomp.network.forward import Unfused, call, evaluating, floating, moving_norms, to_device_of
 from decomp.network.pairing import pairs_of
@@ -107,7 +106,7 @@ def repair(
     True
     """
     pairs = pairs_of(small, dense)
-    batches = Batches.alike(data, inputs)
+    batches = Batches.in_fixed_order(data, inputs)
     reports: dict[str, LayerRepair] = {}
     with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
         before = _output_error(small, dense, batches)
@@ -131,11 +130,11 @@ def repair(
 def _refit(
     layer: Factorized, refit: Refit, activations: Activations, after: Rectifier | None, tail: Tail
 ) -> LayerRepair:
-    examples = Examples[Example](activations.windows)
+    examples = ExampleCache[Example](activations.windows)
     try:
         for example in examples:
             target = example.targets[0]
-            refit.add(example.received, target, held_out=held_out(example.batch))
+            refit.add(example.received, target, held_out=CLOSED_FORM_SPLIT.held_out(example.batch))
             after = after if after is not None and after.reads(target, refit.axes) else None
     except RoutedDifferently:
         return LayerRepair(math.nan, math.nan, "routed differently: not refitted")

@@ -12,9 +12,8 @@ from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp.calibration.accumulators import moments_of
 from decomp.calibration.unfold import rows_of
-from decomp.data.activations import Activations, Example, RoutedDifferently, reached_tails
-from decomp.data.batches import Batches, held_out
-from decomp.data.windows import Examples
+from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
+from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
 from decomp.layers import Factorized
 from decomp.network import surgery
 from decomp.network.forward import Unfused, evaluating
@@ -57,7 +56,7 @@ def apply_sequentially(
     """
     replaced = layers_to_replace(model, plan, plan.method_of, needs_values=True)
     small = surgery.swap(model, {}, inplace=False)
-    batches = Batches.alike(data, inputs)
+    batches = Batches.in_fixed_order(data, inputs)
     pairs = {name: (small.get_submodule(name), dense) for name, dense in replaced.items()}
     settled: dict[str, Choice] = {}
     with evaluating(model, small), Unfused(), torch.inference_mode(False), torch.no_grad():
@@ -66,7 +65,7 @@ def apply_sequentially(
         for name, tail in bar(progress, "decompose", order.items()):
             require_finite(name, replaced[name])
             flow = Activations(small, model, *pairs[name], replace(tail, steps=()), batches, CACHE_BYTES)
-            step = _Step(*pairs[name], Examples[Example](flow.windows), frames.get(name))
+            step = _Step(*pairs[name], ExampleCache[Example](flow.windows), frames.get(name))
             with naming(name):
                 layer, settled[name] = step.take(name, plan)
             small = surgery.swap(small, {name: layer}, inplace=bool(name))
@@ -86,7 +85,7 @@ class _Step:
 
     own: nn.Module
     dense: nn.Module
-    examples: Examples[Example]
+    examples: ExampleCache[Example]
     frame: Frame | None
 
     def take(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
@@ -94,7 +93,7 @@ class _Step:
         calibrated = plan.statistics.get(name)
         try:
             self._refit()
-            received = ((example.received, held_out(example.batch)) for example in self.examples)
+            received = ((example.received, CLOSED_FORM_SPLIT.held_out(example.batch)) for example in self.examples)
             moments = moments_of(self.own, received, calibrated, centred=self.frame is not None)
         except RoutedDifferently:
             dense = {name: self.dense}
@@ -112,7 +111,7 @@ class _Step:
             for example in self.examples:
                 if not example.received.is_floating_point():
                     return
-                refit.add(example.received, example.targets[0], held_out=held_out(example.batch))
+                refit.add(example.received, example.targets[0], held_out=CLOSED_FORM_SPLIT.held_out(example.batch))
         except OtherSize:
             return
         refit.apply()

@@ -1,4 +1,4 @@
-"""Fine-tuning of the whole network, end to end: the task's loss, a teacher, or both."""
+"""Fine-tuning of the whole network, end to end: with the loss of the task, a teacher, or both."""
 
 import math
 import time
@@ -12,18 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from decomp._util.progress import bar
-from decomp.data.batches import Batches, naming_batch, require_passes
-from decomp.data.rng import OwnRandomness, random_state, set_random_state
-from decomp.data.windows import Endless, Split, Window
+from decomp.data.activations import ExampleStream, Window
+from decomp.data.batches import (
+    Batches,
+    BatchSplit,
+    OwnRandomness,
+    naming_batch,
+    random_state,
+    require_passes,
+    set_random_state,
+)
 from decomp.network.forward import evaluating, moved
 from decomp.training.checkpoint import Checkpoint, identify, name_of
-from decomp.training.distributed import Team, team
+from decomp.training.distributed import ProcessGroup, process_group
 from decomp.training.loop import (
-    Descent,
     MakeOptimizer,
     MakeSchedule,
-    Recipe,
-    Trained,
+    ParameterSelector,
+    TrainingLoop,
+    TrainingSettings,
     adam,
     cosine,
     trained_parameters,
@@ -52,115 +59,6 @@ class TuningReport:
         return f"{change} in {self.steps} steps, {self.seconds:.1f} s{note}"
 
 
-class Course:
-    """One run of end-to-end fine-tuning, which can be left and taken up again.
-
-    Args:
-        small: the model, in eval mode.
-        objective: the loss.
-        data: what it is trained on.
-        validate: what it is judged by, if anything.
-        descent: the steps.
-        together: the processes.
-        norm_steps: so many steps BatchNorm keeps its statistics.
-    """
-
-    def __init__(
-        self,
-        small: nn.Module,
-        objective: Loss,
-        data: Iterable[Any],
-        validate: Iterable[Any] | None,
-        descent: Descent,
-        together: Team,
-        norm_steps: int,
-    ) -> None:
-        self._small, self._objective, self._descent, self._team = small, objective, descent, together
-        self._norm_steps = norm_steps
-        self._split = Split(0, together.rank, together.size)
-        self._validate = None if validate is None else Batches(validate)
-        self._source = OwnRandomness(data, together.gather(random_state(data))[0], again=False)
-        self._batches = Batches(self._source)
-        self._stream = Endless[tuple[int, Any]](self._windows)
-
-    def run(self, store: Checkpoint, steps_bar: Any) -> TuningReport:
-        """Train to the end, from where an earlier run came to."""
-        start = time.perf_counter()
-        before = self._resume(store)
-        steps_bar.update(self._descent.done)
-
-        def keep() -> None:
-            if store.kept:
-                here = {"place": self._stream.place, "pass": self._source.this_pass, "random": random_state()}
-                state = {"before": before, "descent": self._descent.state()}
-                store.save("current", {**state, "processes": self._team.gather(here)})
-
-        def report(value: float) -> None:
-            steps_bar.set_postfix(loss=f"{value:.3g}", refresh=False)
-            steps_bar.update()
-
-        self._descent.run(self._loss, self._measure if self._validate else None, keep, report)
-        losses = self._descent.losses
-        first = before if self._validate else (losses[0] if losses else math.nan)
-        best = self._descent.best_error if losses else first
-        seconds = time.perf_counter() - start
-        return TuningReport(first, best, self._descent.done, seconds, self._descent.note, tuple(losses))
-
-    def _resume(self, store: Checkpoint) -> float:
-        """The loss before training; the descent and the data are where they were left."""
-        reached = store.load("current")
-        self._team.wait()  # nobody writes before everybody has looked
-        if reached is None:
-            if not self._stream.begin():
-                raise ValueError(f"data has no batch for process {self._team.rank} of {self._team.size}")
-            before = self._measure() if self._validate else math.inf
-            self._descent.best_error = before
-            return before
-        here = reached["processes"][self._team.rank]
-        self._descent.set_state(reached["descent"])
-        self._source.next_pass = here["pass"]
-        self._stream.seek(here["place"])
-        set_random_state(here["random"])
-        return float(reached["before"])
-
-    def _windows(self, start: int) -> Iterator[Window[tuple[int, Any]]]:
-        for index, batch in self._batches.numbered(start, self._split.own):
-            yield Window(index, [(index, batch)])
-
-    def _loss(self) -> Tensor:
-        index, batch = next(self._stream)
-        with naming_batch(index, batch), _teaching(self._small, self._descent.done < self._norm_steps):
-            value = self._objective(self._small, moved(batch, self._team.device))
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise TypeError(f"loss gave {value!r:.60}: a loss is a function (model, batch) -> scalar tensor")
-        if not value.requires_grad:
-            raise ValueError("the loss does not depend on any parameter that is trained")
-        return value.reshape(())
-
-    @torch.no_grad()
-    def _measure(self) -> float:
-        total = count = 0.0
-        assert self._validate is not None
-        for index, batch in self._validate.numbered(part=self._split.own):
-            with naming_batch(index, batch):
-                total += float(self._objective(self._small, moved(batch, self._team.device)))
-            count += 1
-        total, count = self._team.totals(total, count)
-        if not count:
-            raise ValueError("validate is empty: at least one batch is needed")
-        return total / count
-
-
-@contextmanager
-def _teaching(model: nn.Module, norms_frozen: bool) -> Iterator[None]:
-    """Run the block in train mode, BatchNorm apart where it is frozen."""
-    with evaluating(model):
-        for module in model.modules():
-            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            module.training = not (is_norm and norms_frozen)
-        yield
-
-
 def finetune(
     small: nn.Module,
     data: Iterable[Any],
@@ -171,7 +69,7 @@ def finetune(
     epochs: int | None = None,
     lr: float = 3e-4,
     inputs: Callable[[Any], Any] | None = None,
-    train: Trained = None,
+    train: ParameterSelector = None,
     optimizer: MakeOptimizer = adam,
     schedule: MakeSchedule = cosine,
     validate: Iterable[Any] | None = None,
@@ -185,16 +83,16 @@ def finetune(
     """Train the whole of ``small``, in place, with the loss of the task, a teacher, or both.
 
     Minimizes ``loss(model, batch)`` plus, with ``teacher``, T^2 KL between the softened outputs (T = 4). With
-    neither it is cross-entropy on batches of (inputs, labels). Frozen parameters stay frozen. After a NaN the
-    model is what it was when it was last judged, after every twentieth of the steps, and the report says so.
-    Processes and checkpoints are as for :func:`decomp.finetune_layerwise`; shuffled data has a new order in every
-    epoch.
+    neither it is cross-entropy on batches of (inputs, labels). Frozen parameters stay frozen. The model is
+    evaluated after every twentieth of the steps; a NaN takes it back to its state of the last evaluation, and the
+    report says so. Processes and checkpoints are as for :func:`decomp.finetune_layerwise`; shuffled data has a new
+    order in every epoch.
 
     Args:
         small: the model, factorized or not.
         data: an iterable of batches that can be gone through again.
         loss: a function (model, batch) -> scalar tensor, of the batch as it comes, on the device of the model; one
-            of :mod:`decomp.losses`, or your own. It is remembered by its name where there is a checkpoint.
+            of :mod:`decomp.losses`, or your own. A checkpoint knows it by its name.
         teacher: the dense model.
         steps: steps of the optimizer; or else
         epochs: passes through the data; 3 where neither is given.
@@ -204,7 +102,7 @@ def finetune(
         train: which parameters, by globs on their names or a predicate (name, parameter).
         optimizer: a function of parameters and learning rate; by default Adam.
         schedule: a function of the optimizer and the steps; by default a cosine down to a hundredth.
-        validate: batches that the model is judged by, with the same loss: its best state is kept. Without them,
+        validate: batches that the model is evaluated on, with the same loss: its best state is kept. Without them,
             the latest.
         patience: with ``validate``: end after this many twentieths of the steps without a gain; None: never.
         frozen_norm: the share of the steps, from the first on, in which BatchNorm keeps its statistics.
@@ -227,56 +125,39 @@ def finetune(
 
     Source: Hinton, Vinyals and Dean 2015.
     """
-    _check(small, teacher, steps, epochs, frozen_norm)
+    _check_arguments(small, teacher, steps, epochs, frozen_norm)
     for passes in (data, data if validate is None else validate):
         require_passes(passes)
-    chosen = _chosen(small, train)
-    objective = _objective(loss, teacher, inputs)
-    with team(accelerator, small, teacher) as together, torch.inference_mode(False):
-        together.spread(small)
-        steps = steps if steps is not None else _steps(3 if epochs is None else epochs, data, together)
-        recipe = Recipe(steps, lr, optimizer, schedule, patience, checkpoint_every)
-        options = {"frozen_norm": frozen_norm, "loss": _described(loss), "validate": validate is not None}
-        models = identify(small=small, teacher=teacher)
-        identity = {"call": "finetune", "train": sorted(chosen), **options, **models, **recipe.identity()}
-        identity |= together.identity()
-        store = Checkpoint(checkpoint, identity, writes=together.rank == 0)
-        tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
-        descent = Descent(tensors, chosen, recipe, together)
-        course = Course(small, objective, data, validate, descent, together, round(frozen_norm * steps))
-        shown = progress if together.rank == 0 else False
-        with bar(shown, "fine-tune", total=steps) as steps_bar, evaluating(small):
-            return course.run(store, steps_bar)
-
-
-def _objective(loss: Loss | None, teacher: nn.Module | None, inputs: Callable[[Any], Any] | None) -> Loss:
-    if teacher is None:
-        return loss or cross_entropy
-    taught = Distillation(teacher, inputs=inputs)
-    if loss is None:
-        return taught
-    task: Loss = loss
-    return lambda model, batch: task(model, batch) + taught(model, batch)
-
-
-def _chosen(small: nn.Module, train: Trained) -> set[str]:
-    chosen = trained_parameters(small, train)
-    if not chosen:
+    selected = trained_parameters(small, train)
+    if not selected:
         raise ValueError("small has nothing to train: every parameter is frozen, or train= leaves all of them out")
-    return chosen
+    objective = _objective(loss, teacher, inputs)
+    with process_group(accelerator, small, teacher) as group, torch.inference_mode(False):
+        group.broadcast(small)
+        steps = steps if steps is not None else _steps_of(3 if epochs is None else epochs, data, group)
+        settings = TrainingSettings(steps, lr, optimizer, schedule, patience, checkpoint_every)
+        saved = None
+        if checkpoint is not None:
+            of_loss = loss.identity() if isinstance(loss, Distillation) else name_of(loss)
+            identity = {
+                "call": "finetune",
+                "train": sorted(selected),
+                "loss": of_loss,
+                "validate": validate is not None,
+                "frozen_norm": frozen_norm,
+                **identify(small=small, teacher=teacher),
+                **settings.identity(),
+                **group.identity(),
+            }
+            saved = Checkpoint(checkpoint, identity, writes=group.rank == 0)
+        tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+        loop = TrainingLoop(tensors, selected, settings, group)
+        run = EndToEndRun(small, objective, data, validate, loop, group, round(frozen_norm * steps))
+        with bar(progress if group.rank == 0 else False, "fine-tune", total=steps) as steps_bar, evaluating(small):
+            return run.train(saved, steps_bar)
 
 
-def _described(loss: Loss | None) -> Any:
-    return loss.identity() if isinstance(loss, Distillation) else name_of(loss)
-
-
-def _steps(epochs: int, data: Iterable[Any], together: Team) -> int:
-    """The steps of some epochs: a process has its share of the batches, and a step takes several of them."""
-    batches = Batches(data).count()
-    return epochs * math.ceil(batches / (together.size * together.accumulation))
-
-
-def _check(
+def _check_arguments(
     small: nn.Module, teacher: nn.Module | None, steps: int | None, epochs: int | None, frozen_norm: float
 ) -> None:
     if steps is not None and epochs is not None:
@@ -285,9 +166,136 @@ def _check(
         raise ValueError("teacher is small itself: give the dense model that small was made from")
     if not 0 <= frozen_norm <= 1:
         raise ValueError(f"frozen_norm={frozen_norm}: write a share of the steps from 0 to 1")
-    coarse = {p.dtype for p in small.parameters() if p.requires_grad and p.dtype.itemsize < 4}
-    if coarse:
+    too_coarse = {p.dtype for p in small.parameters() if p.requires_grad and p.dtype.itemsize < 4}
+    if too_coarse:
         raise ValueError(
-            f"small has parameters in {coarse.pop()}, too coarse for the steps of an optimizer: write "
+            f"small has parameters in {too_coarse.pop()}, too coarse for the steps of an optimizer: write "
             "small.float() and accelerator=accelerate.Accelerator(mixed_precision='bf16')"
         )
+
+
+def _objective(loss: Loss | None, teacher: nn.Module | None, inputs: Callable[[Any], Any] | None) -> Loss:
+    if teacher is None:
+        return loss or cross_entropy
+    distillation = Distillation(teacher, inputs=inputs)
+    if loss is None:
+        return distillation
+    task: Loss = loss
+    return lambda model, batch: task(model, batch) + distillation(model, batch)
+
+
+def _steps_of(epochs: int, data: Iterable[Any], group: ProcessGroup) -> int:
+    """The steps of some epochs: a process has its share of the batches, and a step takes several of them."""
+    batches = Batches(data).count()
+    return epochs * math.ceil(batches / (group.size * group.accumulation_steps))
+
+
+class EndToEndRun:
+    """One run of end-to-end fine-tuning, which can be resumed from a checkpoint.
+
+    Args:
+        small: the model, in eval mode.
+        objective: the loss that is minimized.
+        data: the batches to train on.
+        validate: the batches to evaluate on, if any.
+        loop: the training loop over the parameters of the model.
+        group: the processes that train together.
+        frozen_norm_steps: BatchNorm keeps its statistics in the first steps, so many of them.
+    """
+
+    def __init__(
+        self,
+        small: nn.Module,
+        objective: Loss,
+        data: Iterable[Any],
+        validate: Iterable[Any] | None,
+        loop: TrainingLoop,
+        group: ProcessGroup,
+        frozen_norm_steps: int,
+    ) -> None:
+        self._small, self._objective, self._loop, self._group = small, objective, loop, group
+        self._frozen_norm_steps = frozen_norm_steps
+        self._split = BatchSplit(None, rank=group.rank, size=group.size)
+        self._validate = None if validate is None else Batches(validate)
+        self._source = OwnRandomness(data, group.gather(random_state(data))[0], same_order=False)
+        self._batches = Batches(self._source)
+        self._stream = ExampleStream[tuple[int, Any]](self._windows)
+
+    def train(self, saved: Checkpoint | None, steps_bar: Any) -> TuningReport:
+        """Train to the end, from the checkpoint if there is one."""
+        start = time.perf_counter()
+        before = self._begin(saved)
+        steps_bar.update(self._loop.steps_done)
+
+        def save() -> None:
+            if saved is not None:
+                own = {"position": self._stream.position, "pass": self._source.this_pass, "random": random_state()}
+                state = {"before": before, "loop": self._loop.state()}
+                saved.save("current", {**state, "processes": self._group.gather(own)})
+
+        def on_step(loss: float) -> None:
+            steps_bar.set_postfix(loss=f"{loss:.3g}", refresh=False)
+            steps_bar.update()
+
+        self._loop.run(self._loss, self._evaluate if self._validate else None, save, on_step)
+        losses = self._loop.losses
+        first = before if self._validate else (losses[0] if losses else math.nan)
+        best = self._loop.best_error if losses else first
+        seconds = time.perf_counter() - start
+        return TuningReport(first, best, self._loop.steps_done, seconds, self._loop.note, tuple(losses))
+
+    def _begin(self, saved: Checkpoint | None) -> float:
+        """Begin with the first batch, or where the checkpoint stands; return the loss before training."""
+        current = None if saved is None else saved.load("current")
+        self._group.barrier()  # no process writes before all have read
+        if current is None:
+            if not self._stream.begin():
+                raise ValueError(f"data has no batch for process {self._group.rank} of {self._group.size}")
+            before = self._evaluate() if self._validate else math.inf
+            self._loop.best_error = before
+            return before
+        own = current["processes"][self._group.rank]
+        self._loop.set_state(current["loop"])
+        self._source.next_pass = own["pass"]
+        self._stream.seek(own["position"])
+        set_random_state(own["random"])
+        return float(current["before"])
+
+    def _windows(self, start: int) -> Iterator[Window[tuple[int, Any]]]:
+        for index, batch in self._batches.numbered(start, self._split.own):
+            yield Window(index, [(index, batch)])
+
+    def _loss(self) -> Tensor:
+        index, batch = next(self._stream)
+        norms_frozen = self._loop.steps_done < self._frozen_norm_steps
+        with naming_batch(index, batch), _in_train_mode(self._small, norms_frozen=norms_frozen):
+            value = self._objective(self._small, moved(batch, self._group.device))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise TypeError(f"loss gave {value!r:.60}: a loss is a function (model, batch) -> scalar tensor")
+        if not value.requires_grad:
+            raise ValueError("the loss does not depend on any parameter that is trained")
+        return value.reshape(())
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """The mean loss of the batches to validate on, over all processes."""
+        total = count = 0.0
+        assert self._validate is not None
+        for index, batch in self._validate.numbered(part=self._split.own):
+            with naming_batch(index, batch):
+                total += float(self._objective(self._small, moved(batch, self._group.device)))
+            count += 1
+        total, count = self._group.totals(total, count)
+        if not count:
+            raise ValueError("validate is empty: at least one batch is needed")
+        return total / count
+
+
+@contextmanager
+def _in_train_mode(model: nn.Module, *, norms_frozen: bool) -> Iterator[None]:
+    """Run the block in train mode, except for BatchNorm where it is frozen."""
+    with evaluating(model):
+        for module in model.modules():
+            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            module.training = not (is_norm and norms_frozen)
+        yield

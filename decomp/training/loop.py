@@ -1,4 +1,4 @@
-"""Gradient steps that stop early, survive NaN, and go on from a checkpoint bit by bit as if never stopped."""
+"""The training loop: gradient steps with early stopping, a way back from NaN, and a state to resume from."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,33 +12,32 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from decomp.training.checkpoint import name_of
-from decomp.training.distributed import Team
+from decomp.training.distributed import ProcessGroup
 
 EVALUATIONS = 20
 FINAL_LEARNING_RATE_SHARE = 0.01
-_COUNTS = ("done", "note", "best_error", "losses", "_recent", "_stale")  # of a descent
 
 MakeOptimizer = Callable[[list[nn.Parameter], float], Optimizer]
 MakeSchedule = Callable[[Optimizer, int], LRScheduler]
-Trained: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None"
+ParameterSelector: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None"
 
 
 def adam(parameters: list[nn.Parameter], lr: float) -> Optimizer:
-    """Adam as torch has it: the default ``optimizer=``, and an example of one."""
+    """Adam with torch's defaults: the default of ``optimizer=``."""
     return torch.optim.Adam(parameters, lr)
 
 
 def cosine(optimizer: Optimizer, steps: int) -> LRScheduler:
-    """A cosine from the learning rate down to a hundredth of it: the default ``schedule=``."""
+    """A cosine from the learning rate down to a hundredth of it: the default of ``schedule=``."""
     rate = optimizer.param_groups[0]["lr"]
     return CosineAnnealingLR(optimizer, max(1, steps), rate * FINAL_LEARNING_RATE_SHARE)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How long and by what steps a thing is trained.
+class TrainingSettings:
+    """Steps, learning rate, optimizer, schedule and early stopping of one training loop.
 
-    It is judged after every twentieth of the steps; ``patience`` such judgements without a gain end it.
+    The loop evaluates after every twentieth of the steps; ``patience`` evaluations without a gain end it.
     """
 
     steps: int
@@ -58,21 +57,17 @@ class Recipe:
 
     @property
     def interval(self) -> int:
-        """Steps between two judgements."""
+        """Steps between two evaluations."""
         return max(1, math.ceil(self.steps / EVALUATIONS))
 
     def identity(self) -> dict[str, Any]:
-        """The recipe as a checkpoint remembers it."""
-        how = {"optimizer": name_of(self.optimizer), "schedule": name_of(self.schedule)}
-        return {"steps": self.steps, "lr": self.lr, "patience": self.patience, **how}
+        """The settings that a run must share with the checkpoint it resumes from."""
+        functions = {"optimizer": name_of(self.optimizer), "schedule": name_of(self.schedule)}
+        return {"steps": self.steps, "lr": self.lr, "patience": self.patience, **functions}
 
 
-class Halt(Exception):
-    """Raised in a loss where training cannot go on; the message is the note in the report."""
-
-
-def trained_parameters(model: nn.Module, train: Trained) -> set[str]:
-    """Names of the parameters to train: those that are not frozen, of these what ``train`` matches.
+def trained_parameters(model: nn.Module, train: ParameterSelector) -> set[str]:
+    """Names of the parameters that ``train`` selects, frozen ones left out.
 
     Raises:
         ValueError: a glob matches no parameter.
@@ -91,131 +86,143 @@ def trained_parameters(model: nn.Module, train: Trained) -> set[str]:
     return {name for name in free if any(fnmatchcase(name, glob) for glob in globs)}
 
 
-class Descent:
-    """Gradient steps on ``parameters``; what is kept is the best state that was seen, or the latest sound one.
+class TrainingStopped(Exception):
+    """Raised by a loss where training cannot go on; the message becomes the note of the report."""
+
+
+class TrainingLoop:
+    """Gradient steps on the parameters of a model, which ends in its best state, or in the latest finite one.
 
     Args:
-        tensors: everything that makes a state: the parameters, and buffers that move along.
-        parameters: the names of those that are trained.
-        recipe: how.
-        team: the processes that train together.
+        tensors: the parameters, and the buffers that belong to a state.
+        trained: the names of the parameters that are trained.
+        settings: steps, learning rate, optimizer, schedule, early stopping.
+        group: the processes that train together.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], parameters: set[str], recipe: Recipe, team: Team) -> None:
+    # Attributes that a checkpoint holds, beside tensors and the states of optimizer and schedule.
+    _SAVED = ("steps_done", "note", "best_error", "losses", "_recent_losses", "_evaluations_without_gain")
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], trained: set[str], settings: TrainingSettings, group: ProcessGroup
+    ) -> None:
         self._tensors = dict(tensors)
-        self._parameters: list[Any] = [tensor for name, tensor in tensors.items() if name in parameters]
-        self._recipe, self._team = recipe, team
-        self._optimizer = recipe.optimizer(self._parameters, recipe.lr)
-        self._schedule = recipe.schedule(self._optimizer, recipe.steps)
-        self._best = self._copy()
-        self._stale = 0
-        self._recent: list[float] = []
+        self._parameters: list[Any] = [tensor for name, tensor in tensors.items() if name in trained]
+        self._settings, self._group = settings, group
+        self._optimizer = settings.optimizer(self._parameters, settings.lr)
+        self._schedule = settings.schedule(self._optimizer, settings.steps)
+        self._best = self._snapshot()
+        self._evaluations_without_gain = 0
+        self._recent_losses: list[float] = []
         self.best_error = math.inf
-        self.done = 0
+        self.steps_done = 0
         self.note = ""
         self.losses: list[float] = []
 
     def run(
         self,
         loss: Callable[[], Tensor],
-        measure: Callable[[], float] | None,
-        keep: Callable[[], None],
-        report: Callable[[float], None],
+        evaluate: Callable[[], float] | None,
+        save: Callable[[], None],
+        on_step: Callable[[float], None],
     ) -> None:
-        """Take the steps that are left and put the best state in place.
+        """Take the steps that are left and restore the best state.
 
         Args:
-            loss: the loss of the next batch.
-            measure: an error to judge by, the same on all processes; without it the latest state counts as best.
-            keep: called after every ``checkpoint_every`` steps and at the end.
-            report: called with the loss of each step.
+            loss: returns the loss of the next batch.
+            evaluate: returns the error that states are compared by, the same on all processes; without it the
+                latest state counts as the best.
+            save: called after every ``checkpoint_every`` steps and at the end.
+            on_step: called with the loss of each step.
         """
-        while self.done < self._recipe.steps and not self.note:
+        while self.steps_done < self._settings.steps and not self.note:
             value = self._step(loss)
             if not math.isfinite(value):
-                self.note = self.note or f"NaN in step {self.done + 1}: back to the last good state"
+                self.note = self.note or f"NaN in step {self.steps_done + 1}: back to the last good state"
                 break
-            self.done += 1
-            self._recent.append(value)
-            report(value)
-            if self.done % self._recipe.interval == 0 or self.done == self._recipe.steps:
-                self._judge(measure)
-            if self.done % self._recipe.checkpoint_every == 0:
-                keep()
-        self._put(self._best)
+            self.steps_done += 1
+            self._recent_losses.append(value)
+            on_step(value)
+            if self.steps_done % self._settings.interval == 0 or self.steps_done == self._settings.steps:
+                self._evaluate(evaluate)
+            if self.steps_done % self._settings.checkpoint_every == 0:
+                save()
+        self._restore(self._best)
         self._optimizer.zero_grad()
-        keep()
+        save()
 
     def _step(self, loss: Callable[[], Tensor]) -> float:
-        """One step on all processes; their mean loss, not finite where any of them failed, and then no step."""
-        team = self._team
+        """Take one step on all processes and return their mean loss; where that is not finite, take none."""
+        group = self._group
         self._optimizer.zero_grad()
         total = 0.0
         try:
-            for _ in range(team.accumulation):
-                with torch.enable_grad(), team.autocast():
+            for _ in range(group.accumulation_steps):
+                with torch.enable_grad(), group.autocast():
                     value = loss()
-                total += float(value.detach()) / team.accumulation
+                total += float(value.detach()) / group.accumulation_steps
                 if not math.isfinite(total):
                     break
-                team.backward(value, self._parameters)
-        except Halt as halt:
-            self.note, total = str(halt), math.nan
-        mean = team.totals(total)[0] / team.size
+                group.backward(value, self._parameters)
+        except TrainingStopped as stop:
+            self.note, total = str(stop), math.nan
+        mean = group.totals(total)[0] / group.size
         if math.isfinite(mean):
             for parameter in self._parameters:
-                if parameter.grad is None and team.size > 1:
+                if parameter.grad is None and group.size > 1:
                     parameter.grad = torch.zeros_like(parameter)
-            team.average([parameter.grad for parameter in self._parameters if parameter.grad is not None])
-            team.step(self._optimizer)
+            group.average([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+            group.step(self._optimizer)
             self._schedule.step()
         return mean
 
-    def _judge(self, measure: Callable[[], float] | None) -> None:
-        self._level()
-        self.losses.append(sum(self._recent) / len(self._recent))
-        self._recent.clear()
-        error = self.losses[-1] if measure is None else measure()
-        sound = all(bool(torch.isfinite(tensor).all()) for tensor in self._parameters)
-        if not sound or not math.isfinite(error):
-            self.note = f"NaN in step {self.done}: back to the last good state"
-        elif measure is None or error < self.best_error:
-            self.best_error, self._best, self._stale = error, self._copy(), 0
+    def _evaluate(self, evaluate: Callable[[], float] | None) -> None:
+        self._average_buffers()
+        self.losses.append(sum(self._recent_losses) / len(self._recent_losses))
+        self._recent_losses.clear()
+        error = self.losses[-1] if evaluate is None else evaluate()
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in self._parameters)
+        if not finite or not math.isfinite(error):
+            self.note = f"NaN in step {self.steps_done}: back to the last good state"
+        elif evaluate is None or error < self.best_error:
+            self.best_error, self._best, self._evaluations_without_gain = error, self._snapshot(), 0
         else:
-            self._stale += 1
-            if self._stale == self._recipe.patience and self.done < self._recipe.steps:
-                self.note = f"stopped early: no gain in {self._stale * self._recipe.interval} steps"
+            self._evaluations_without_gain += 1
+            patience_ended = self._evaluations_without_gain == self._settings.patience
+            if patience_ended and self.steps_done < self._settings.steps:
+                steps = self._evaluations_without_gain * self._settings.interval
+                self.note = f"stopped early: no gain in {steps} steps"
 
-    def _level(self) -> None:
+    def _average_buffers(self) -> None:
         """Running statistics have seen other batches on each process: take their means."""
         trained = {id(tensor) for tensor in self._parameters}
-        moving = [t for t in self._tensors.values() if id(t) not in trained and not isinstance(t, nn.Parameter)]
-        self._team.average([tensor for tensor in moving if tensor.is_floating_point()])
+        buffers = [t for t in self._tensors.values() if id(t) not in trained and not isinstance(t, nn.Parameter)]
+        self._group.average([tensor for tensor in buffers if tensor.is_floating_point()])
 
-    def _copy(self) -> dict[str, Tensor]:
+    def _snapshot(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
 
     @torch.no_grad()
-    def _put(self, state: Mapping[str, Tensor]) -> None:
+    def _restore(self, snapshot: Mapping[str, Tensor]) -> None:
         for name, tensor in self._tensors.items():
-            tensor.copy_(state[name])
+            tensor.copy_(snapshot[name])
 
     def state(self) -> dict[str, Any]:
-        """All that the next steps depend on, but the place in the data and the random numbers."""
+        """All that the next steps depend on, except the position in the data and the random generators."""
         return {
-            **{name: getattr(self, name) for name in _COUNTS},
+            **{name: getattr(self, name) for name in self._SAVED},
             "tensors": self._tensors,
             "best": self._best,
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
-            "scaler": self._team.scaler_state(),
+            "scaler": self._group.scaler_state(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go where :meth:`state` was read."""
-        for name in _COUNTS:
+        """Restore what :meth:`state` returned."""
+        for name in self._SAVED:
             setattr(self, name, state[name])
-        self._put(state["tensors"])
+        self._restore(state["tensors"])
         for name, tensor in self._best.items():
             tensor.copy_(state["best"][name])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -225,4 +232,4 @@ class Descent:
                     # In the memory format of the parameter, so that the same kernels run on it.
                     moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self._schedule.load_state_dict(state["schedule"])
-        self._team.set_scaler_state(state["scaler"])
+        self._group.set_scaler_state(state["scaler"])

@@ -1,17 +1,17 @@
-"""Losses for :func:`decomp.finetune`: the task's, and what a teacher has to say.
+"""Losses for :func:`decomp.finetune`: cross-entropy, and distillation from a teacher.
 
 A loss is a function ``(model, batch) -> scalar tensor``; write your own in the same form.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decomp.network.forward import Unfused, call, evaluating, to_device_of
+from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -37,9 +37,9 @@ def soft_targets(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> 
     >>> float(soft_targets(torch.ones(2, 3), torch.zeros(2, 3)))
     0.0
     """
-    ours = functional.log_softmax(_full(student) / temperature, -1)
-    theirs = functional.log_softmax(_full(teacher) / temperature, -1)
-    divergence: Tensor = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    log_p = functional.log_softmax(_at_least_float32(teacher) / temperature, -1)
+    log_q = functional.log_softmax(_at_least_float32(student) / temperature, -1)
+    divergence: Tensor = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     return temperature**2 * divergence
 
 
@@ -52,7 +52,7 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
     >>> float(hint(torch.ones(2, 3), torch.zeros(2, 3)))
     1.5
     """
-    return (_full(student) - _full(teacher)).square().sum() / (2 * student.shape[0])
+    return (_at_least_float32(student) - _at_least_float32(teacher)).square().sum() / (2 * student.shape[0])
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
@@ -65,7 +65,8 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     True
     """
     maps = [
-        functional.normalize(_full(feature).square().sum(1).flatten(1), dim=1) for feature in (student, teacher)
+        functional.normalize(_at_least_float32(feature).square().sum(1).flatten(1), dim=1)
+        for feature in (student, teacher)
     ]
     distances: Tensor = torch.linalg.vector_norm(maps[0] - maps[1], dim=1)
     return distances.mean() / 2
@@ -77,18 +78,18 @@ def logits_of(outputs: Any) -> Tensor:
     Raises:
         TypeError: there are none.
     """
-    found = outputs
+    logits = outputs
     if not isinstance(outputs, Tensor):
         is_mapping = isinstance(outputs, Mapping)
-        found = outputs.get("logits") if is_mapping else getattr(outputs, "logits", None)
-        if found is None and isinstance(outputs, tuple | list) and outputs:
-            found = outputs[0]
-    if not isinstance(found, Tensor):
+        logits = outputs.get("logits") if is_mapping else getattr(outputs, "logits", None)
+        if logits is None and isinstance(outputs, tuple | list) and outputs:
+            logits = outputs[0]
+    if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model returned a {type(outputs).__name__} without logits: write a loss of your own, "
             "a function (model, batch) -> scalar tensor"
         )
-    return found
+    return logits
 
 
 class Distillation:
@@ -135,22 +136,24 @@ class Distillation:
         self._inputs = inputs or (lambda batch: batch)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        given = self._inputs(batch)
+        arguments = self._inputs(batch)
         names = {*self._hints, *self._attention}
-        with evaluating(self.teacher), torch.no_grad(), Unfused(), _watching(self.teacher, names) as theirs:
-            wanted = call(self.teacher, to_device_of(self.teacher, given))
-        with Unfused(), _watching(model, names) as ours:
-            outputs = call(model, given)
+        with evaluating(self.teacher), torch.no_grad(), Unfused(), _features(self.teacher, names) as of_teacher:
+            targets = call(self.teacher, to_device_of(self.teacher, arguments))
+        with Unfused(), _features(model, names) as of_student:
+            outputs = call(model, arguments)
         terms = []
         if self._soft:
-            terms.append(self._soft * soft_targets(logits_of(outputs), logits_of(wanted), self._temperature))
+            terms.append(self._soft * soft_targets(logits_of(outputs), logits_of(targets), self._temperature))
         if self._hard:
             terms.append(self._hard * self._task(outputs, batch))
         for weights, compare in ((self._hints, hint), (self._attention, attention_transfer)):
-            terms += [weight * compare(ours[name], theirs[name]) for name, weight in weights.items()]
+            terms += [weight * compare(of_student[name], of_teacher[name]) for name, weight in weights.items()]
         if not terms:
-            raise ValueError("every weight of the distillation is 0: nothing is left to learn")
-        return torch.stack([_full(term) for term in terms]).sum()
+            raise ValueError(
+                "every weight of the distillation is 0: write soft=, hard=, hints= or attention= with another"
+            )
+        return torch.stack([_at_least_float32(term) for term in terms]).sum()
 
     def identity(self) -> dict[str, Any]:
         """The settings, as a checkpoint remembers them."""
@@ -158,8 +161,8 @@ class Distillation:
         return {**settings, "hints": self._hints, "attention": self._attention}
 
 
-def _full(tensor: Tensor) -> Tensor:
-    """Sums in half precision would lose too much."""
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 where it has half precision, whose sums would lose too much."""
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
@@ -177,9 +180,9 @@ def _labelled(batch: Any) -> tuple[Any, Tensor]:
 
 
 @contextmanager
-def _watching(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]:
-    """What the layers of these names give in the block; functions in place that follow change a copy."""
-    seen: dict[str, Tensor] = {}
+def _features(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of the named layers in the block; functions in place that follow them change a copy."""
+    outputs: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
     if not names <= modules.keys():
         missing = ", ".join(map(repr, sorted(names - modules.keys())))
@@ -188,15 +191,13 @@ def _watching(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]:
         )
 
     def keep(name: str) -> Any:
-        def hook(module: nn.Module, received: Any, output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             if not isinstance(output, Tensor):
                 raise TypeError(f"layer {name!r} gives a {type(output).__name__}: features have to be tensors")
-            seen[name] = output
+            outputs[name] = output
             return output.clone()
 
         return hook
 
-    with ExitStack() as hooks:
-        for name in names:
-            hooks.callback(modules[name].register_forward_hook(keep(name)).remove)
-        yield seen
+    with hooked(after=[(modules[name], keep(name)) for name in names]):
+        yield outputs
