@@ -18,6 +18,7 @@ from decomp.layers.filters import (
 )
 from decomp.layers.folded import ChannelSVDConv, InputSVDConv
 from decomp.layers.kernels import group_kernels, join_kernels
+from decomp.layers.kronecker import KroneckerLinear
 from decomp.layers.monochromatic import MonochromaticConv
 from decomp.layers.svd import SVDConv, SVDEmbedding, SVDLinear
 from decomp.layers.trains import AsymmetricConv, SpatialSVDConv, TensorTrainConv
@@ -33,6 +34,7 @@ __all__ = [
     "Factorized",
     "FlattenedConv",
     "InputSVDConv",
+    "KroneckerLinear",
     "MonochromaticConv",
     "PointwiseDepthwiseConv",
     "SVDConv",

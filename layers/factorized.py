@@ -82,11 +82,11 @@ class Factorized(nn.Module):
         """
         layer = cls.like(dense, cls.ranks_of(kernels), device="meta")
         for role, child in layer.named_children():
-            layer.fill(child, kernels[role], dense, f"{cls.__name__}.{role}")
+            layer.fill(child, kernels.get(role), dense, f"{cls.__name__}.{role}")
         return layer
 
-    def fill(self, child: Any, kernel: Tensor, dense: Any, where: str) -> None:
-        """Give a child its kernel, and the bias of ``dense`` if it has one.
+    def fill(self, child: Any, kernel: Tensor | None, dense: Any, where: str) -> None:
+        """Give a child its kernel, unless it has none, and the bias of ``dense`` if it has one.
 
         Raises:
             ValueError: the kernel does not fit; ``where`` names the child.
@@ -181,6 +181,10 @@ class Factorized(nn.Module):
 
     def empty_dense(self) -> nn.Module:
         """Build a layer of the dense type with the options of this one; its values do not count."""
+        if hasattr(self, "nf"):  # the Conv1D of Hugging Face
+            return self.dense_type(self.nf, self.nx)
+        if hasattr(self, "in_features"):
+            return self.dense_type(self.in_features, self.out_features, bias=self.bias is not None)
         names = ["stride", "padding", "dilation", "groups", "padding_mode"]
         names += ["output_padding"] if self.transposed else []
         options = {name: getattr(self, name) for name in names}
@@ -216,7 +220,15 @@ def run_factor(factor: Any, input: Tensor, output_size: Any) -> Tensor:
     return cast(Tensor, factor(input, [asked if turns else given for turns, asked, given in wanted]))
 
 
-def _fill(child: Any, kernel: Tensor, dense: Any, where: str) -> None:
+def _fill(child: Any, kernel: Tensor | None, dense: Any, where: str) -> None:
+    if kernel is not None:
+        _fill_weight(child, kernel, dense, where)
+    if getattr(child, "bias", None) is not None:
+        bias = dense.bias
+        child.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+
+
+def _fill_weight(child: Any, kernel: Tensor, dense: Any, where: str) -> None:
     axes = child.weight.dim() + 1
     kernel = kernel[(..., *(None,) * (axes - kernel.dim()))]
     weight = join_kernels(kernel, input_first=is_input_first(child))
@@ -229,6 +241,3 @@ def _fill(child: Any, kernel: Tensor, dense: Any, where: str) -> None:
     weight = weight.detach().to(source.device, source.dtype, copy=True)
     weight = weight.contiguous(memory_format=memory_format_of(source))
     child.weight = nn.Parameter(weight, requires_grad=source.requires_grad)
-    if getattr(child, "bias", None) is not None:
-        bias = dense.bias
-        child.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)

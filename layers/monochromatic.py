@@ -68,8 +68,8 @@ class MonochromaticConv(Factorized):
             "filters": filters.flatten(0, 1)[:, None, None],
         }
 
-    def fill(self, child: Any, kernel: Tensor, dense: Any, where: str) -> None:
-        if isinstance(child, Channels):
+    def fill(self, child: Any, kernel: Tensor | None, dense: Any, where: str) -> None:
+        if isinstance(child, Channels) and kernel is not None:
             child.index = kernel.to(dense.weight.device)
         else:
             super().fill(child, kernel, dense, where)

@@ -50,11 +50,6 @@ class SVDLinear(_Matrix):
         self.reduce = nn.Linear(inputs, rank, bias=False, device=device, dtype=dtype)
         self.expand = nn.Linear(rank, outputs, bias=has_bias, device=device, dtype=dtype)
 
-    def empty_dense(self) -> nn.Module:
-        if self.input_first:
-            return self.dense_type(self.nf, self.nx)
-        return self.dense_type(self.in_features, self.out_features, bias=self.bias is not None)
-
 
 class SVDEmbedding(_Matrix):
     """``nn.Embedding(n, r)`` then ``nn.Linear(r -> dim, no bias)``: params r (n + dim), MACs r dim per entry.

@@ -22,10 +22,12 @@ def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -
     For a matrix E ||(W - W') x||^2 = ||(W - W') C^1/2||^2; without the moments of the inputs, the root of those of
     the outputs has the same singular values. The moments of patches are taken as a Kronecker product of those of
     the channels and of each axis of the kernel, scaled to the energy of the outputs: exact where they are one.
-    Where patches are too large the kernel itself is scaled so.
+    Where patches are too large, or the factors can take up nothing of a metric, the kernel itself is scaled so.
     """
     kernels = _weighted(layer, as_float64(kernels), moments)
     if _is_matrix(kernels):
+        if layer.absorbs_inputs == "nothing":
+            return _scaled(kernels, _output_energy(layer, kernels, moments))
         if moments.inputs is None:
             return symmetric_power(_output_moments(layer, kernels, moments), 0.5)
         return _mixed(kernels, symmetric_power(_input_moments(layer, moments.inputs, moments.shrinkage), 0.5))
@@ -41,6 +43,14 @@ def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -
         moved = torch.einsum("gij,gj...->gi...", symmetric_power(marginal, 0.5), kernels.movedim(mode, 1))
         kernels = moved.movedim(1, mode)
     return _scaled(kernels, energy)
+
+
+def _output_energy(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
+    """E ||W x||^2 of a matrix, from the moments of its inputs or of its outputs."""
+    if moments.inputs is None:
+        return _output_moments(layer, kernels, moments).diagonal(dim1=1, dim2=2).sum()
+    inputs = shrunk(moments.inputs, moments.shrinkage)
+    return ((kernels.flatten(2) @ inputs) * kernels.flatten(2)).sum()
 
 
 def _scaled(kernels: Tensor, energy: Tensor) -> Tensor:
@@ -128,7 +138,7 @@ def lost_mean(layer: Factorized, dense: Any, moments: Moments) -> Tensor | None:
 def _whitened(
     method: Method, layer: type[Factorized], dense: nn.Module, kernels: Tensor, ranks: Ranks, moments: Moments
 ) -> dict[str, Tensor]:
-    if moments.inputs is None:
+    if moments.inputs is None or layer.absorbs_inputs == "nothing":
         return dict(layer.factor_kernels(dense, method.factors(kernels, ranks)))
     metric = _input_moments(layer, moments.inputs, moments.shrinkage)
     factors = method.factors(_mixed(kernels, symmetric_power(metric, 0.5)), ranks)

@@ -10,6 +10,7 @@ from decomp._util.arguments import Argument
 from decomp.methods.block_term import BLOCK_TERM, block_term
 from decomp.methods.cp import CP, CP4, cp
 from decomp.methods.folded_svd import CHANNEL, DEPTHWISE_POINTWISE, FOLDS, INPUT, POINTWISE_DEPTHWISE, SPATIAL
+from decomp.methods.kronecker import KRONECKER
 from decomp.methods.monochromatic import MONOCHROMATIC
 from decomp.methods.record import Analysis, Method, Ranks
 from decomp.methods.separable import CHANNELWISE, FLATTENED, SHARED_BANK
@@ -21,7 +22,7 @@ from decomp.methods.tucker import TUCKER, tucker
 _ROWS = (
     *(SVD, CHANNEL, INPUT, SPATIAL, TUCKER, CP, CP4, BLOCK_TERM),
     *(CHANNELWISE, DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE, SHARED_BANK, FLATTENED),
-    *(ASYMMETRIC, TENSOR_TRAIN, MONOCHROMATIC),
+    *(ASYMMETRIC, TENSOR_TRAIN, MONOCHROMATIC, KRONECKER),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 

@@ -1,0 +1,55 @@
+"""A matrix as a sum of Kronecker products (Van Loan and Pitsianis 1993): the SVD of the rearranged weight."""
+
+from torch import Tensor, nn
+
+from decomp.layers import KroneckerLinear
+from decomp.layers.kernels import HUGGING_FACE_CONV1D
+from decomp.layers.kronecker import split_sizes
+from decomp.linalg import as_float64
+from decomp.methods import svd
+from decomp.methods.record import Analysis, Method, Ranks
+
+
+def rearranged(kernels: Tensor) -> Tensor:
+    """R(W) (groups, t1 s1, t2 s2): a row for each t2 x s2 block of W (groups, T, S); A (x) B becomes a b^T.
+
+    ||W - sum_i A_i (x) B_i|| = ||R(W) - sum_i vec(A_i) vec(B_i)^T||.
+    """
+    t1, s1, t2, s2 = split_sizes(*kernels.shape[1:3])
+    blocks: Tensor = kernels.unflatten(2, (s1, s2)).unflatten(1, (t1, t2)).transpose(2, 3)
+    return blocks.flatten(3).flatten(1, 2)
+
+
+def limits(kernels: Tensor) -> Ranks:
+    """The largest rank: that of the rearranged matrix."""
+    return (min(rearranged(kernels).shape[1:]),)
+
+
+def analyse(kernels: Tensor) -> Analysis:
+    """The error^2 at every rank is a tail sum of the spectrum of the rearranged matrix."""
+    return svd.analyse(rearranged(kernels))
+
+
+def factors(kernels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The best A (r, t1, s1) and B (r, t2, s2), from the truncated SVD of the rearranged matrix.
+
+    >>> import torch
+    >>> weight = torch.kron(torch.ones(3, 2), torch.eye(2, 3))
+    >>> a, b = factors(weight[None], (1,))
+    >>> torch.allclose(torch.kron(a[0], b[0]), weight.double())
+    True
+    """
+    t1, s1, t2, s2 = split_sizes(*kernels.shape[1:3])
+    left, right = svd.factors(rearranged(as_float64(kernels)), ranks)
+    return left[0].mT.unflatten(1, (t1, s1)), right[0].unflatten(1, (t2, s2))
+
+
+KRONECKER = Method(
+    "kronecker",
+    ("r",),
+    {nn.Linear: KroneckerLinear, HUGGING_FACE_CONV1D: KroneckerLinear},
+    lambda module: "",
+    limits,
+    analyse,
+    factors,
+)

@@ -1,0 +1,108 @@
+"""Two small linear layers for a matrix that is a sum of Kronecker products."""
+
+from collections.abc import Mapping
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decomp.layers.factorized import Factorized
+
+
+class Bias(nn.Module):
+    """Adds a bias to the last axis."""
+
+    def __init__(self, length: int, device: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(length, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + self.bias
+
+
+class KroneckerLinear(Factorized):
+    """``nn.Linear(s2 -> r t2)`` and ``nn.Linear(r s1 -> t1)`` over a grid of the inputs, then the bias.
+
+    W = sum_i A_i (x) B_i with A_i (t1 x s1) and B_i (t2 x s2), T = t1 t2 and S = s1 s2; :func:`split_sizes`
+    chooses them. With the input as an s1 x s2 grid X, the output is the t1 x t2 grid sum_i A_i X B_i^T. Params r
+    (t1 s1 + t2 s2), MACs r (S t2 + T s1) per row. It stands for ``nn.Linear`` and for the ``Conv1D`` of Hugging
+    Face.
+
+    Factors are (A, B) of shapes (r, t1, s1) and (r, t2, s2). Source: Van Loan and Pitsianis 1993.
+
+    >>> layer = KroneckerLinear.like(nn.Linear(64, 48), (3,))
+    >>> [(role, tuple(next(factor.parameters()).shape)) for role, factor in layer.named_children()]
+    [('reduce', (18, 8)), ('expand', (8, 24)), ('shift', (48,))]
+    """
+
+    method = "kronecker"
+    absorbs_inputs = "nothing"
+    absorbs_outputs = "nothing"
+    reduce: nn.Module
+    expand: nn.Module
+
+    def build(self, dense: Any, device: Any) -> None:
+        (rank,) = self.ranks
+        t1, s1, t2, s2 = self.sizes
+        dtype = dense.weight.dtype
+        self.reduce = nn.Linear(s2, rank * t2, bias=False, device=device, dtype=dtype)
+        self.expand = nn.Linear(rank * s1, t1, bias=False, device=device, dtype=dtype)
+        if dense.bias is not None:
+            self.shift = Bias(t1 * t2, device, dtype)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The sizes (t1, s1, t2, s2) of the factors of each product."""
+        first, second = self.dense_shape
+        return split_sizes(second, first) if self.input_first else split_sizes(first, second)
+
+    @classmethod
+    def factor_kernels(cls, dense: nn.Module, factors: Any) -> Mapping[str, Tensor]:
+        left, right = factors
+        return {"reduce": right, "expand": left.transpose(0, 1).flatten(1)[None]}
+
+    @classmethod
+    def refittable(cls, kernels: Mapping[str, Tensor]) -> tuple[str, ...]:
+        return ()
+
+    @classmethod
+    def ranks_of(cls, kernels: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return (kernels["reduce"].shape[0],)
+
+    def dense_kernels(self) -> Tensor:
+        left = self.expand.weight.unflatten(1, (self.ranks[0], -1))  # type: ignore[operator]
+        right = self.reduce.weight.unflatten(0, (self.ranks[0], -1))  # type: ignore[operator]
+        kernels: Tensor = torch.einsum("prs,rqu->pqsu", left, right)
+        return kernels.flatten(2).flatten(0, 1)[None]
+
+    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
+        _, s1, t2, s2 = self.sizes
+        grid = self.reduce(input.unflatten(-1, (s1, s2)))  # (..., s1, r t2)
+        grid = grid.unflatten(-1, (self.ranks[0], t2)).transpose(-3, -1)  # (..., t2, r, s1)
+        output: Tensor = self.expand(grid.flatten(-2)).transpose(-2, -1).flatten(-2)
+        return self.shift(output) if hasattr(self, "shift") else output
+
+
+@cache
+def split_sizes(outputs: int, inputs: int) -> tuple[int, int, int, int]:
+    """The sizes (t1, s1, t2, s2) of both sides of the product, with the fewest parameters t1 s1 + t2 s2.
+
+    Of equal ones those that are nearest to squares, and then those with the fewest MACs: a column times a row has
+    as few parameters, but is a term of the SVD. Where both sides are prime there is no other.
+
+    >>> split_sizes(48, 64), split_sizes(7, 5)
+    ((8, 8, 6, 8), (7, 1, 1, 5))
+    """
+
+    def cost(sizes: tuple[int, int, int, int]) -> tuple[int, ...]:
+        t1, s1, t2, s2 = sizes
+        return (t1 * s1 + t2 * s2, abs(t1 - s1) + abs(t2 - s2), inputs * t2 + outputs * s1, *sizes)
+
+    pairs = product(_divisors(outputs), _divisors(inputs))
+    return min(((t1, s1, outputs // t1, inputs // s1) for t1, s1 in pairs), key=cost)
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
