@@ -157,7 +157,7 @@ KINDS = ["shuffle", "shuffle by a generator", "a sampler", OF_A_SAMPLER]
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pass_is_made_in_the_same_order(kind):
     rows = torch.arange(64)
-    batches = Batches.alike(shuffled(kind, rows), lambda batch: batch[0])
+    batches = Batches.in_fixed_order(shuffled(kind, rows), lambda batch: batch[0])
     first, second = (torch.cat(list(batches)) for _ in range(2))
     assert sorted(first.tolist()) == rows.tolist() != first.tolist()
     assert torch.equal(first, second)
@@ -253,7 +253,7 @@ def test_images_of_several_sizes_go_through_every_call(images):
         for values in ([a - b for a, b in pairs], [b for _, b in pairs])
     )
     assert tuned["5"].error_after == pytest.approx((lost / energy) ** 0.5, rel=1e-4)
-    sequential = decomp.tucker(model, ranks=5, data=images, asymmetric=True, progress=False)
+    sequential = decomp.tucker(model, ranks=5, data=images, sequential=True, progress=False)
     assert error(sequential, model, images) < error(plain, model, images)
 
 

@@ -107,7 +107,8 @@ def check(configuration):
     torch.testing.assert_close(layer(x), oracle(x), rtol=0, atol=1e-9)
     limits = METHODS[name].limits(group_kernels(dense))
     price = Price(dense, type(layer), limits, [Call(shape)])(ranks)
-    assert price == (count_params(layer), count_macs(layer, [Call(shape)]))
+    params, macs = count_params(layer), count_macs(layer, [Call(shape)])
+    assert price == {"params": params, "macs": macs, "bytes": params * dense.weight.element_size()}
 
 
 RELAXED = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -208,7 +209,7 @@ def test_without_a_spectrum_a_spectral_rule_costs_no_more_than_its_tucker(name):
     choice = decomp.plan(dense, name, ranks="vbmf", example_inputs=x)[""]
     assert reference.ranks == (5, 4)
     if name in ("flattened", "separable_channelwise", "shared_bank"):
-        assert choice.reason == "dearer at any rank than the Tucker-2 (5, 4) of vbmf(weaken=1.0)"
+        assert choice.reason == "more expensive at every rank than the Tucker-2 (5, 4) of vbmf(weaken=1.0)"
         return
     assert choice.params.after <= reference.params.after
     assert choice.macs.after <= reference.macs.after
@@ -364,7 +365,7 @@ def test_plans_of_every_method_can_be_pickled_and_copied():
         plan = decomp.plan(model, method, ranks=2)
         again = pickle.loads(pickle.dumps(plan))
         assert dict(again) == dict(plan)
-        assert copy.deepcopy(plan).with_ranks("1", 3)["1"].ranks == ((3,) if plan["1"].method != "dense" else ())
+        assert copy.deepcopy(plan).with_ranks("1", 1)["1"].ranks == ((1,) if plan["1"].method != "dense" else ())
 
 
 def test_a_changed_weight_makes_a_fitted_plan_stale():
@@ -396,11 +397,12 @@ def test_solvers_do_not_depend_on_the_default_device():
     kernels = group_kernels(dense).detach()
     fitting = {name: small_ranks(name, dense) for name in METHODS if not METHODS[name].why_not(dense)}
     expected = {name: (ranks, METHODS[name].factors(kernels, ranks)) for name, ranks in fitting.items()}
-    assert len(expected) == len(METHODS) - 1
+    assert len(expected) == len(METHODS) - len({"svd", "kronecker"})
     with torch.device("meta"):
         made = {name: METHODS[name].factors(kernels, ranks) for name, (ranks, _) in expected.items()}
     for name, (_, factors) in expected.items():
-        for ours, theirs in zip(tree_leaves(made[name]), tree_leaves(factors), strict=True):
+        pairs = zip(tree_leaves(made[name]), tree_leaves(factors), strict=True)
+        for ours, theirs in ((a, b) for a, b in pairs if b is not None):
             assert ours.device.type == "cpu"
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 

@@ -147,7 +147,7 @@ def test_outputs_are_mixed_by_every_layer(name, groups):
     mixing = torch.randn(groups, 12 // groups, 12 // groups, dtype=torch.float64)
     before = layer.from_kernels(dense, kernels).dense_kernels()
     after = layer.from_kernels(dense, layer.mix_outputs(kernels, mixing)).dense_kernels()
-    if not layer.mixes_outputs:
+    if layer.absorbs_outputs == "diagonal":
         mixing = torch.diag_embed(mixing.diagonal(dim1=1, dim2=2))
     torch.testing.assert_close(after, torch.einsum("gtu,gu...->gt...", mixing, before), rtol=0, atol=1e-12)
 

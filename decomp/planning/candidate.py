@@ -235,7 +235,7 @@ class Candidate:
             ranks, note = self._fitted(request)
             return self._unless_worse(ranks, note)
         if self.reference is not None and request.reads_spectra:
-            return self._no_dearer_than(self.reference(), request)
+            return self._no_more_expensive_than(self.reference(), request)
         given = request(self)
         try:
             ranks = tuple(map(index, given))
@@ -256,7 +256,7 @@ class Candidate:
             raise ValueError(f"layer {self.name!r}: {error}") from None
         return ranks, f"clamped to {_ranks(ranks)}" if clamped else ""
 
-    def _no_dearer_than(self, reference: "Candidate", rule: Rule) -> Choice:
+    def _no_more_expensive_than(self, reference: "Candidate", rule: Rule) -> Choice:
         """The ranks of most parameters that cost no more than the Tucker-2 that a spectral rule chooses."""
         tucker = reference.decide(rule)
         if not tucker.ranks:
