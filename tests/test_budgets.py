@@ -12,7 +12,15 @@ from torch import nn
 
 import decomp
 from decomp.network.flops import observe
-from decomp.planning.allocation import BINS, BudgetTooSmall, Front, _knapsack, allocate, allocate_minmax, allocate_quickly
+from decomp.planning.allocation import (
+    BINS,
+    BudgetTooSmall,
+    Front,
+    _knapsack,
+    allocate,
+    allocate_minmax,
+    allocate_quickly,
+)
 from decomp.planning.budget import OBJECTIVES, Budget
 from decomp.planning.cost import count_params
 

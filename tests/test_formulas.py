@@ -9,8 +9,8 @@ import torch
 from sklearn.covariance import empirical_covariance, oas
 from torch import nn
 
+from decomp.calibration.moments import SHRINKAGES, chosen_shrinkage, oracle_shrinkage
 from decomp.calibration.reduced_rank import refitted
-from decomp.calibration.shrinkage import SHRINKAGES, chosen_shrinkage, oracle_shrinkage
 from decomp.calibration.unfold import patches_like, rows_of
 from decomp.calibration.whitening import _marginals, symmetric_power
 from decomp.layers import TuckerConv, group_kernels

@@ -282,7 +282,7 @@ def test_wide_outputs_are_counted_one_by_one(monkeypatch):
     net = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 6)).double().requires_grad_(False)
     data = [torch.randn(50, 12, dtype=torch.float64) for _ in range(4)]
     full = decomp.calibrate(net, data, loss="output", progress=False)["0"]
-    monkeypatch.setattr("decomp.calibration.accumulators.LARGEST_ROW_METRIC", 30)
+    monkeypatch.setattr("decomp.calibration.moments.LARGEST_ROW_METRIC", 30)
     narrow = decomp.calibrate(net, data, loss="output", progress=False)
     assert narrow["0"].row_metric.shape == (1, 40)
     torch.testing.assert_close(

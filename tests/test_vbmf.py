@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from decomp.ranks.vbmf import _noise_variance, evbmf_rank, evbmf_threshold
+from decomp.ranks.spectral import _noise_variance, evbmf_rank, evbmf_threshold
 
 
 def rank_of(matrix):

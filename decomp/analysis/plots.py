@@ -12,7 +12,7 @@ import numpy as np
 from decomp._util import tables
 from decomp.linalg import Spectrum
 from decomp.planning.plan import Plan
-from decomp.ranks.vbmf import evbmf_rank
+from decomp.ranks.spectral import evbmf_rank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,9 +10,8 @@ from torch.utils._pytree import tree_map
 from decomp._util.by_layer import ByLayer
 from decomp._util.naming import naming
 from decomp._util.progress import bar
-from decomp.calibration.accumulators import Sums
 from decomp.calibration.gradients import Slope, tracked
-from decomp.calibration.moments import Moments
+from decomp.calibration.moments import Moments, Sums
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, naming_batch
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible

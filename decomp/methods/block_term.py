@@ -11,9 +11,8 @@ from decomp.layers import BlockTermConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from decomp.linalg import as_float64
 from decomp.methods import cp, tucker
-from decomp.methods.eligibility import spatial
 from decomp.methods.fitted import Fit, fitted_analysis
-from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.record import Analysis, Method, Ranks, spatial
 from decomp.methods.solvers.block_term import fit_block_term
 
 DEFAULT_BLOCKS = 4

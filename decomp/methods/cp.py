@@ -10,9 +10,8 @@ from torch import Tensor
 from decomp.layers import CP4Conv, CPConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, step_lengths
 from decomp.linalg import as_float64
-from decomp.methods.eligibility import needs_two_axes, spatial
 from decomp.methods.fitted import Fit, fitted_analysis
-from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.record import Analysis, Method, Ranks, needs_two_axes, spatial
 from decomp.methods.solvers import fit_cp
 from decomp.methods.tensorly import Solver, by_tensorly
 

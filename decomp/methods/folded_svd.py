@@ -17,8 +17,7 @@ from decomp.layers import (
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, step_lengths
 from decomp.linalg import as_float64
 from decomp.methods import svd
-from decomp.methods.eligibility import needs_two_axes, spatial
-from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.record import Analysis, Method, Ranks, needs_two_axes, spatial
 
 
 class _Fold(NamedTuple):

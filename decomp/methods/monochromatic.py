@@ -6,9 +6,8 @@ from torch import Tensor
 from decomp.layers import MonochromaticConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from decomp.linalg import as_float64, leading_eigenvectors
-from decomp.methods.eligibility import spatial
 from decomp.methods.fitted import Fit, fitted_analysis
-from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.record import Analysis, Method, Ranks, spatial
 
 MAX_ROUNDS = 100
 

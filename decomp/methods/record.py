@@ -1,4 +1,4 @@
-"""What a decomposition method is, as data."""
+"""What a decomposition method is, as data, and for which kernels the common ones are."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from decomp.layers import Factorized
-from decomp.layers.kernels import qualified_name
+from decomp.layers.kernels import qualified_name, spatial_steps
 from decomp.linalg import Spectrum, Values
 
 Ranks = tuple[int, ...]
+Refuses = Callable[[Any], str]
 Layers = Mapping[Any, type[Factorized]]  # by type, or by qualified name
 
 
@@ -82,3 +83,28 @@ class Method:
         if self.layer_of(module) is None:
             return f"{self.name} is not for {type(module).__name__}"
         return self.refuses(module)
+
+
+def spatial(name: str) -> Refuses:
+    """Spatial convolutions: a kernel of size 1 is a matrix."""
+
+    def refuses(module: Any) -> str:
+        if set(module.kernel_size) != {1}:
+            return ""
+        return f"{name} is for spatial kernels, this is a matrix"
+
+    return refuses
+
+
+def needs_two_axes(name: str, *, more: bool = False) -> Refuses:
+    """Kernels that are longer than 1 along two spatial axes, or ``more``."""
+
+    def refuses(module: Any) -> str:
+        long = len(spatial_steps(module.kernel_size)) if set(module.kernel_size) != {1} else 0
+        if long == 2 or (more and long > 2):
+            return ""
+        return (
+            f"{name} is for kernels longer than 1 along {'at least ' if more else ''}two axes, this one has {long}"
+        )
+
+    return refuses

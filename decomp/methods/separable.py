@@ -8,9 +8,8 @@ from torch import Tensor
 from decomp.layers import Factorized, FlattenedConv, SeparableConv, SharedBankConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from decomp.methods.cp import as_tensor, most_terms
-from decomp.methods.eligibility import Refuses, needs_two_axes, spatial
 from decomp.methods.fitted import Fit, fitted_analysis
-from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.record import Analysis, Method, Ranks, Refuses, needs_two_axes, spatial
 from decomp.methods.solvers import fit_cp
 
 Factors = tuple[Tensor, ...]

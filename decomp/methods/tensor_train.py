@@ -10,9 +10,8 @@ from decomp.layers import AsymmetricConv, TensorTrainConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, step_lengths
 from decomp.linalg import Values, as_float64, tail_sums
 from decomp.methods import tucker
-from decomp.methods.eligibility import needs_two_axes
 from decomp.methods.fitted import Unchanged
-from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.record import Analysis, Method, Ranks, needs_two_axes
 
 RANKS_PER_MODE = 24
 

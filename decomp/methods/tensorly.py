@@ -1,12 +1,12 @@
-"""Factors as TensorLy keeps them, and its decompositions as solvers of ours."""
+"""Factors as TensorLy keeps them, and its decompositions as solvers of ours.
+
+TensorLy is imported where it is used: it would take longer than the rest of ``import decomp``.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import tensorly
 import torch
-from tensorly.cp_tensor import CPTensor
-from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 
 from decomp.layers import CPConv, Factorized, TuckerConv, group_kernels
@@ -16,6 +16,8 @@ Solver: TypeAlias = Callable[..., Any]
 
 def by_tensorly(solver: Solver, kernel: Tensor, **arguments: Any) -> Any:
     """Call a decomposition of TensorLy on a torch tensor; the backend of other threads and of the caller stays."""
+    import tensorly
+
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         return solver(kernel, **arguments)
 
@@ -36,6 +38,8 @@ def to_tensorly(layer: Factorized) -> list[Any]:
     ...     [tensor.rank for tensor in to_tensorly(layer)]
     [(3, 2, 3, 3)]
     """
+    import tensorly
+
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         if isinstance(layer, TuckerConv):
             return _tucker(layer)
@@ -44,7 +48,9 @@ def to_tensorly(layer: Factorized) -> list[Any]:
     raise TypeError(f"{type(layer).__name__} has no form in TensorLy: give a TuckerConv, CPConv or CP4Conv")
 
 
-def _tucker(layer: Any) -> list[TuckerTensor]:
+def _tucker(layer: Any) -> list[Any]:
+    from tensorly.tucker_tensor import TuckerTensor
+
     cores = group_kernels(layer.core).detach()
     left = group_kernels(layer.expand).flatten(2).detach() if hasattr(layer, "expand") else None
     right = group_kernels(layer.reduce).flatten(2).mT.detach() if hasattr(layer, "reduce") else None
@@ -57,7 +63,9 @@ def _tucker(layer: Any) -> list[TuckerTensor]:
     return found
 
 
-def _cp(layer: Any) -> list[CPTensor]:
+def _cp(layer: Any) -> list[Any]:
+    from tensorly.cp_tensor import CPTensor
+
     left = group_kernels(layer.expand).flatten(2).detach()
     right = group_kernels(layer.reduce).flatten(2).mT.detach()
     axes = [child for role, child in layer.named_children() if role.startswith("axis")]

@@ -9,8 +9,7 @@ from torch import Tensor
 from decomp.layers import TuckerConv
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from decomp.linalg import Spectrum, Values, as_float64, eigenbasis, leading_eigenvectors, tail_sums
-from decomp.methods.eligibility import spatial
-from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.record import Analysis, Method, Ranks, spatial
 from decomp.methods.tensorly import Solver, by_tensorly
 
 MAX_SWEEPS = 50

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 from torch import nn
 from torch.utils.benchmark import Timer
 
@@ -67,6 +66,8 @@ class Stopwatch:
 
     def __init__(self, price: Price, limits: tuple[int, ...], calls: Sequence[Call], device: torch.device) -> None:
         self.dense = _seconds(price.spec, tuple(calls), device)
+        from scipy.optimize import isotonic_regression  # late: it takes longer than the rest of import decomp
+
         points: dict[int, float] = {}
         for share in RANK_SHARES:
             ranks = tuple(max(1, min(round(share * limit), limit)) for limit in limits)

@@ -31,6 +31,7 @@ from decomp.ranks import RULES, RankSpec, parse_spec
 FORMAT = "decomp-plan-2"
 EARLIER_FORMAT = "decomp-plan-1"  # params and macs of a layer as fields of their own, and no request
 KEPT_DENSE = "kept dense on request"
+NO_REQUEST = Request()
 PLAN = "decomp_plan"  # the attribute of a model that carries the plan it was made by
 
 
@@ -67,7 +68,7 @@ class Plan(Mapping[str, Choice]):
         self._methods = {name: found[0].method for name, found in self._candidates.items()} | dict(methods or {})
         self._before = before
         self._seconds = seconds
-        self.request = request or Request()
+        self.request = request or NO_REQUEST
 
     def _with(
         self,

@@ -10,7 +10,7 @@ from torch import nn
 
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
-from decomp.calibration.accumulators import moments_of
+from decomp.calibration.moments import moments_of
 from decomp.calibration.unfold import rows_of
 from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
