@@ -1,5 +1,6 @@
 """Trade-offs: points that are what they say, that are kept and taken up again, and pictures of them."""
 
+import builtins
 import json
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
+from decomp.analysis import plots
 from decomp.analysis.scores import Judge
 from decomp.methods import FAMILIES, METHODS
 
@@ -197,6 +199,22 @@ def test_figures_say_what_they_cannot_show(net):
         decomp.plots.spectrum(decomp.Plan.from_json(plan.to_json()), "0")
     with pytest.raises(ValueError, match="replaces no layer"):
         decomp.plots.errors(plan.keep_dense("*"))
+
+
+def test_without_matplotlib_a_figure_says_how_to_get_it(net, monkeypatch):
+    plan, real = decomp.plan(net, ranks=12), builtins.__import__
+
+    def missing(name, *rest, **options):
+        if name == "matplotlib.figure":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *rest, **options)
+
+    plots._figure_class.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ImportError, match=r"figures need matplotlib: pip install 'decomp\[notebook\]'"):
+        decomp.plots.costs(plan)
+    monkeypatch.undo()
+    assert decomp.plots.costs(plan).axes, "once it is installed, the next call draws"
 
 
 def test_a_comparison_has_a_picture(net):

@@ -9,7 +9,7 @@ from torch import nn
 
 from decomp._util import tables
 from decomp._util.progress import bar
-from decomp.analysis.reports import compare
+from decomp.analysis.compare import compare
 from decomp.api import plan
 from decomp.digits import Digits, load_digits, train
 from decomp.planning.plan import Plan
