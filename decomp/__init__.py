@@ -1,7 +1,8 @@
 """Low-rank and tensor decomposition that makes trained PyTorch models smaller and faster."""
 
 from decomp import layers, losses, plots, ranks
-from decomp.analysis.reports import compare, profile
+from decomp.analysis.compare import compare
+from decomp.analysis.profile import profile
 from decomp.analysis.tradeoff import tradeoff
 from decomp.api import block_term, compress, cp, densify, flattened, plan, separable, svd, tucker
 from decomp.calibration.calibrate import Statistics, calibrate

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from layer_cases import KINDS
+from layer_cases import KINDS, SPATIAL
 from networks import plant_spectra
 from sklearn.covariance import oas
 from torch import nn
@@ -238,7 +238,7 @@ def test_data_then_repair_then_nothing_gets_worse(net, data):
     assert error(plain, net, data) < 0.5 * before[0]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "svd"])
+@pytest.mark.parametrize("name", SPATIAL)
 def test_the_refitted_factor_is_the_least_squares_solution(name):
     """Oracle: torch.linalg.lstsq on the patches that reach the last factor, and a column of ones for the bias."""
     dense = nn.Conv2d(6, 8, 3, padding=1, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from networks import alexnet, resnet18, resnet50, vgg16
 from torch import nn
 
-from decomp.analysis.reports import profile
+from decomp.analysis.profile import profile
 from decomp.layers import group_kernels
 from decomp.methods import METHODS
 from decomp.network.flops import Call, observe

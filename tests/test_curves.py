@@ -1,5 +1,6 @@
 """Trade-offs: points that are what they say, that are kept and taken up again, and pictures of them."""
 
+import builtins
 import json
 from dataclasses import replace
 
@@ -9,7 +10,8 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp.analysis.scores import Judge
+from decomp.analysis import plots
+from decomp.analysis.scores import Scorer
 from decomp.methods import FAMILIES, METHODS
 
 INPUTS = torch.randn(8, 64)
@@ -61,14 +63,14 @@ def test_statistics_make_the_factors_those_of_the_outputs_also_after_reading_poi
     informed = measured(net, data=mixed, statistics=statistics, path=path)
     assert all(ours.score < theirs.score for ours, theirs in zip(informed.points, blind.points, strict=True))
     again = measured(net, data=mixed, statistics=statistics, path=path)
-    judge = Judge(net, INPUTS, data=mixed)
+    scorer = Scorer(net, INPUTS, data=mixed)
     for point in again.points:
-        assert judge(point.plan.apply(net)) == pytest.approx(point.score, rel=1e-4)
+        assert scorer(point.plan.apply(net)) == pytest.approx(point.score, rel=1e-4)
     own = replace(METHODS["svd"], name="mine")
     path.unlink()
     for _ in range(2):
         mine = measured(net, data=mixed, statistics=statistics, path=path, methods=(own,))
-        assert [judge(point.plan.apply(net)) for point in mine.points] == pytest.approx(
+        assert [scorer(point.plan.apply(net)) for point in mine.points] == pytest.approx(
             [point.score for point in mine.points], rel=1e-4
         )
     with pytest.raises(ValueError, match="another statistics"):
@@ -87,9 +89,17 @@ def test_a_model_without_macs_is_measured_by_its_parameters():
         decomp.tradeoff(net, tokens, budgets=(0.5,), layers="*", progress=False)
 
 
-def test_seconds_can_be_the_budget(net):
-    curve = measured(net, cost="seconds", budgets=(0.9,))
-    assert curve.points[0].note or curve.points[0].plan.seconds.after <= 0.9 * curve.points[0].plan.seconds.before
+def test_seconds_can_be_the_budget(net, seconds_of_macs):
+    options = {"methods": ("svd",), "budgets": (0.5, 0.001)}
+    point, unreachable = measured(net, cost="seconds", **options).points
+    by_macs, _ = measured(net, cost="macs", **options).points
+    assert (point.label, point.note) == ("seconds=0.5", "")
+    assert [choice.ranks for choice in point.plan.values()] == [choice.ranks for choice in by_macs.plan.values()]
+    assert point.plan.seconds.after == pytest.approx(seconds_of_macs * by_macs.macs, rel=1e-9)
+    assert point.plan.seconds.after <= 0.5 * point.plan.seconds.before
+    assert point.seconds == pytest.approx(seconds_of_macs * by_macs.macs, rel=1e-9)
+    assert "seconds=" in unreachable.note
+    assert "cannot be reached" in unreachable.note
 
 
 def test_a_budget_out_of_reach_is_noted_and_the_others_are_measured(net):
@@ -171,8 +181,8 @@ def test_arguments_that_mean_nothing_are_refused(net):
 
 def test_the_output_error_is_taken_over_all_batches(net):
     small = decomp.svd(net, ranks=8)
-    judge = Judge(net, INPUTS, data=[(INPUTS[:3], 0), (INPUTS[3:], 1)], inputs=lambda batch: batch[0])
-    assert judge(small) == pytest.approx(Judge(net, INPUTS)(small), rel=1e-5)
+    scorer = Scorer(net, INPUTS, data=[(INPUTS[:3], 0), (INPUTS[3:], 1)], inputs=lambda batch: batch[0])
+    assert scorer(small) == pytest.approx(Scorer(net, INPUTS)(small), rel=1e-5)
 
 
 def test_figures_show_the_cut_the_costs_and_the_errors(net, tmp_path):
@@ -197,6 +207,22 @@ def test_figures_say_what_they_cannot_show(net):
         decomp.plots.spectrum(decomp.Plan.from_json(plan.to_json()), "0")
     with pytest.raises(ValueError, match="replaces no layer"):
         decomp.plots.errors(plan.keep_dense("*"))
+
+
+def test_without_matplotlib_a_figure_says_how_to_get_it(net, monkeypatch):
+    plan, real = decomp.plan(net, ranks=12), builtins.__import__
+
+    def missing(name, *rest, **options):
+        if name == "matplotlib.figure":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *rest, **options)
+
+    plots._figure_class.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ImportError, match=r"figures need matplotlib: pip install 'decomp\[notebook\]'"):
+        decomp.plots.costs(plan)
+    monkeypatch.undo()
+    assert decomp.plots.costs(plan).axes, "once it is installed, the next call draws"
 
 
 def test_a_comparison_has_a_picture(net):

@@ -258,7 +258,7 @@ def test_energy_keeps_the_share_and_not_one_component_more():
         ({"nope.*": 4}, ValueError, r"'nope\.\*'.*matches no layer"),
         (None, TypeError, "is not understood"),
         (True, TypeError, "is not understood"),
-        (decomp.ranks.spectral, TypeError, r"did you mean vbmf\(\)"),
+        (decomp.ranks.vbmf, TypeError, r"did you mean vbmf\(\)"),
         (lambda candidate: (1000, 1), ValueError, "gave ranks"),
     ],
 )

@@ -29,10 +29,10 @@ def test_every_rule_by_name_and_as_an_object_with_a_readable_repr():
 
 def test_weakened_vbmf_goes_part_of_the_way():
     dense = plant_spectra(nn.Linear(60, 90), decay=1.5)
-    (found,) = ranks_of(dense, decomp.ranks.spectral())
-    assert ranks_of(dense, decomp.ranks.spectral(weaken=0.5)) == (int(np.ceil(60 - 0.5 * (60 - found))),)
+    (found,) = ranks_of(dense, decomp.ranks.vbmf())
+    assert ranks_of(dense, decomp.ranks.vbmf(weaken=0.5)) == (int(np.ceil(60 - 0.5 * (60 - found))),)
     noise = nn.Linear(60, 90)
-    assert ranks_of(noise, decomp.ranks.spectral(weaken=0.5)) == (0,), "noise stays noise"
+    assert ranks_of(noise, decomp.ranks.vbmf(weaken=0.5)) == (0,), "noise stays noise"
 
 
 def test_nuclear_energy_adds_up_the_singular_values():
@@ -76,7 +76,7 @@ def test_rules_for_noise_recover_a_planted_rank():
     signal = torch.randn(80, 6) @ torch.randn(6, 160)
     dense = nn.Linear(160, 80)
     dense.weight.data = signal + 0.3 * torch.randn(80, 160)
-    for rule in (decomp.ranks.spectral(), decomp.ranks.gavish_donoho(), decomp.ranks.mdl()):
+    for rule in (decomp.ranks.vbmf(), decomp.ranks.gavish_donoho(), decomp.ranks.mdl()):
         assert ranks_of(dense, rule) == (6,)
 
 
@@ -110,7 +110,7 @@ def test_stable_rank():
     assert ranks_of(dense, decomp.ranks.stable_rank()) == (ceil(float(values.square().sum() / values[0] ** 2)),)
 
 
-@pytest.mark.parametrize("rule", [decomp.ranks.spectral, decomp.ranks.energy, decomp.ranks.error])
+@pytest.mark.parametrize("rule", [decomp.ranks.vbmf, decomp.ranks.energy, decomp.ranks.error])
 def test_thresholds_out_of_range_are_refused(rule):
     for bad in (0, -1, 2, "x", None):
         with pytest.raises(ValueError, match="a share in"):

@@ -1,7 +1,6 @@
 """How good a compressed model is: by the user's function, or by the error of its output."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from math import isnan, sqrt
 from typing import Any
 
@@ -10,34 +9,33 @@ from torch import nn
 
 from decomp.data.batches import Batches
 from decomp.network.forward import Unfused, call, evaluating, flat_output, to_device_of
-from decomp.planning.choice import Change
 
 Evaluate = Callable[[nn.Module], float]
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Costs of the whole model before and after, and the predicted relative error.
+class Scorer:
+    """Scores models: by ``evaluate``, else by the error of the output.
 
-    ``error`` is that of the output, first order, where data tell how much a layer counts for it; else the root
-    mean square over the layers of the errors of their outputs, where there are statistics, or of their weights.
-    """
+    The error is ||f'(x) - f(x)|| / ||f(x)||, with f the dense model and x over all batches of ``data``.
 
-    params: Change
-    macs: Change
-    seconds: Change | None
-    error: float
+    Args:
+        dense: the model that others are compared with.
+        example_inputs: the batch that the output error is measured on where there is no ``data``.
+        evaluate: a function of a model that returns its score; higher is better.
+        data: batches that the output error is measured on.
+        inputs: what the model is called with, from a batch of ``data``.
 
-    def share(self, kind: str) -> float:
-        """What is left of "params", "macs" or "seconds", as a share."""
-        change = getattr(self, kind)
-        return float(change.after / change.before)
+    Raises:
+        TypeError: ``evaluate`` is not a function.
+        ValueError: ``inputs`` is given without ``data``.
 
-
-class Judge:
-    """Scores models: with ``evaluate``, else ||f'(x) - f(x)|| / ||f(x)|| of the output over batches of ``data``.
-
-    Without ``data`` as well, the batch is ``example_inputs``.
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> double = nn.Linear(2, 2, bias=False)
+    >>> double.load_state_dict({"weight": 2 * model.weight})
+    <All keys matched successfully>
+    >>> scorer = Scorer(model, torch.ones(1, 2))
+    >>> scorer.name, scorer(model), scorer(double)
+    ('output error', 0.0, 1.0)
     """
 
     def __init__(
@@ -62,14 +60,18 @@ class Judge:
 
     @property
     def is_error(self) -> bool:
-        """Whether less is better, and 0 is what the dense model has."""
+        """Whether lower is better; the dense model then has 0."""
         return self._evaluate is None
 
     def __call__(self, model: nn.Module) -> float:
         """Score one model.
 
+        Args:
+            model: the dense model, or one that takes the same batches.
+
         Raises:
             TypeError: ``evaluate`` returned something else than a number.
+            ValueError: ``evaluate`` returned NaN, or the output of the dense model is zero.
         """
         if self._evaluate is None:
             return 0.0 if model is self._dense else self._output_error(model)
@@ -86,16 +88,16 @@ class Judge:
 
     @torch.no_grad()
     def _output_error(self, model: nn.Module) -> float:
-        lost = energy = 0.0
+        squared_error = energy = 0.0
         with evaluating(model, self._dense), Unfused():
             for batch in self._batches:
                 batch = to_device_of(self._dense, batch)
                 expected = flat_output(call(self._dense, batch))
-                lost += float((flat_output(call(model, batch)) - expected).square().sum())
+                squared_error += float((flat_output(call(model, batch)) - expected).square().sum())
                 energy += float(expected.square().sum())
         if energy == 0:
             raise ValueError(
-                "the output of the dense model is zero on all of data, or data is empty: an error relative to it "
-                "means nothing; give other batches, or evaluate="
+                "the dense model outputs zero on all of data, or data is empty, so there is no relative error of "
+                "the output: give other batches, or evaluate="
             )
-        return sqrt(lost / energy)
+        return sqrt(squared_error / energy)

@@ -13,13 +13,15 @@ from decomp import api
 from decomp._util import tables
 from decomp._util.io import digest, write_atomically
 from decomp._util.progress import bar
-from decomp.analysis.scores import Evaluate, Judge
+from decomp.analysis import plots
+from decomp.analysis.scores import Evaluate, Scorer
 from decomp.calibration.calibrate import Statistics
 from decomp.methods import METHODS, Method, kinds_of, row_named
 from decomp.network import surgery
 from decomp.network.selection import Selector
 from decomp.planning.budget import OutOfReach
 from decomp.planning.choice import DENSE
+from decomp.planning.cost import COSTS, COUNTED
 from decomp.planning.latency import latency
 from decomp.planning.plan import Plan
 from decomp.planning.survey import Survey, survey
@@ -29,24 +31,52 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = "decomp-tradeoff-2"
-COSTS = {"macs": "MACs", "params": "parameters", "seconds": "seconds"}
+BUDGETS = (0.75, 0.5, 0.35, 0.25, 0.15)
+
+Methods = Sequence[str | Method | Sequence[str | Method]]
+Rules = str | Rule | Sequence[str | Rule]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model: what it costs and its score; ``note`` says why it could not be made, and then nothing else holds.
+    """One compressed model: what it costs and how good it is.
 
-    ``seconds`` are measured, beside the dense model. ``score`` is what ``evaluate`` gave, or the output error.
+    Args:
+        line: the method or rule, which is the line of the figure that the point is on.
+        label: the budget, or the rule with its settings.
+        costs: by kind: parameters, multiply-adds of one pass on the example inputs, bytes of the parameters, and
+            the seconds of one pass, measured in turn with the dense model.
+        score: what ``evaluate`` returned, or the output error.
+        plan: the plan of the model; None if it could not be made.
+        note: why the model could not be made; costs and score are then 0 and mean nothing.
     """
 
     line: str
     label: str
-    params: int
-    macs: int
-    seconds: float
+    costs: Mapping[str, float]
     score: float
     plan: Plan | None = None
     note: str = ""
+
+    @property
+    def params(self) -> int:
+        """Parameters of the model."""
+        return int(self.costs["params"])
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one pass on the example inputs."""
+        return int(self.costs["macs"])
+
+    @property
+    def seconds(self) -> float:
+        """Latency of one pass."""
+        return float(self.costs["seconds"])
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the point among those of a trade-off."""
+        return (self.line, self.label)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the point as JSON can hold it."""
@@ -55,67 +85,30 @@ class Point:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> "Point":
-        """Read a point back."""
+        """Read back what :meth:`to_dict` returned.
+
+        Args:
+            entry: the point as read from JSON.
+
+        Raises:
+            KeyError: there is no entry ``"plan"``.
+            TypeError: another field is missing or unknown.
+            ValueError: the plan is not a plan.
+        """
         plan = entry["plan"]
         return cls(**{**entry, "plan": Plan.from_json(json.dumps(plan)) if plan else None})
 
 
-@dataclass
-class Store:
-    """The points that are done, in memory and, with a path, in a file that is whole at any moment."""
-
-    path: Path | None
-    head: Mapping[str, Any]
-    dense: Point | None = None
-    points: dict[tuple[str, str], Point] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: "str | os.PathLike[str] | None", head: Mapping[str, Any]) -> "Store":
-        """Read the points of an earlier call, where there is a file.
-
-        Raises:
-            ValueError: it is no such file, its points are about something else, or its folder is not there.
-        """
-        store = cls(None if path is None else Path(path), head)
-        if store.path is not None and not store.path.parent.is_dir():
-            raise ValueError(f"path={str(path)!r}: there is no folder {str(store.path.parent)!r}, make it before")
-        if store.path is None or not store.path.exists():
-            return store
-        try:
-            data = json.loads(store.path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise ValueError(f"format {data['format']!r}, {FORMAT!r} is needed")
-            found, theirs = [Point.from_dict(entry) for entry in data["points"]], data["head"]
-            store.dense = Point.from_dict(data["dense"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"path={str(path)!r} holds no trade-off of decomp: {error}") from error
-        different = [key for key in head if theirs.get(key, "") != head[key]]
-        if different:
-            raise ValueError(
-                f"path={str(path)!r} holds points with another {' and '.join(different)}: write another path"
-            )
-        store.points = {(point.line, point.label): point for point in found}
-        return store
-
-    def add(self, point: Point) -> None:
-        """Keep a point; the file is replaced in one step, so that a crash leaves the old one or the new one."""
-        self.points[point.line, point.label] = point
-        self.save()
-
-    def save(self) -> None:
-        """Write all points that there are."""
-        if self.path is None or self.dense is None:
-            return
-        entries = [point.to_dict() for point in self.points.values()]
-        data = {"format": FORMAT, "head": dict(self.head), "dense": self.dense.to_dict(), "points": entries}
-        write_atomically(self.path, json.dumps(data).encode())
-
-
 @dataclass(frozen=True)
 class Tradeoff:
-    """What :func:`decomp.tradeoff` measured: ``points``, and ``dense``, the model as it was.
+    """What :func:`decomp.tradeoff` measured; printed, it is a table.
 
-    ``score_name`` is "score" or "output error"; of an error less is better. Budgets were shares of ``cost``.
+    Args:
+        points: the compressed models, line by line.
+        dense: the model as it was.
+        score_name: "score", or "output error" without ``evaluate``.
+        is_error: whether a lower score is better.
+        cost: what the budgets were shares of: "macs", "params", "bytes" or "seconds".
     """
 
     points: Sequence[Point]
@@ -125,195 +118,82 @@ class Tradeoff:
     cost: str = "macs"
 
     def share(self, point: Point, cost: str | None = None) -> float:
-        """What is left of "macs", "params" or "seconds" at a point, as a share of the dense model's.
+        """Return the cost of a point as a share of the dense model's.
+
+        Args:
+            point: one of ``points``.
+            cost: "macs", "params", "bytes" or "seconds"; by default what the budgets were shares of.
 
         Raises:
-            ValueError: the dense model has none of that cost (embeddings alone have no MACs).
+            ValueError: the cost is unknown, or the dense model has none of it (embeddings alone have no MACs).
         """
         name = self._cost(cost)
-        if not getattr(self.dense, name):
-            raise ValueError(f"the dense model has no {COSTS[name]}: write another cost=")
-        return float(getattr(point, name) / getattr(self.dense, name))
+        if not self.dense.costs[name]:
+            raise ValueError(f"the dense model has no {COSTS[name].label}: write another cost=")
+        return float(point.costs[name] / self.dense.costs[name])
+
+    def drop(self, point: Point) -> float:
+        """Return how much worse than the dense model a point is: the fall of the score, or the output error.
+
+        Args:
+            point: one of ``points``.
+        """
+        return point.score if self.is_error else self.dense.score - point.score
 
     def best(self, max_drop: float = 0.01, cost: str | None = None) -> Plan:
-        """Return the plan of the cheapest point whose score is at most ``max_drop`` worse than the dense model's.
+        """Return the plan of the cheapest point whose :meth:`drop` is at most ``max_drop``.
 
-        Without ``evaluate=`` the output error is at most ``max_drop``. ``cost`` says what cheap means; by default
-        what the budgets were about.
+        Args:
+            max_drop: in units of the score; without ``evaluate=`` the largest output error.
+            cost: what cheapest refers to: "macs", "params", "bytes" or "seconds"; by default what the budgets were
+                shares
+                of.
 
         Raises:
-            ValueError: no point is that good; the message names the best one.
+            ValueError: no point is that good; the message says how good the best one is.
         """
-        found = [(self.share(p, cost), self.drop(p), place) for place, p in enumerate(self.points) if p.plan]
-        good = [each for each in found if each[1] <= max_drop]
+        made = [(self.share(p, cost), self.drop(p), index) for index, p in enumerate(self.points) if p.plan]
+        good = [(share, drop, index) for share, drop, index in made if drop <= max_drop]
         plan = self.points[min(good)[2]].plan if good else None
         if plan is None:
-            least = f"the least is {min(each[1] for each in found):.4g}" if found else "no point could be made"
+            least = f"the least is {min(drop for _, drop, _ in made):.4g}" if made else "no point could be made"
             raise ValueError(f"max_drop={max_drop!r}: no point is that good, {least}; measure milder budgets")
         return plan
 
-    def drop(self, point: Point) -> float:
-        """How much worse than the dense model a point is: the fall of the score, or the output error."""
-        return point.score if self.is_error else self.dense.score - point.score
-
     def table(self) -> str:
-        """Write the points as a table."""
+        """Return the points as a table of text."""
         columns = ("method or rule", "point", ">params", ">MACs", ">latency", f">{self.score_name}", "note")
-        total = ("dense", "", *self._cells(self.dense), "")
         rows = [(p.line, p.label, *(self._cells(p) if p.plan else ("",) * 4), p.note) for p in self.points]
-        return tables.render("", columns, rows, total)
+        return tables.render("", columns, rows, (DENSE, "", *self._cells(self.dense), ""))
 
     def plot(self, cost: str | None = None) -> "Figure":
-        """Draw the score over the share of a cost that is left, a line per method and per kind of rule."""
-        from decomp.analysis import plots
+        """Draw the score over the share of a cost that is left, a line per method and per kind of rule.
 
+        Args:
+            cost: "macs", "params", "bytes" or "seconds"; by default what the budgets were shares of.
+
+        Raises:
+            ValueError: the cost is unknown, or the dense model has none of it.
+            ImportError: matplotlib is not installed.
+        """
         name = self._cost(cost)
         lines: dict[str, list[tuple[float, float]]] = {}
         for point in self.points:
             if point.plan:
                 lines.setdefault(point.line, []).append((100 * self.share(point, name), point.score))
-        label = f"{COSTS[name]} (% of the dense model)"
+        label = f"{COSTS[name].label} (% of the dense model)"
         return plots.tradeoffs(lines, (label, self.score_name), (100.0, self.dense.score))
 
     def _cost(self, cost: str | None) -> str:
-        if cost is not None and cost not in COSTS:
-            raise ValueError(f"cost={cost!r}: write one of {', '.join(map(repr, COSTS))}")
-        return cost or self.cost
+        return self.cost if cost is None else _known_cost(cost)
 
     def _cells(self, point: Point) -> tuple[str, ...]:
-        pairs = ((getattr(point, name), getattr(self.dense, name)) for name in ("params", "macs"))
+        pairs = ((point.costs[name], self.dense.costs[name]) for name in ("params", "macs"))
         shares = (f"{count / dense:.0%}" if dense else tables.number(count) for count, dense in pairs)
         return (*shares, tables.milliseconds(point.seconds), f"{point.score:.4f}")
 
     def __str__(self) -> str:
         return self.table()
-
-
-RULE = "rules"
-Methods = Sequence[str | Method | Sequence[str | Method]]
-
-
-class Want(NamedTuple):
-    """One point to measure: a method and a budget, or a rule."""
-
-    line: str
-    label: str
-    methods: "str | Sequence[str | Method]"
-    budget: float | None
-    rule: Any
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return (self.line, self.label)
-
-
-def budget_wants(methods: str | Methods, budgets: Sequence[float], cost: str) -> Iterator[Want]:
-    if cost not in COSTS:
-        raise ValueError(f"cost={cost!r}: write one of {', '.join(map(repr, COSTS))}")
-    for share in budgets:
-        if isinstance(share, bool) or not isinstance(share, float) or not 0 < share < 1:
-            raise ValueError(f"budgets: {share!r} is no share of the dense model; write floats in (0, 1), 0.5 say")
-    for given in [methods] if isinstance(methods, str) else methods:
-        names = [given] if isinstance(given, str | Method) else list(given)
-        rows = "auto" if names == ["auto"] else [row_named(name) for name in names]
-        line = "auto" if rows == "auto" else " + ".join(_called(row) for row in rows if isinstance(row, Method))
-        for share in budgets:
-            yield Want(line, f"{cost}={share:g}", rows, share, None)
-
-
-def _called(row: Method) -> str:
-    """The name of a row, with its options where they are not those of the table."""
-    if METHODS.get(row.name) is row:
-        return row.name
-    preset = ", ".join(f"{n}={p}" for n, p in zip(row.rank_names, row.preset, strict=False) if p is not None)
-    return f"{row.name} ({preset or 'own'})"
-
-
-def rule_wants(rules: "str | Rule | Sequence[str | Rule]") -> Iterator[Want]:
-    for given in rules if isinstance(rules, list | tuple) else [rules]:
-        rule = parse_spec(given, RULES)
-        line = given if isinstance(given, str) else type(rule).__name__
-        yield Want(line, repr(rule), "", None, rule)
-
-
-class Planner:
-    """Makes the plans: each method is analysed once, whatever the number of budgets."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        statistics: Statistics | None,
-        layers: Selector,
-        exclude: Selector,
-        cost: str,
-    ) -> None:
-        self._model, self.example_inputs, self._cost = model, example_inputs, cost
-        self._options: dict[str, Any] = {
-            "layers": layers,
-            "exclude": exclude,
-            "example_inputs": example_inputs,
-            "data": statistics,
-            "progress": False,
-        }
-        self._plans: dict[str, Plan] = {}
-
-    def plan(self, want: Want) -> Plan:
-        """The plan of one point.
-
-        Raises:
-            OutOfReach: the budget is less than the method can reach.
-        """
-        plan = self._analysed(want)
-        if want.budget is None:
-            return plan.with_ranks("*", want.rule)
-        unit = plan.seconds.before if self._cost == "seconds" and plan.seconds else 1.0
-        budget: dict[str, Any] = {self._cost: want.budget * unit}
-        return plan.with_budget(**budget)
-
-    def _analysed(self, want: Want) -> Plan:
-        """The plan that all points of a line start from."""
-        line = RULE if want.budget is None else want.line
-        if line not in self._plans:
-            # A budget that leaves all dense: only the analysis is wanted, no budget is out of its reach.
-            unbounded: dict[str, Any] = {self._cost: 1e9 if self._cost == "seconds" else 10**30}
-            chosen = {} if want.budget is None else unbounded | {"methods": want.methods}
-            self._plans[line] = api.plan(self._model, **chosen, **self._options)
-        return self._plans[line]
-
-    def informed(self, want: Want, point: Point) -> Point:
-        """The point; one that was read from a file with the statistics that its factors come from."""
-        read = point.plan
-        if read is None or read.candidates or self._options["data"] is None:
-            return point
-        plan = self._analysed(want)
-        chosen = {}
-        for name, found in plan.candidates.items():
-            candidate = next((each for each in found if each.method.name == read[name].method), found[0])
-            chosen[name] = (candidate, read[name])
-        return replace(point, plan=plan.choosing(chosen))
-
-    def _survey(self) -> Survey:
-        chosen = {key: self._options[key] for key in ("layers", "exclude", "example_inputs")}
-        return survey(self._model, kinds_of(), lambda name, module: "", **chosen)
-
-    def dense_cost(self) -> tuple[int, int]:
-        """Parameters and MACs of the model as it is."""
-        cost = self._survey().cost
-        return cost.params, cost.macs
-
-    def digest(self) -> str:
-        """What tells this model, these layers and inputs of this size from others."""
-        surveyed = self._survey()
-        layers = repr((surveyed.seen and surveyed.seen.calls, sorted(surveyed.open), surveyed.cost))
-        weights = [
-            (f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor)
-            for name, tensor in self._model.state_dict().items()
-        ]
-        return digest([layers, weights])
-
-
-BUDGETS = (0.75, 0.5, 0.35, 0.25, 0.15)
 
 
 def tradeoff(
@@ -324,12 +204,12 @@ def tradeoff(
     budgets: Sequence[float] = BUDGETS,
     cost: str = "macs",
     methods: str | Methods = ("auto",),
-    rules: "str | Rule | Sequence[str | Rule]" = (),
+    rules: Rules = (),
     data: Iterable[Any] | None = None,
     inputs: Callable[[Any], Any] | None = None,
     statistics: Statistics | None = None,
     finetune: Callable[[nn.Module], Any] | None = None,
-    path: Any = None,
+    path: str | os.PathLike[str] | None = None,
     layers: Selector = None,
     exclude: Selector = (),
     progress: bool | None = None,
@@ -337,22 +217,22 @@ def tradeoff(
     """Measure a model at several budgets under several methods and rules: cost against accuracy.
 
     Every method is a line with a point per budget; every kind of rule is a line with a point per rule, under
-    Tucker-2 and SVD. Parameters and MACs are counted, seconds measured beside the dense model. Of a model that is
-    factorized already, parameters and MACs count as those of the dense model that it stands for.
+    Tucker-2 and SVD. Parameters and MACs are counted, seconds measured in turn with the dense model. Of a model
+    that is factorized already, parameters and MACs count as those of the dense model that it stands for.
 
     Args:
         model: any ``nn.Module``; it is never changed.
         example_inputs: a batch as the model is called with: costs are those of one pass on it.
-        evaluate: a function of a model that gives its score, more is better. Without it the relative error of the
-            output is measured.
+        evaluate: a function of a model that returns its score; higher is better. Without it the score is the
+            relative error of the output.
         budgets: shares of the cost of the whole model, each in (0, 1).
-        cost: what they are shares of: "macs", "params" or "seconds".
-        methods: "auto", rows of the table of methods, or sequences of rows to choose among together.
-        rules: rank rules besides, ``["vbmf", decomp.ranks.energy(0.9)]`` say.
+        cost: what they are shares of: "macs", "params", "bytes" or "seconds".
+        methods: "auto", names of methods, or sequences of names to choose among together.
+        rules: rank rules besides, ``["vbmf", decomp.ranks.energy(0.9)]`` for example.
         data: batches that the output error is measured on; by default ``example_inputs``.
         inputs: what the model is called with, from a batch of ``data``.
-        statistics: what :func:`decomp.calibrate` made of data: factors, and the ranks of budgets, come from it.
-        finetune: what happens to each compressed model before it is scored; it changes the model in place.
+        statistics: what :func:`decomp.calibrate` measured on data: factors, and the ranks of budgets, follow it.
+        finetune: called with each compressed model before it is scored; it changes the model in place.
         path: a JSON file that keeps the points that are done; a call that was cut off goes on from there. It does
             not know what ``evaluate``, ``data`` and ``finetune`` do: after changing them write another path.
         layers: which layers; see :func:`decomp.tucker`.
@@ -360,7 +240,9 @@ def tradeoff(
         progress: show a progress bar; by default where there is a terminal.
 
     Raises:
-        ValueError: ``path`` holds points of another model or of another kind of score.
+        ValueError: there is nothing to measure, a budget, cost, method or rule is unknown, or ``path`` holds
+            points of another model or of another kind of score.
+        TypeError: ``evaluate`` is not a function, or returned something else than a number.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -372,46 +254,217 @@ def tradeoff(
     True
     """
     surgery.check_model(model)
-    judge = Judge(model, example_inputs, evaluate, data, inputs)
-    work = [*budget_wants(methods, budgets, cost), *rule_wants(rules)]
-    if not work:
+    scorer = Scorer(model, example_inputs, evaluate, data, inputs)
+    requests = [*_budget_requests(methods, budgets, cost), *_rule_requests(rules)]
+    if not requests:
         raise ValueError("nothing to measure: give budgets= with methods=, or rules=")
-    planner = Planner(model, example_inputs, statistics, layers, exclude, cost)
-    head = {"model": planner.digest(), "score": judge.name, "finetuned": finetune is not None}
-    head["example"] = digest(example_inputs) if evaluate is None and data is None else ""
-    head["statistics"] = digest([vars(each) for each in statistics.values()]) if statistics else ""
-    store = Store.open(path, head)
+    surveyed = survey(model, kinds_of(), lambda name, module: "", layers, exclude, example_inputs)
+    identity = {
+        "model": _digest_of_model(model, surveyed),
+        "score": scorer.name,
+        "finetuned": finetune is not None,
+        "example": digest(example_inputs) if evaluate is None and data is None else "",
+        "statistics": digest([vars(each) for each in statistics.values()]) if statistics else "",
+    }
+    store = PointStore.open(path, identity)
     if store.dense is None:
-        seconds = latency([model], example_inputs)[0]
-        store.dense = Point(DENSE, DENSE, *planner.dense_cost(), seconds, judge(model))
+        (seconds,) = latency([model], example_inputs)
+        store.dense = Point(DENSE, DENSE, surveyed.cost | {"seconds": seconds}, scorer(model))
         store.save()
-    for want in bar(progress, "trade-off", work):
-        if want.key not in store.points:
-            store.add(_measured(model, planner, want, store.dense, judge, finetune))
-    points = [planner.informed(want, store.points[want.key]) for want in work]
-    return Tradeoff(points, store.dense, judge.name, judge.is_error, cost)
+    planner = Planner(
+        model, cost, layers=layers, exclude=exclude, example_inputs=example_inputs, data=statistics, progress=False
+    )
+    for request in bar(progress, "trade-off", requests):
+        if request.key not in store.points:
+            store.add(_measure(request, model, example_inputs, planner, store.dense, scorer, finetune))
+    points = [planner.with_analysis(request, store.points[request.key]) for request in requests]
+    return Tradeoff(points, store.dense, scorer.name, scorer.is_error, cost)
 
 
-def _measured(
+class PointRequest(NamedTuple):
+    """A point to measure: methods under a budget, or, without a budget, a rule."""
+
+    line: str
+    label: str
+    methods: str | Sequence[str | Method] = ""
+    budget: float | None = None
+    rule: Any = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the point among those of a trade-off."""
+        return (self.line, self.label)
+
+
+def _budget_requests(methods: str | Methods, budgets: Sequence[float], cost: str) -> Iterator[PointRequest]:
+    _known_cost(cost)
+    for share in budgets:
+        if isinstance(share, bool) or not isinstance(share, float) or not 0 < share < 1:
+            raise ValueError(
+                f"budgets: {share!r} is no share of the dense model; write floats in (0, 1), 0.5 for example"
+            )
+    for given in [methods] if isinstance(methods, str) else methods:
+        names = [given] if isinstance(given, str | Method) else list(given)
+        rows = "auto" if names == ["auto"] else [row_named(name) for name in names]
+        line = "auto" if rows == "auto" else " + ".join(_name_of(row) for row in rows if isinstance(row, Method))
+        for share in budgets:
+            yield PointRequest(line, f"{cost}={share:g}", methods=rows, budget=share)
+
+
+def _rule_requests(rules: Rules) -> Iterator[PointRequest]:
+    for given in rules if isinstance(rules, list | tuple) else [rules]:
+        rule = parse_spec(given, RULES)
+        line = given if isinstance(given, str) else type(rule).__name__
+        yield PointRequest(line, repr(rule), rule=rule)
+
+
+def _known_cost(cost: str) -> str:
+    if cost not in COSTS:
+        raise ValueError(f"cost={cost!r}: write one of {', '.join(map(repr, COSTS))}")
+    return cost
+
+
+def _name_of(method: Method) -> str:
+    """The name of a method, with its options where they are not those of the table of methods."""
+    if METHODS.get(method.name) is method:
+        return method.name
+    preset = ", ".join(f"{n}={p}" for n, p in zip(method.rank_names, method.preset, strict=False) if p is not None)
+    return f"{method.name} ({preset or 'own'})"
+
+
+class Planner:
+    """Makes the plans of the points; every line is analysed once, whatever the number of its points."""
+
+    def __init__(self, model: nn.Module, cost: str, **options: Any) -> None:
+        self._model, self._cost, self._options = model, cost, options
+        self._analyses: dict[str | None, Plan] = {}
+
+    def plan(self, request: PointRequest) -> Plan:
+        """Return the plan of one point.
+
+        Raises:
+            OutOfReach: no ranks of the methods keep the budget.
+        """
+        plan = self._analysis(request)
+        if request.budget is None:
+            return plan.with_ranks("*", request.rule)
+        known = plan.cost(self._cost)
+        unit = 1.0 if self._cost in COUNTED or known is None else known.before
+        budget: dict[str, Any] = {self._cost: request.budget * unit}
+        return plan.with_budget(**budget)
+
+    def with_analysis(self, request: PointRequest, point: Point) -> Point:
+        """Return the point; to one read from a file add the statistics that its factors are computed from."""
+        plan = point.plan
+        if plan is None or plan.candidates or self._options["data"] is None:
+            return point
+        analysis = self._analysis(request)
+        chosen = {}
+        for name, candidates in analysis.candidates.items():
+            same_method = (each for each in candidates if each.method.name == plan[name].method)
+            chosen[name] = (next(same_method, candidates[0]), plan[name])
+        return replace(point, plan=analysis.choosing(chosen))
+
+    def _analysis(self, request: PointRequest) -> Plan:
+        """The plan that those of a line, or of all rules, are derived from."""
+        line = None if request.budget is None else request.line
+        if line not in self._analyses:
+            # No method is out of reach of so large a budget: all that counts here is the analysis.
+            unlimited: dict[str, Any] = {self._cost: 10**30 if self._cost in COUNTED else 1e9}
+            budget = {} if line is None else unlimited | {"methods": request.methods}
+            self._analyses[line] = api.plan(self._model, **budget, **self._options)
+        return self._analyses[line]
+
+
+def _measure(
+    request: PointRequest,
     model: nn.Module,
+    example_inputs: Any,
     planner: Planner,
-    want: Want,
     dense: Point,
-    judge: Judge,
+    scorer: Scorer,
     finetune: Callable[[nn.Module], Any] | None,
 ) -> Point:
     """Make the model of one point and measure it; a point that cannot be made has a note instead of a plan."""
     try:
-        plan = planner.plan(want)
+        plan = planner.plan(request)
     except OutOfReach as error:
-        return Point(*want.key, 0, 0, 0.0, 0.0, note=str(error))
+        return Point(*request.key, dict.fromkeys(COSTS, 0), 0.0, note=str(error))
     if not any(choice.ranks for choice in plan.values()):
-        return Point(*want.key, 0, 0, 0.0, 0.0, note="no layer is replaced")
-    small = plan.apply(model, progress=False)  # the one place where a plan becomes a model
+        return Point(*request.key, dict.fromkeys(COSTS, 0), 0.0, note="no layer is replaced")
+    small = plan.apply(model, progress=False)
     if finetune is not None:
         finetune(small)
-    score = judge(small)
-    macs = sum(choice.macs.after for choice in plan.values()) if plan.macs is None else plan.macs.after
+    score = scorer(small)
+    known = {kind: plan.cost(kind) for kind in COUNTED}
+    costs: dict[str, float] = {kind: change.after for kind, change in known.items() if change is not None}
+    if "macs" not in costs:
+        costs["macs"] = sum(choice.macs.after for choice in plan.values())
     # In turn with the dense model, whose seconds may have drifted since its own point was measured.
-    seconds, beside = latency([small, model], planner.example_inputs)
-    return Point(*want.key, int(plan.params.after), int(macs), dense.seconds * seconds / beside, score, plan)
+    small_seconds, dense_seconds = latency([small, model], example_inputs)
+    seconds = dense.seconds * small_seconds / dense_seconds
+    return Point(*request.key, costs | {"seconds": seconds}, score, plan)
+
+
+@dataclass
+class PointStore:
+    """The points that are done, in memory and, with a path, in a file that is whole at any moment.
+
+    ``identity`` says what the points were measured on; a file with another one is refused.
+    """
+
+    path: Path | None
+    identity: Mapping[str, Any]
+    dense: Point | None = None
+    points: dict[tuple[str, str], Point] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> "PointStore":
+        """Read the points of an earlier call, where there is a file.
+
+        Raises:
+            ValueError: the file is none of :func:`decomp.tradeoff`, its points are of something else, or its
+                folder does not exist.
+        """
+        store = cls(None if path is None else Path(path), identity)
+        if store.path is not None and not store.path.parent.is_dir():
+            raise ValueError(f"path={str(path)!r}: there is no folder {str(store.path.parent)!r}; make it first")
+        if store.path is None or not store.path.exists():
+            return store
+        try:
+            data = json.loads(store.path.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise ValueError(f"format {data['format']!r}, {FORMAT!r} is needed")
+            points, earlier = [Point.from_dict(entry) for entry in data["points"]], data["head"]
+            store.dense = Point.from_dict(data["dense"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"path={str(path)!r} holds no trade-off of decomp: {error}") from error
+        different = [key for key in identity if earlier.get(key, "") != identity[key]]
+        if different:
+            raise ValueError(
+                f"path={str(path)!r} holds points with another {' and '.join(different)}: write another path"
+            )
+        store.points = {point.key: point for point in points}
+        return store
+
+    def add(self, point: Point) -> None:
+        """Keep a point, and write the file anew."""
+        self.points[point.key] = point
+        self.save()
+
+    def save(self) -> None:
+        """Write all points; the file is replaced in one step, so a crash leaves the old one or the new one."""
+        if self.path is None or self.dense is None:
+            return
+        points = [point.to_dict() for point in self.points.values()]
+        data = {"format": FORMAT, "head": dict(self.identity), "dense": self.dense.to_dict(), "points": points}
+        write_atomically(self.path, json.dumps(data).encode())
+
+
+def _digest_of_model(model: nn.Module, surveyed: Survey) -> str:
+    """What tells this model, these layers and inputs of this size from others."""
+    layers = repr((surveyed.seen and surveyed.seen.calls, sorted(surveyed.open), surveyed.cost))
+    weights = [
+        (f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor) for name, tensor in model.state_dict().items()
+    ]
+    return digest([layers, weights])

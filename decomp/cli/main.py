@@ -8,7 +8,21 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: what follows ``decomp``; by default ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: the arguments are unknown or missing, or ask for help.
+
+    >>> try:
+    ...     main(["demo", "--help"])
+    ... except SystemExit as exit:
+    ...     exit.code  # doctest: +ELLIPSIS
+    usage: decomp demo ...
+    0
+    """
     parser = argparse.ArgumentParser("decomp", description="Make trained PyTorch models smaller and faster.")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser("demo", help="compress a small network that reads handwritten digits (a minute)")

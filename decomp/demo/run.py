@@ -9,9 +9,10 @@ from torch import nn
 
 from decomp._util import tables
 from decomp._util.progress import bar
-from decomp.analysis.reports import compare
+from decomp.analysis.compare import compare
 from decomp.api import plan
 from decomp.digits import Digits, load_digits, train
+from decomp.planning.choice import Change
 from decomp.planning.plan import Plan
 from decomp.ranks import energy
 from decomp.training.layerwise import FinetuneReport, finetune_layerwise
@@ -21,59 +22,82 @@ ENERGIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Outcome:
-    """One compressed network: its MACs per image, and its accuracy before and after fine-tuning."""
+    """One compressed network.
+
+    Args:
+        name: the rank rule.
+        model: the network after fine-tuning.
+        macs: multiply-adds per image.
+        accuracy_compressed: share of the held-out digits that it reads correctly before fine-tuning.
+        accuracy_finetuned: the same after fine-tuning.
+        report: of the fine-tuning.
+    """
 
     name: str
     model: nn.Module
     macs: float
-    compressed: float
-    finetuned: float
+    accuracy_compressed: float
+    accuracy_finetuned: float
     report: FinetuneReport
 
 
 def run(folder: Path, seed: int = 0, say: Callable[[str], None] = print) -> tuple[float, Outcome]:
-    """Train, compress, fine-tune and report; return the dense accuracy and what became of it.
+    """Train, compress, fine-tune and report; return the accuracy of the dense network and the compressed one.
 
-    Writes ``tradeoff.png`` and ``digits-tucker.safetensors`` into ``folder``.
+    Args:
+        folder: where ``tradeoff.png`` and ``digits-tucker.safetensors`` are written; made if it does not exist.
+        seed: of the data, the network and its training.
+        say: called with each piece of the report.
+
+    Raises:
+        ImportError: scikit-learn or matplotlib is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     digits = load_digits(seed)
     say(f"Training a residual network on {sum(len(images) for images in digits.images)} handwritten digits ...")
     dense = train(digits, seed)
     accuracy, image = digits.accuracy(dense), digits.test[0][:1]
-    decided = plan(dense, "tucker", "vbmf", example_inputs=image, progress=False)
-    say(f'\nThe plan behind decomp.tucker(model, ranks="vbmf"):\n\n{decided}\n')
+    vbmf_plan = plan(dense, "tucker", "vbmf", example_inputs=image, progress=False)
+    say(f'\nThe plan of decomp.tucker(model, ranks="vbmf"):\n\n{vbmf_plan}\n')
     say("Fine-tuning layer by layer against the dense network, without labels ...\n")
-    outcome = compress(dense, decided, digits, "vbmf")
+    outcome = compress(dense, vbmf_plan, digits, "vbmf", progress=None)
     say(f"{outcome.report}\n\nOne batch of {len(digits.test[0])} digits:\n")
     say(f"{compare(outcome.model, dense, digits.test[0])}\n")
-    stages = {"dense": accuracy, "compressed": outcome.compressed, "fine-tuned": outcome.finetuned}
+    stages = {
+        "dense": accuracy,
+        "compressed": outcome.accuracy_compressed,
+        "fine-tuned": outcome.accuracy_finetuned,
+    }
     rows = [(stage, f"{share:.1%}") for stage, share in stages.items()]
     say(tables.render("", ("network", ">accuracy on held-out digits"), rows))
     curve = [
-        compress(dense, decided.with_ranks("*", energy(share)), digits, f"energy {share:g}")
+        compress(dense, vbmf_plan.with_ranks("*", energy(share)), digits, f"energy {share:g}", progress=False)
         for share in bar(None, "trade-off", ENERGIES)
     ]
-    picture, weights = folder / "tradeoff.png", folder / "digits-tucker.safetensors"
-    draw(picture, outcome, curve, accuracy, macs_of(decided, 0))
+    figure, weights = folder / "tradeoff.png", folder / "digits-tucker.safetensors"
+    draw(figure, outcome, curve, accuracy, macs_of(vbmf_plan).before)
     save_model(outcome.model, str(weights))
-    say(f"\nWrote {picture} and {weights}")
+    say(f"\nWrote {figure} and {weights}")
     return accuracy, outcome
 
 
-def compress(dense: nn.Module, decided: Plan, digits: Digits, name: str) -> Outcome:
-    """Apply a plan and fine-tune layer by layer; measure the accuracy after both."""
+def compress(dense: nn.Module, decided: Plan, digits: Digits, name: str, progress: bool | None) -> Outcome:
+    """Apply a plan and fine-tune layer by layer; measure the accuracy before and after fine-tuning."""
     small = decided.apply(dense, progress=False)
-    compressed = digits.accuracy(small)
-    report = finetune_layerwise(small, dense, digits.images, progress=None if name == "vbmf" else False)
-    return Outcome(name, small, macs_of(decided, 1), compressed, digits.accuracy(small), report)
+    accuracy_compressed = digits.accuracy(small)
+    report = finetune_layerwise(small, dense, digits.images, progress=progress)
+    return Outcome(name, small, macs_of(decided).after, accuracy_compressed, digits.accuracy(small), report)
 
 
-def macs_of(decided: Plan, side: int) -> float:
-    """MACs of the whole network in a plan that was made with example inputs: 0 before, 1 after."""
+def macs_of(decided: Plan) -> Change:
+    """MACs of the whole network before and after, of a plan that was made with example inputs.
+
+    Raises:
+        ValueError: it was made without.
+    """
     if decided.macs is None:
-        raise ValueError("the plan was made without example_inputs")
-    return decided.macs[side]
+        raise ValueError("the plan was made without example_inputs=, so it counts no MACs")
+    return decided.macs
 
 
 def draw(path: Path, vbmf: Outcome, curve: list[Outcome], accuracy: float, macs: float) -> None:
@@ -84,14 +108,16 @@ def draw(path: Path, vbmf: Outcome, curve: list[Outcome], accuracy: float, macs:
     axes = figure.subplots()
     curve = sorted(curve, key=lambda outcome: outcome.macs)
     costs = [outcome.macs / 1e6 for outcome in curve]
-    axes.plot(costs, [100 * o.finetuned for o in curve], "o-", color="tab:blue", label="fine-tuned layer by layer")
-    axes.plot(costs, [100 * o.compressed for o in curve], "o--", color="tab:gray", label="compressed only")
-    for height, color in ((vbmf.finetuned, "tab:blue"), (vbmf.compressed, "tab:gray")):
+    finetuned = [100 * outcome.accuracy_finetuned for outcome in curve]
+    compressed = [100 * outcome.accuracy_compressed for outcome in curve]
+    axes.plot(costs, finetuned, "o-", color="tab:blue", label="fine-tuned layer by layer")
+    axes.plot(costs, compressed, "o--", color="tab:gray", label="compressed only")
+    for height, color in ((vbmf.accuracy_finetuned, "tab:blue"), (vbmf.accuracy_compressed, "tab:gray")):
         axes.plot(vbmf.macs / 1e6, 100 * height, "*", markersize=15, color=color)
         axes.annotate("vbmf", (vbmf.macs / 1e6, 100 * height), (-8, 9), textcoords="offset points")
     for outcome in curve:
-        place = (outcome.macs / 1e6, 100 * outcome.compressed)
-        axes.annotate(outcome.name, place, (6, -10), textcoords="offset points", fontsize=8)
+        position = (outcome.macs / 1e6, 100 * outcome.accuracy_compressed)
+        axes.annotate(outcome.name, position, (6, -10), textcoords="offset points", fontsize=8)
     axes.plot(macs / 1e6, 100 * accuracy, "s", color="black", label="dense")
     axes.set(xlabel="MACs per image (millions)", ylabel="accuracy on held-out digits (%)")
     axes.set_xlim(left=0)

@@ -29,20 +29,20 @@ def explore(
 ) -> "Explorer":
     """Open an interactive explorer of ranks in Jupyter: sliders, spectra, costs and predicted error at once.
 
-    Every layer is analysed once, here; after that a slider takes milliseconds. A layer whose slider or method is
-    moved is held: budgets and thresholds leave it alone until its box is cleared. ``explorer.plan`` and
-    ``explorer.model`` hand the result to the next cell.
+    Every layer is analysed once, here; after that moving a slider takes milliseconds. A layer whose own slider or
+    method is changed is held: budgets and thresholds leave it alone until its box is cleared. The next cell reads
+    the result from ``explorer.plan`` and ``explorer.model``.
 
     Args:
         model: any ``nn.Module``; it is never changed.
         example_inputs: a batch as the model is called with: MACs and latency are those of one pass on it.
-        evaluate: a function of a model that gives its score, accuracy say, for the Evaluate button.
+        evaluate: a function of a model that returns its score, the accuracy for example, for the Evaluate button.
         data: batches as the model is called with. Without ``evaluate`` the output error on them is measured;
             without ``statistics`` the predicted error is that of the output, to first order
             (:func:`decomp.sensitivity`).
         inputs: what the model is called with, from a batch of ``data``.
-        statistics: what :func:`decomp.calibrate` made of data: factors, spectra and errors are then those of the
-            layers' outputs. With its ``loss=`` the predicted error is that of the network's output, to first
+        statistics: what :func:`decomp.calibrate` measured on data: factors, spectra and errors are then those of
+            the layers' outputs. With its ``loss=`` the predicted error is that of the network's output, to first
             order, and budgets minimize it.
         layers: which layers; see :func:`decomp.tucker`.
         exclude: which of these stay dense.
@@ -51,6 +51,8 @@ def explore(
 
     Raises:
         ImportError: ipywidgets is not installed; the message says how to get it.
+        TypeError: ``evaluate`` is not a function.
+        ValueError: ``inputs`` is given without ``data``, or ``layers`` or ``exclude`` matches nothing.
 
     >>> import torch
     >>> explorer = explore(nn.Sequential(nn.Linear(64, 64)), torch.zeros(1, 64), timed=False, progress=False)

@@ -6,7 +6,7 @@ from html import escape
 from decomp.linalg import Values
 
 KEPT, MARK = "#4a90d9", "#e07b1a"  # legible on white and on black
-MOST_BARS = 64
+MAX_BARS = 64
 WIDTH, HEIGHT = 340, 210
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 24, 34
 
@@ -14,28 +14,36 @@ Point = tuple[float, float]
 
 
 def spectrum(values: Values, kept: int, width: int = 120, height: int = 30) -> str:
-    """Draw singular values, descending, the first ``kept`` of them in colour.
+    """Draw singular values as bars, the first ``kept`` of them in colour.
+
+    Args:
+        values: the singular values, descending.
+        kept: the rank. It can exceed the number of singular values: an output rank of 32 for a 32 x 9 unfolding.
+        width: of the drawing, in pixels.
+        height: of the drawing, in pixels.
 
     >>> import numpy as np
-    >>> spectrum(np.array([2.0, 1.0, 0.5]), 1).count("<path")
-    2
+    >>> drawing = spectrum(np.array([2.0, 1.0, 0.5]), 1)
+    >>> drawing.count("<path"), "1 of 3 components kept" in drawing
+    (2, True)
     """
-    count, top = len(values), float(values[0]) or 1.0
-    bars = min(count, MOST_BARS)
-    places = [round(i * (count - 1) / max(bars - 1, 1)) for i in range(bars)]
+    count, largest = len(values), float(values[0]) or 1.0
+    kept = min(kept, count)
+    bars = min(count, MAX_BARS)
+    shown = [round(i * (count - 1) / max(bars - 1, 1)) for i in range(bars)]
     step = width / bars
-    drawn = {KEPT: "", "currentColor": ""}
-    for bar, place in enumerate(places):
-        tall = max(1.0, (height - 2) * float(values[place]) / top)
-        color = KEPT if place < kept else "currentColor"
-        drawn[color] += f"M{bar * step + step / 2:.1f} {height}v-{tall:.1f}"
+    paths = {KEPT: "", "currentColor": ""}
+    for bar, component in enumerate(shown):
+        bar_height = max(1.0, (height - 2) * float(values[component]) / largest)
+        color = KEPT if component < kept else "currentColor"
+        paths[color] += f"M{bar * step + step / 2:.1f} {height}v-{bar_height:.1f}"
     stroke = f'stroke-width="{max(step - 0.6, 0.8):.1f}"'
-    paths = "".join(
+    drawn = "".join(
         f'<path d="{path}" stroke="{color}" {stroke} opacity="{1 if color == KEPT else 0.3}"/>'
-        for color, path in drawn.items()
+        for color, path in paths.items()
     )
     label = f"spectrum: {kept} of {count} components kept"
-    return f'<svg width="{width}" height="{height}" role="img" aria-label="{label}">{paths}</svg>'
+    return f'<svg width="{width}" height="{height}" role="img" aria-label="{label}">{drawn}</svg>'
 
 
 def chart(
@@ -43,48 +51,58 @@ def chart(
     labels: tuple[str, str],
     curve: Sequence[Point] = (),
     points: Sequence[Point] = (),
-    now: tuple[float, float | None] | None = None,
+    current: tuple[float, float | None] | None = None,
     baseline: float | None = None,
     less_is_better: bool = False,
 ) -> str:
-    """Draw a line, marked points, and where the plan stands: ``now`` is its share, and its height where known.
+    """Draw a curve, points, and where the current plan is, over the share of a cost from 0 to 100 %.
 
-    The x axis is a share of the dense model from 0 to 100 %, ``baseline`` the height of the dense model there. The
-    points that no cheaper one is as good as are joined.
+    Args:
+        title: above the chart.
+        labels: of the x axis and the y axis.
+        curve: (share, height) of a line.
+        points: (share, height) of dots; those that are better than all cheaper ones are joined.
+        current: share and, where it is known, height of the current plan.
+        baseline: the height of the dense model.
+        less_is_better: whether a lower point is a better one.
+
+    >>> drawing = chart("Evaluated", ("% of the MACs", "accuracy"), points=[(0.5, 0.9), (0.2, 0.7)])
+    >>> drawing.count("<circle")
+    2
     """
-    here = [now[1]] if now and now[1] is not None else []
+    known = [] if current is None or current[1] is None else [current[1]]
     dense = [] if baseline is None else [baseline]
-    heights = [y for _, y in (*curve, *points)] + here + dense or [0.0, 1.0]
+    heights = [y for _, y in (*curve, *points)] + known + dense or [0.0, 1.0]
     low, high = min(heights), max(heights)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 0.5
     low, high = low - margin if low else 0.0, high + margin
 
-    def place(point: Point) -> Point:
-        across = LEFT + (WIDTH - LEFT - RIGHT) * min(max(point[0], 0), 1.05)
-        return across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (point[1] - low) / (high - low)
+    def pixels(point: Point) -> Point:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * min(max(point[0], 0), 1.05)
+        return x, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (point[1] - low) / (high - low)
 
     parts = [_frame(title, labels, low, high)]
     for line in (curve, _front(points, less_is_better)):
         if len(line) > 1:
-            path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in map(place, line))
+            path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in map(pixels, line))
             parts.append(f'<path d="{path}" fill="none" stroke="{KEPT}" stroke-width="1.6" opacity="0.8"/>')
-    for x, y in map(place, points):
+    for x, y in map(pixels, points):
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{KEPT}"/>')
     if baseline is not None:
-        x, y = place((1.0, baseline))
+        x, y = pixels((1.0, baseline))
         parts.append(f'<path d="M{x - 4:.1f} {y - 4:.1f}h8v8h-8z" fill="currentColor"/>')
-    if now is not None:
-        x = place((now[0], low))[0]
+    if current is not None:
+        x, _ = pixels((current[0], low))
         style = f'stroke="{MARK}" stroke-dasharray="3 3"'
         parts.append(f'<path class="decomp-now" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}" {style}/>')
-        if now[1] is not None:
-            x, y = place((now[0], now[1]))
+        if current[1] is not None:
+            x, y = pixels((current[0], current[1]))
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{MARK}"/>')
     return "".join(parts) + "</svg>"
 
 
 def _front(points: Sequence[Point], less_is_better: bool) -> list[Point]:
-    """The points on the way from left to right that are better than all before."""
+    """The points that are better than all points that cost less, by rising cost."""
     ordered = sorted(points)
     sign = -1 if less_is_better else 1
     return [p for i, p in enumerate(ordered) if all(sign * p[1] > sign * before[1] for before in ordered[:i])]

@@ -1,0 +1,127 @@
+"""A compressed model beside the dense one it was made from: costs per layer and in total, and scores."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from decomp._util import tables
+from decomp.analysis import plots
+from decomp.analysis.profile import Profile, Usage, profile_in_turn
+from decomp.analysis.scores import Evaluate
+from decomp.layers import Factorized
+from decomp.network import surgery
+from decomp.planning.plan import PLAN
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`decomp.compare` returns; printed, it is a table of the layers that differ.
+
+    Args:
+        small: the profile of the compressed model.
+        dense: the profile of the model it was made from.
+        scores: what ``evaluate`` returned for (small, dense).
+        predicted_seconds: the latency that the plan of the small model predicted, if it was made with
+            ``seconds=``.
+    """
+
+    small: Profile
+    dense: Profile
+    scores: tuple[float, float] | None = None
+    predicted_seconds: float | None = None
+
+    def ratio(self, cost: str) -> float:
+        """Return the cost of the dense model over that of the small one: 2.0 means half the cost.
+
+        Args:
+            cost: "params", "macs", "bytes" or "seconds".
+        """
+        return float(getattr(self.dense.total, cost) / getattr(self.small.total, cost))
+
+    @property
+    def summary(self) -> str:
+        """The ratios of the whole models, and the scores, in two lines."""
+        ratios = f"{self.ratio('params'):.2f}x fewer params, {self.ratio('macs'):.2f}x fewer MACs"
+        text = f"{ratios}, speed x{self.ratio('seconds'):.2f}"
+        if self.predicted_seconds is not None:
+            seconds = tables.milliseconds(self.small.total.seconds)
+            text += f" ({seconds}, predicted {tables.milliseconds(self.predicted_seconds)})"
+        return f"{text}\nscore {self.scores[1]:.4f} => {self.scores[0]:.4f}" if self.scores else text
+
+    def plot(self) -> "Figure":
+        """Draw parameters, MACs and milliseconds of the layers that differ, dense and small.
+
+        Raises:
+            ValueError: no layer differs.
+            ImportError: matplotlib is not installed.
+        """
+        changed = self._changed()
+        if not changed:
+            raise ValueError("no layer differs between the two models: there is nothing to draw")
+        rows = {
+            name: [(d.params, s.params), (d.macs, s.macs), (1e3 * d.seconds, 1e3 * s.seconds)]
+            for name, (d, s) in changed.items()
+        }
+        return plots.before_and_after(("parameters", "MACs", "ms"), rows, self.summary)
+
+    def _changed(self) -> Mapping[str, tuple[Usage, Usage]]:
+        """(dense, small) of the layers that are of another type or other ranks."""
+        both = ((name, dense, self.small.rows.get(name)) for name, dense in self.dense.rows.items())
+        return {name: (dense, small) for name, dense, small in both if small and small.layer != dense.layer}
+
+    def __str__(self) -> str:
+        columns = ("layer", "dense", "small", ">params", ">MACs", ">bytes", ">latency")
+        rows = [
+            (name, dense.layer, small.layer, *_cells(dense, small))
+            for name, (dense, small) in self._changed().items()
+        ]
+        total = ("whole model", "", "", *_cells(self.dense.total, self.small.total))
+        return f"{tables.render('', columns, rows, total)}\n\n{self.summary}"
+
+
+def compare(
+    small: nn.Module,
+    dense: nn.Module,
+    example_inputs: Any,
+    *,
+    evaluate: Evaluate | None = None,
+) -> Comparison:
+    """Profile both models on the same batch, in turn; the printed table shows the layers that differ.
+
+    Args:
+        small: the compressed model.
+        dense: the model it was made from.
+        example_inputs: a batch as the models are called with; see :func:`decomp.profile`.
+        evaluate: a function of a model that returns its score, the accuracy for example.
+
+    Raises:
+        ValueError: the two models are swapped.
+        TypeError: one of the models cannot be called with ``example_inputs``.
+
+    >>> import decomp, torch
+    >>> dense = nn.Sequential(nn.Linear(64, 64))
+    >>> small = decomp.svd(dense, ranks=8)
+    >>> comparison = compare(small, dense, torch.zeros(1, 64))
+    >>> comparison.small.rows["0"].layer, comparison.ratio("macs")
+    ('SVDLinear (8,)', 4.0)
+    """
+    for model in (small, dense):
+        surgery.check_model(model)
+    factorized = [any(isinstance(module, Factorized) for module in model.modules()) for model in (small, dense)]
+    if factorized == [False, True]:
+        raise ValueError(
+            "the factorized model was given second: the order is compare(small, dense, example_inputs)"
+        )
+    scores = (float(evaluate(small)), float(evaluate(dense))) if evaluate else None
+    small_profile, dense_profile = profile_in_turn([small, dense], example_inputs)
+    predicted = getattr(getattr(small, PLAN, None), "seconds", None)
+    return Comparison(small_profile, dense_profile, scores, predicted and predicted.after)
+
+
+def _cells(dense: Usage, small: Usage) -> tuple[str, ...]:
+    return tuple(f"{before} => {after}" for before, after in zip(dense.cells(), small.cells(), strict=True))

@@ -1,0 +1,141 @@
+"""What one model costs, counted and measured: parameters, MACs, bytes and seconds, per layer and in total."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from decomp._util import tables
+from decomp.layers import Factorized
+from decomp.network import surgery
+from decomp.network.flops import Observation, observe
+from decomp.planning.choice import describe
+from decomp.planning.cost import count_params
+from decomp.planning.latency import latency, layer_seconds
+
+ELSEWHERE = "(elsewhere)"  # the row of what runs outside of any layer
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Cost of a layer or a model.
+
+    Args:
+        layer: what it is, ``"Conv2d 64>128 3x3"`` or ``"TuckerConv (16, 8)"`` say.
+        params: number of parameters.
+        macs: multiply-adds of one forward pass.
+        bytes: size of its parameters and buffers.
+        seconds: latency of one forward pass.
+    """
+
+    layer: str
+    params: int
+    macs: int
+    bytes: int
+    seconds: float
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells of a table: parameters, MACs, bytes and latency.
+
+        >>> Usage("Linear 64>10", 650, 640, 2600, 1.5e-5).cells()
+        ('650', '640', '2.60 k', '0.0150 ms')
+        """
+        counts = (tables.number(count) for count in (self.params, self.macs, self.bytes))
+        return (*counts, tables.milliseconds(self.seconds) if self.seconds else "")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What :func:`decomp.profile` returns; printed, it is a table.
+
+    Args:
+        rows: by the qualified name of the layer; what runs outside of any layer is the row "(elsewhere)".
+        total: the whole model.
+    """
+
+    rows: Mapping[str, Usage]
+    total: Usage
+
+    def __str__(self) -> str:
+        columns = ("layer", "type", ">params", ">MACs", ">bytes", ">latency")
+        rows = [(name, usage.layer, *usage.cells()) for name, usage in self.rows.items()]
+        return tables.render("", columns, rows, ("whole model", self.total.layer, *self.total.cells()))
+
+
+def profile(model: nn.Module, example_inputs: Any) -> Profile:
+    """Count and measure what ``model`` costs on a batch, in eval mode, without gradients.
+
+    MACs are counted by torch's flop counter (one multiply-add is 1). The latency of the model is the median of
+    ``torch.utils.benchmark`` with all threads; that of a layer is its median over a few passes with a timer around
+    every layer, so the layers need not add up to the model. A factorized layer is one row.
+
+    Args:
+        model: any ``nn.Module``; it is not changed.
+        example_inputs: a batch as the model is called with: a tensor, a tuple of positional arguments, or a
+            mapping of keyword arguments.
+
+    Raises:
+        TypeError: ``example_inputs`` is no batch, or the model cannot be called with it.
+
+    >>> import torch
+    >>> report = profile(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), torch.zeros(1, 64))
+    >>> {name: (usage.layer, usage.params, usage.macs) for name, usage in report.rows.items()}
+    {'0': ('Linear 64>32', 2080, 2048), '2': ('Linear 32>10', 330, 320)}
+    >>> report.total.params, report.total.macs, report.total.bytes
+    (2410, 2368, 9640)
+    """
+    surgery.check_model(model)
+    return profile_in_turn([model], example_inputs)[0]
+
+
+def profile_in_turn(models: Sequence[nn.Module], batch: Any) -> list[Profile]:
+    """Profile several models on the same batch, their latencies in turn, so that drift hits all alike.
+
+    Args:
+        models: the models.
+        batch: as they are called with.
+
+    Raises:
+        TypeError: one of the models cannot be called with the batch.
+    """
+    # Counting comes first: it refuses a batch that does not fit with an error that says what does.
+    layers = [dict(_layers(model)) for model in models]
+    counts = [observe(model, batch, parts) for model, parts in zip(models, layers, strict=True)]
+    seconds = latency(list(models), batch)
+    return [_profile(*parts, batch) for parts in zip(models, layers, counts, seconds, strict=True)]
+
+
+def _profile(
+    model: nn.Module, layers: Mapping[str, nn.Module], counts: Observation, seconds: float, batch: Any
+) -> Profile:
+    times = layer_seconds(model, batch, layers)
+    rows = {
+        name: Usage(
+            _label(layer), count_params(layer), counts.macs.get(name, 0), _bytes(layer), times.get(name, 0.0)
+        )
+        for name, layer in layers.items()
+    }
+    total = Usage(type(model).__name__, count_params(model), counts.total_macs, _bytes(model), seconds)
+    params = max(total.params - sum(row.params for row in rows.values()), 0)
+    macs = total.macs - sum(counts.macs.values())
+    if params or macs:
+        rows[ELSEWHERE] = Usage("", params, macs, 0, 0.0)
+    return Profile(rows, total)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What has a row: factorized layers, attention, and modules with parameters and without children."""
+    whole = (Factorized, nn.MultiheadAttention)
+    for name, module in surgery.walk(model, whole):
+        if isinstance(module, whole) or (not list(module.children()) and list(module.parameters())):
+            yield name, module
+
+
+def _label(layer: nn.Module) -> str:
+    return f"{type(layer).__name__} {layer.ranks}" if isinstance(layer, Factorized) else describe(layer)
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}  # shared ones once
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
