@@ -113,9 +113,7 @@ class Reading(nn.Module):
 
 def test_a_layer_that_is_read_and_never_called_says_so():
     plan = decomp.plan(Reading(), ranks=4, example_inputs=torch.randn(2, 64))
-    assert plan["qkv"].reason.startswith("the model reads its weight and never calls it: factors would be")
-        "the model reads its weight and never calls it: factors would be multiplied"
-    )
+    assert plan["qkv"].reason.startswith("the model reads its weight and never calls it: factors would")
     assert plan["out"].ranks == (4,)
 
 

@@ -465,3 +465,16 @@ def test_whatever_goes_wrong_in_a_method_names_the_layer():
     with pytest.raises(RuntimeError) as caught:
         decomp.plan(network(), replace(METHODS["tucker"], analyse=analyse), ranks=4)
     assert caught.value.__notes__ == ["in layer 'stem'"]
+
+
+def test_a_weight_that_has_changed_since_the_plan_has_its_own_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.Conv2d(16, 24, 3))
+    plan = decomp.plan(model, ranks={"0": 4, "1": (8, 6)})
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(48, 4) @ torch.randn(4, 64))
+    small = plan.apply(model)
+    assert plan["0"].error > 0.5
+    assert small.decomp_plan["0"].error < 1e-5
+    assert small.decomp_plan["0"].note == "the weight has changed since the plan was made"
+    assert small.decomp_plan["1"] == plan["1"]

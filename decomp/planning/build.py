@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from decomp._util.io import digest
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp.calibration.moments import Moments
@@ -188,9 +189,14 @@ def measured(
     choices: Mapping[str, Choice],
     dense: Mapping[str, nn.Module],
     new: Mapping[str, Factorized],
+    candidates: Mapping[str, Sequence[Candidate]],
     statistics: Mapping[str, Moments],
 ) -> dict[str, Choice]:
-    """The choices of layers planned from data, with both errors as they are; without the data there is one."""
+    """The choices whose errors are not those that were planned, with the errors as they are.
+
+    These are layers planned from data (both errors, or the one that is left without the data), and layers whose
+    weight has changed since.
+    """
     found = {}
     for name, layer in new.items():
         if name in statistics:
@@ -200,6 +206,9 @@ def measured(
             found[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=output)
         elif choices[name].output_error is not None:
             found[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=None)
+        elif _has_changed(dense[name], candidates.get(name, ())):
+            note = "; ".join(filter(None, (choices[name].note, "the weight has changed since the plan was made")))
+            found[name] = replace(choices[name], error=weight_error(layer, dense[name]), note=note)
     return found
 
 
@@ -208,3 +217,8 @@ def weight_error(layer: Factorized, dense: nn.Module) -> float:
     weight = as_float64(cast(Tensor, dense.weight))
     energy = float(weight.norm())
     return float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
+
+
+def _has_changed(dense: nn.Module, candidates: Sequence[Candidate]) -> bool:
+    """Whether a layer has another weight than its candidates were made of."""
+    return bool(candidates) and candidates[0].digest != digest(group_kernels(dense))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from decomp._util.io import digest
 from decomp._util.naming import naming, require_finite
 from decomp.calibration.moments import Moments
 from decomp.calibration.whitening import output_kernels
@@ -95,6 +96,7 @@ class Candidate:
     stopwatch: Stopwatch | None = None
     reference: "Callable[[], Candidate] | None" = None
     importance: float | None = None
+    digest: str = ""
 
     @classmethod
     def of(
@@ -139,6 +141,7 @@ class Candidate:
             stopwatch,
             reference,
             None if moments is None or moments.importance is None else moments.importance * analysis.energy,
+            digest(kernels),
         )
 
     @classmethod

@@ -274,7 +274,8 @@ class Plan(Mapping[str, Choice]):
         """
         replaced = layers_to_replace(model, self, self.method_of, needs_values=True)
         new = decomposed(replaced, self, self.method_of, self._candidates, self._statistics, progress)
-        small = self.swap(model, new, measured(self, replaced, new, self._statistics), inplace=inplace)
+        settled = measured(self, replaced, new, self._candidates, self._statistics)
+        small = self.swap(model, new, settled, inplace=inplace)
         correct_means(small, replaced, new, self._statistics)
         return small
 

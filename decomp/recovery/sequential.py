@@ -75,7 +75,7 @@ def apply_sequentially(
     for name in order:
         small.get_submodule(name).train(replaced[name].training)  # they were made in eval mode
     rest = decomposed(unreached, plan, plan.method_of, plan.candidates, plan.statistics, False)
-    settled |= measured(plan, unreached, rest, plan.statistics)
+    settled |= measured(plan, unreached, rest, plan.candidates, plan.statistics)
     return plan.swap(small, rest, settled, inplace=True)
 
 
@@ -98,7 +98,7 @@ class _Step:
         except RoutedDifferently:
             dense = {name: self.dense}
             alone = decomposed(dense, plan, plan.method_of, plan.candidates, plan.statistics, False)
-            choice = measured(plan, dense, alone, plan.statistics).get(name, plan[name])
+            choice = measured(plan, dense, alone, plan.candidates, plan.statistics).get(name, plan[name])
             return alone[name], replace(choice, note="routed differently: decomposed by itself")
         layer = from_moments(self.own, plan.method_of(name), plan[name].ranks, moments)
         error = weight_error(layer, self.dense)
