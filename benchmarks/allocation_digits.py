@@ -47,7 +47,7 @@ def strategies(model: nn.Module, plan: Plan, digits: Digits) -> dict[str, Callab
     return {
         "uniform share of the ranks": lambda b: scaled(plan, share_of_ranks, b),
         "uniform energy": lambda b: scaled(plan, decomp.ranks.energy, b),
-        "vbmf, weakened to the budget": lambda b: scaled(plan, lambda s: decomp.ranks.spectral(1 - s or 1), b),
+        "vbmf, weakened to the budget": lambda b: scaled(plan, lambda s: decomp.ranks.vbmf(1 - s or 1), b),
         "global: sum of errors": lambda b: plan.with_budget(macs=b, objective="sum"),
         "global: product of energies": lambda b: plan.with_budget(macs=b, objective="product"),
         "global: largest error": lambda b: plan.with_budget(macs=b, objective="max"),

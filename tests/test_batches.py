@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import decomp
-from decomp.data.batches import Batches, OwnRandomness, random_state
+from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, BatchSplit, OwnRandomness, random_state
 
 GOOD = torch.ones(2, 3)
 
@@ -108,3 +108,19 @@ def test_data_has_random_numbers_of_its_own(generator):
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(torch.cat(first), torch.cat(expected))
     assert not torch.equal(torch.cat(first), torch.cat(second))
+
+
+def test_what_closed_forms_hold_out_is_every_fourth_batch():
+    assert [index for index in range(12) if CLOSED_FORM_SPLIT.held_out(index)] == [3, 7, 11]
+    assert all(CLOSED_FORM_SPLIT.train(index) != CLOSED_FORM_SPLIT.held_out(index) for index in range(12))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("share", "every"), [(0.5, 2), (0.4, 2), (0.25, 4), (0.2, 5), (0.1, 10), (0.0, None)])
+def test_a_share_holds_out_the_middle_of_every_k_batches_of_a_process(share, every, size):
+    splits = [BatchSplit.of_share(share, rank, size) for rank in range(size)]
+    for index in range(60):
+        (own,) = [split for split in splits if split.own(index)]
+        held_out = every is not None and index // size % every == every // 2
+        assert own.held_out(index) == held_out != own.train(index)
+        assert not any(split.held_out(index) or split.train(index) for split in splits if split is not own)

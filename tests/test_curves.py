@@ -116,7 +116,7 @@ def test_best_is_the_cheapest_that_is_good_enough(net):
     assert curve.best(max_drop=drops[1] + 1e-9).params.after == curve.points[1].params
     with pytest.raises(ValueError, match="milder budgets"):
         curve.best(max_drop=0.0)
-    with pytest.raises(ValueError, match="'macs', 'params', 'seconds'"):
+    with pytest.raises(ValueError, match="'macs', 'params', 'bytes', 'seconds'"):
         curve.best(cost="flops")
 
 

@@ -215,7 +215,7 @@ def test_a_model_without_macs_is_explored_by_its_parameters():
     net = nn.Sequential(nn.Embedding(200, 32), nn.Identity())
     tokens = torch.arange(12)[None]
     explorer = decomp.explore(net, tokens, layers="*", timed=False, progress=False)
-    assert [kind for _, kind in explorer.kind.options] == ["params"]
+    assert [kind for _, kind in explorer.kind.options] == ["params", "bytes"]
     explorer.set_budget(params=0.4)
     assert explorer.plan.params.after <= 0.4 * explorer.plan.params.before
     explorer.set_method("0", "svd")

@@ -1,5 +1,6 @@
 """Two processes on gloo, each with its share of the data, end with one and the same model."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -157,17 +158,22 @@ def test_threads_fine_tune_at_once_as_one_after_the_other(shared):
     nets = [nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval() for _ in range(4)]
     data = [torch.randn(8, 16) for _ in range(5)]
 
+    smalls = [decomp.tucker(nets[0] if shared else net, ranks=2 + number) for number, net in enumerate(nets)]
+
     def trained(number):
-        dense = nets[0] if shared else nets[number]
-        small = decomp.tucker(dense, ranks=2 + number)
+        dense, small = nets[0] if shared else nets[number], copy.deepcopy(smalls[number])
         layers = decomp.finetune_layerwise(small, dense, data, steps=40, progress=False)
         network = decomp.finetune(small, data, teacher=dense, steps=40, progress=False)
         return small.state_dict(), [layer.error_after for layer in layers.values()], network.losses
 
-    with ThreadPoolExecutor(1) as pool:  # in a thread as well: torch.set_num_threads holds for one thread
+    def threads(count):
+        # On one core each: how a sum is split over cores decides its last digit.
+        return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+    with threads(1) as pool:
         expected = list(pool.map(trained, range(4)))
     for _ in range(2):
-        with ThreadPoolExecutor(4) as pool:
+        with threads(4) as pool:
             got = list(pool.map(trained, range(4)))
         for (ours, *numbers), (theirs, *expected_numbers) in zip(got, expected, strict=True):
             assert numbers == expected_numbers

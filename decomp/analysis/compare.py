@@ -12,6 +12,7 @@ from decomp.analysis.profile import Profile, Usage, profile_in_turn
 from decomp.analysis.scores import Evaluate
 from decomp.layers import Factorized
 from decomp.network import surgery
+from decomp.network.flops import uncounted_note
 from decomp.planning.plan import PLAN
 
 if TYPE_CHECKING:
@@ -46,11 +47,16 @@ class Comparison:
     @property
     def summary(self) -> str:
         """The ratios of the whole models, and the scores, in two lines."""
-        ratios = f"{self.ratio('params'):.2f}x fewer params, {self.ratio('macs'):.2f}x fewer MACs"
-        text = f"{ratios}, speed x{self.ratio('seconds'):.2f}"
+        counts = (
+            _how_many(getattr(self.dense.total, cost), getattr(self.small.total, cost), label)
+            for cost, label in (("params", "params"), ("macs", "MACs"))
+        )
+        text = f"{', '.join(counts)}, speed x{self.ratio('seconds'):.2f}"
         if self.predicted_seconds is not None:
             seconds = tables.milliseconds(self.small.total.seconds)
             text += f" ({seconds}, predicted {tables.milliseconds(self.predicted_seconds)})"
+        uncounted = {**self.dense.uncounted, **self.small.uncounted}
+        text += f"; {uncounted_note(uncounted)}" if uncounted else ""
         return f"{text}\nscore {self.scores[1]:.4f} => {self.scores[0]:.4f}" if self.scores else text
 
     def plot(self) -> "Figure":
@@ -125,3 +131,16 @@ def compare(
 
 def _cells(dense: Usage, small: Usage) -> tuple[str, ...]:
     return tuple(f"{before} => {after}" for before, after in zip(dense.cells(), small.cells(), strict=True))
+
+
+def _how_many(dense: int, small: int, label: str) -> str:
+    """How many times fewer, or more, the small model has.
+
+    >>> _how_many(8, 4, "MACs"), _how_many(4, 8, "MACs"), _how_many(4, 4, "params"), _how_many(0, 8, "MACs")
+    ('2.00x fewer MACs', '2.00x more MACs', 'as many params', '0 => 8 MACs')
+    """
+    if dense == small:
+        return f"as many {label}"
+    if not dense or not small:
+        return f"{tables.number(dense)} => {tables.number(small)} {label}"
+    return f"{dense / small:.2f}x fewer {label}" if small < dense else f"{small / dense:.2f}x more {label}"

@@ -1,7 +1,7 @@
 """What one model costs, counted and measured: parameters, MACs, bytes and seconds, per layer and in total."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -9,7 +9,7 @@ from torch import nn
 from decomp._util import tables
 from decomp.layers import Factorized
 from decomp.network import surgery
-from decomp.network.flops import Observation, observe
+from decomp.network.flops import Observation, observe, uncounted_note
 from decomp.planning.choice import describe
 from decomp.planning.cost import count_params
 from decomp.planning.latency import latency, layer_seconds
@@ -52,15 +52,18 @@ class Profile:
     Args:
         rows: by the qualified name of the layer; what runs outside of any layer is the row "(elsewhere)".
         total: the whole model.
+        uncounted: operators whose MACs are not known, with the number of their calls; the MACs leave them out.
     """
 
     rows: Mapping[str, Usage]
     total: Usage
+    uncounted: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         columns = ("layer", "type", ">params", ">MACs", ">bytes", ">latency")
         rows = [(name, usage.layer, *usage.cells()) for name, usage in self.rows.items()]
-        return tables.render("", columns, rows, ("whole model", self.total.layer, *self.total.cells()))
+        table = tables.render("", columns, rows, ("whole model", self.total.layer, *self.total.cells()))
+        return f"{table}\n\n{uncounted_note(self.uncounted)}" if self.uncounted else table
 
 
 def profile(model: nn.Module, example_inputs: Any) -> Profile:
@@ -121,7 +124,7 @@ def _profile(
     macs = total.macs - sum(counts.macs.values())
     if params or macs:
         rows[ELSEWHERE] = Usage("", params, macs, 0, 0.0)
-    return Profile(rows, total)
+    return Profile(rows, total, counts.uncounted)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,11 +1,14 @@
 """What a forward pass does to the layers of a model: their calls, their MACs, and who reads their weights."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_of
@@ -23,25 +26,90 @@ class Observation:
     """One forward pass: the calls and the MACs of each module, in the order of execution.
 
     Modules that the batch never reaches are left out. ``total_macs`` counts the whole model. ``read`` are the
-    modules whose weight was used outside of their own forward.
+    modules whose weight was used outside of their own forward, ``uncounted`` the operators whose MACs are not
+    known.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
     total_macs: int = 0
+    uncounted: Counter[str] = field(default_factory=Counter)
 
 
 class MacCounter(FlopCounterMode):
-    """torch's flop counter, with the attention kernel of the CPU that it leaves out; one multiply-add is 1."""
+    """torch's flop counter with formulas for the operators that it leaves out; one multiply-add is 1.
+
+    ``uncounted`` are the operators that multiply and have no formula, with how often they were called.
+    """
 
     def __init__(self) -> None:
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        super().__init__(display=False, custom_mapping={attention: _attention_flops})
+        super().__init__(display=False, custom_mapping=_FORMULAS)
+        # torch's tracker of modules fails where a view of a parameter is an argument of a module; sums need none.
+        self.mod_tracker: Any = _OneModule()
+        self._watch: Any = _WatchUncounted(self.flop_registry)
+
+    def __enter__(self) -> "MacCounter":
+        self._watch.__enter__()  # before the counter, so that it is shown what that has decomposed
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        suppressed = super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._watch.__exit__(*error)
+        return suppressed
 
     @property
     def macs(self) -> int:
         return int(self.get_total_flops()) // 2
+
+    @property
+    def uncounted(self) -> Counter[str]:
+        """Operators that multiply and have no formula."""
+        operators: Counter[str] = self._watch.operators
+        return operators
+
+
+class _OneModule:
+    """In place of torch's module tracker: everything belongs to the whole."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> "_OneModule":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class _WatchUncounted(TorchDispatchMode):
+    """Notes operators without a formula whose name says that they multiply, or that are no operators of torch."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, registry: Mapping[Any, Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._registry = registry
+        self.operators: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = getattr(func, "_overloadpacket", func)
+        if packet not in self._registry:
+            name = str(packet)
+            foreign = getattr(func, "namespace", "aten") not in _OPERATORS_OF_TORCH
+            if foreign or any(part in name for part in _MULTIPLYING):
+                self.operators[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def uncounted_note(operators: Mapping[str, int]) -> str:
+    """What a table says of operators whose MACs are not known.
+
+    >>> uncounted_note({"aten._fft_r2c": 2})
+    'not counted: aten._fft_r2c (2 calls)'
+    """
+    calls = (f"{name} ({count} call{'s' if count > 1 else ''})" for name, count in operators.items())
+    return f"not counted: {', '.join(calls)}"
 
 
 def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> Observation:
@@ -65,6 +133,7 @@ def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> O
         macs = meter(model, batch, modules, lambda: counter.macs, before, after)
     seen.macs = {name: int(value) for name, value in macs.items()}
     seen.total_macs = counter.macs
+    seen.uncounted = counter.uncounted
     return seen
 
 
@@ -125,3 +194,55 @@ def _weight(module: nn.Module) -> Any:
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
+
+
+def _grouped_mm_flops(left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Every row of the left side is multiplied by one of the matrices; or the groups share out the inner side."""
+    return int(2 * math.prod(left) * right[-1])
+
+
+def _rnn_layer_flops(
+    input: Any, weight_ih: Any, weight_hh: Any, *args: Any, out_shape: Any = None, **_: Any
+) -> int:
+    """One direction of one layer, as the CPU runs it: both weights at every step of every sequence."""
+    steps = math.prod(input[:-1])
+    return int(2 * steps * (math.prod(weight_ih) + math.prod(weight_hh)))
+
+
+def _cudnn_rnn_flops(input: Any, weights: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+    """All layers and directions: every matrix among the weights at every step of every sequence."""
+    matrices = [shape for shape in weights if len(shape) == 2]
+    return int(2 * math.prod(input[:-1]) * sum(map(math.prod, matrices)))
+
+
+def _trilinear_flops(first: Any, second: Any, third: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+    """y[b, o] = sum_{i, j} x[b, i] W[o, i, j] z[b, j] as ``nn.Bilinear`` calls it: W z, then x."""
+    rows, (outputs, inputs, others) = first[0], second[-3:]
+    return int(2 * rows * outputs * (inputs * others + inputs))
+
+
+def _product_flops(left: Any, right: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+    """A matrix or a vector by a vector: one multiply-add per entry of the left side."""
+    return int(2 * math.prod(left))
+
+
+def _added_product_flops(added: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+    return _product_flops(left, right)
+
+
+_aten = torch.ops.aten
+_FORMULAS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._grouped_mm: _grouped_mm_flops,
+    _aten.mkldnn_rnn_layer: _rnn_layer_flops,
+    _aten._cudnn_rnn: _cudnn_rnn_flops,
+    _aten._trilinear: _trilinear_flops,
+    _aten.mv: _product_flops,
+    _aten.dot: _product_flops,
+    _aten.addmv: _added_product_flops,
+}
+_OPERATORS_OF_TORCH = {"aten", "prim", "prims", "higher_order"}
+_MULTIPLYING = (
+    *("mm", "matmul", "linear", "conv", "attention", "rnn", "lstm", "gru", "trilinear", "bilinear", "cdist"),
+    *("fft_", "embedding_bag", "einsum", "tensordot", "encoder_layer"),
+)

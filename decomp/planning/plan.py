@@ -14,6 +14,7 @@ from decomp.calibration.moments import Moments
 from decomp.methods import METHODS, Method
 from decomp.network import surgery
 from decomp.network.eligibility import ALREADY_FACTORIZED
+from decomp.network.flops import uncounted_note
 from decomp.planning.budget import Budget, Request, spend
 from decomp.planning.build import (
     correct_means,
@@ -49,6 +50,8 @@ class Plan(Mapping[str, Choice]):
     ``keep_dense`` return a new one, at once, from the spectra that were computed when the plan was made.
     ``request`` is what a budget
     was asked for: the methods to choose among, the objective, what ranks are multiples of, and weights of layers.
+    ``uncounted`` are operators of the model whose MACs are not known, with the number of their calls: MACs and
+    budgets of MACs leave them out.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Plan(Mapping[str, Choice]):
         methods: Mapping[str, Method] | None = None,
         seconds: Change | None = None,
         request: Request | None = None,
+        uncounted: Mapping[str, int] | None = None,
     ) -> None:
         self._choices = dict(choices)
         self._candidates = dict(candidates or {})
@@ -69,6 +73,7 @@ class Plan(Mapping[str, Choice]):
         self._before = before
         self._seconds = seconds
         self.request = request or NO_REQUEST
+        self.uncounted = dict(uncounted or {})
 
     def _with(
         self,
@@ -85,6 +90,7 @@ class Plan(Mapping[str, Choice]):
             methods=self._methods if not self._candidates else None,
             seconds=self._seconds,
             request=request or self.request,
+            uncounted=self.uncounted,
         )
 
     def __deepcopy__(self, memo: object) -> "Plan":
@@ -290,7 +296,7 @@ class Plan(Mapping[str, Choice]):
             "request": self.request.to_dict(),
         }
         layers = {name: asdict(choice) for name, choice in self.items()}
-        return json.dumps({**head, "layers": layers}, indent=1)
+        return json.dumps({**head, "uncounted": self.uncounted, "layers": layers}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -307,7 +313,8 @@ class Plan(Mapping[str, Choice]):
                 raise ValueError(f"format {data['format']!r}, {FORMAT!r} is needed")
             choices = {name: Choice.from_dict(entry) for name, entry in data["layers"].items()}
             seconds = None if data["seconds"] is None else Change(*data["seconds"])
-            return cls(choices, Cost(data["before"]), seconds=seconds, request=Request.from_dict(data["request"]))
+            request, uncounted = Request.from_dict(data["request"]), data["uncounted"]
+            return cls(choices, Cost(data["before"]), seconds=seconds, request=request, uncounted=uncounted)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a plan of decomp in JSON: {error}") from error
 
@@ -332,7 +339,14 @@ class Plan(Mapping[str, Choice]):
         """Swap layers in, and leave the plan on the model, with the choices that came out otherwise."""
         model, choices = surgery.swap(model, new, inplace=inplace), self._choices | dict(settled)
         own = {n: m for n, m in self._methods.items() if self[n].ranks and m.name not in METHODS}
-        plan = Plan(choices, self._before, methods=own, seconds=self.seconds, request=self.request)
+        plan = Plan(
+            choices,
+            self._before,
+            methods=own,
+            seconds=self.seconds,
+            request=self.request,
+            uncounted=self.uncounted,
+        )
         setattr(model, PLAN, plan)
         return cast(CompressedModule, model)
 
@@ -353,6 +367,8 @@ class Plan(Mapping[str, Choice]):
 
     def _other_costs(self) -> Iterator[str]:
         """Lines about the kinds of cost that have no column: seconds, and what the budget was about."""
+        if self.uncounted:
+            yield uncounted_note(self.uncounted)
         if self.seconds is not None:
             yield "latency {} measured => {} predicted".format(*map(tables.milliseconds, self.seconds))
         kind = self.request.budget.kind if self.request.budget else ""
@@ -367,4 +383,4 @@ def _of_earlier_format(data: Mapping[str, Any]) -> dict[str, Any]:
     for name, entry in data["layers"].items():
         fields = {key: value for key, value in entry.items() if key not in ("params", "macs")}
         layers[name] = {**fields, "costs": {"params": entry["params"], "macs": entry["macs"]}}
-    return {**data, "format": FORMAT, "layers": layers, "request": Request().to_dict()}
+    return {**data, "format": FORMAT, "layers": layers, "request": Request().to_dict(), "uncounted": {}}

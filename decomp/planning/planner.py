@@ -62,6 +62,7 @@ def make_plan(
         candidates,
         statistics=statistics,
         request=None if earlier is None else earlier.request,
+        uncounted=surveyed.uncounted,
     )
 
 
@@ -106,6 +107,7 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         statistics=statistics,
         seconds=_timed_together(model, surveyed.open, candidates, surveyed.example) if timed else None,
         request=request,
+        uncounted=surveyed.uncounted,
     )
     bound: Any = {budget.kind: budget.value}
     return plan.with_budget(**bound)

@@ -1,6 +1,6 @@
 """The layers of a model, the choices of those that stay dense, and what the model costs as it is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,11 @@ class Survey:
     def open(self) -> dict[str, nn.Module]:
         """The layers that can be decomposed."""
         return {name: site.module for name, site in self.sites.items() if name not in self.refused}
+
+    @property
+    def uncounted(self) -> Mapping[str, int]:
+        """Operators whose MACs are not known, with the number of their calls on the example inputs."""
+        return self.seen.uncounted if self.seen else {}
 
     def calls(self, name: str) -> list[Call] | None:
         """How the example inputs call a layer, where there are any."""
@@ -66,10 +71,11 @@ def survey(
 
 
 def _out_of_reach(name: str, seen: Observation) -> str:
+    if name in seen.read:
+        how = "and does not only call it" if name in seen.macs else "and never calls it"
+        return f"the model reads its weight {how}: factors would be multiplied each time"
     if name not in seen.macs:
         return "example_inputs never reach it"
-    if name in seen.read:
-        return "the model reads its weight and does not only call it: factors would be multiplied each time"
     empty = any(0 in shape for shape, _ in seen.calls[name])
     return "example_inputs reach it with an empty batch" if empty else ""
 

@@ -1,0 +1,110 @@
+"""A plan keeps what it was asked for; bytes are a cost like the others."""
+
+import json
+
+import pytest
+import torch
+from networks import plant_spectra
+from torch import nn
+
+import decomp
+from decomp.planning.budget import Budget, Request
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(8, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 40, 3), nn.Flatten(), nn.Linear(40 * 16, 24)
+    return plant_spectra(nn.Sequential(*layers)).eval()
+
+
+@pytest.fixture
+def image():
+    return torch.zeros(1, 8, 6, 6)
+
+
+def multiples_of_eight(plan):
+    """Of every rank that is not full."""
+    limits = {"0": (48, 8), "2": (40, 48), "4": (24,)}
+    ranks = [pair for name, c in plan.items() if c.ranks for pair in zip(c.ranks, limits[name], strict=True)]
+    assert ranks
+    return all(rank % 8 == 0 or rank == limit for rank, limit in ranks)
+
+
+def test_another_budget_is_spent_as_the_first_one(model, image):
+    wish = {"objective": "sum", "multiple_of": 8, "weights": {"4": 3.0}, "methods": ["svd", "svd_channel"]}
+    plan = decomp.plan(model, macs=0.5, example_inputs=image, **wish)
+    assert plan.request == Request(Budget("macs", 0.5), ("svd", "svd_channel"), "sum", 8, {"4": 3.0})
+    again = plan.with_budget(macs=0.3)
+    assert dict(again) == dict(decomp.plan(model, macs=0.3, example_inputs=image, **wish))
+    assert {choice.method for choice in again.values()} <= {"svd", "svd_channel", "dense"}
+    other = plan.with_budget(params=0.4, objective="product", multiple_of=1, weights={})
+    wish |= {"objective": "product", "multiple_of": 1, "weights": None}
+    assert dict(other) == dict(decomp.plan(model, params=0.4, example_inputs=image, **wish))
+    assert other.request.methods == ("svd", "svd_channel")
+
+
+def test_the_request_survives_ranks_json_and_the_model(model, image):
+    plan = decomp.plan(model, macs=0.5, example_inputs=image, multiple_of=8)
+    assert multiples_of_eight(plan)
+    edited = plan.with_ranks("2", (11, 13)).keep_dense("4")
+    assert edited["2"].ranks == (11, 13)
+    assert edited.request == plan.request
+    assert multiples_of_eight(edited.with_budget(macs=0.4))
+    read = decomp.Plan.from_json(plan.to_json())
+    assert read.request == plan.request
+    editable = decomp.plan(model, ranks=read, example_inputs=image)
+    assert dict(editable) == dict(plan)
+    assert dict(editable.with_budget(macs=0.4)) == dict(plan.with_budget(macs=0.4))
+    assert plan.apply(model).decomp_plan.request == plan.request
+
+
+def test_methods_of_a_request_are_chosen_among_again_after_json(model, image):
+    methods = ["svd", "svd_channel", "tucker"]
+    plan = decomp.plan(model, macs=0.6, example_inputs=image, methods=methods)
+    editable = decomp.plan(model, ranks=decomp.Plan.from_json(plan.to_json()), example_inputs=image)
+    for share in (0.5, 0.3, 0.2):
+        assert dict(editable.with_budget(macs=share)) == dict(plan.with_budget(macs=share))
+
+
+def test_plans_of_the_first_format_are_read(model, image):
+    plan = decomp.plan(model, ranks=8, example_inputs=image)
+    data = json.loads(plan.to_json())
+    earlier = {"format": "decomp-plan-1", "before": {kind: data["before"][kind] for kind in ("params", "macs")}}
+    earlier |= {"seconds": None, "layers": {}}
+    for name, entry in data["layers"].items():
+        costs = entry.pop("costs")
+        earlier["layers"][name] = entry | {kind: costs[kind] for kind in ("params", "macs")}
+    read = decomp.Plan.from_json(json.dumps(earlier))
+    assert (read.params, read.macs, read.bytes) == (plan.params, plan.macs, None)
+    small, expected = read.apply(model), plan.apply(model)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_parameters_in_their_dtypes(model, image, dtype):
+    model[0].to(dtype)
+    before = sum(p.numel() * p.element_size() for p in model.parameters())
+    for bound in (0.3, 30_000):
+        small = decomp.compress(model, bytes=bound)
+        after = sum(p.numel() * p.element_size() for p in small.parameters())
+        assert small.decomp_plan.bytes == (before, after)
+        most = bound * before if isinstance(bound, float) else bound
+        assert 0.9 * most < after <= most
+    assert f"bytes {before / 1e3:.3g}".rstrip(".") in str(decomp.plan(model, bytes=0.3))
+
+
+def test_bytes_and_parameters_choose_alike_where_there_is_one_dtype(model):
+    by_params, by_bytes = decomp.plan(model, params=0.4), decomp.plan(model, bytes=0.4)
+    assert dict(by_params) == dict(by_bytes)
+
+
+def test_the_budget_is_refused_as_a_whole(model):
+    with pytest.raises(ValueError, match="one budget at a time, not params= and bytes="):
+        decomp.plan(model, params=0.5, bytes=0.5)
+    with pytest.raises(ValueError, match=r"bytes=1.5: write a share in \(0, 1\), or an absolute int"):
+        decomp.compress(model, bytes=1.5)
+    with pytest.raises(ValueError, match="bytes=3 cannot be reached: the least is"):
+        decomp.compress(model, bytes=3)
+    with pytest.raises(ValueError, match=r"multiple_of= go with a budget: write one of macs=, params=, bytes="):
+        decomp.plan(model, multiple_of=8)
