@@ -4,6 +4,7 @@ from itertools import product
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from decomp.layers import group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
@@ -14,6 +15,7 @@ TRANSPOSED = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 
 KINDS = PLAIN | TRANSPOSED
 SIZES = (9, 8, 7)
 SPATIAL = [name for name in METHODS if not METHODS[name].why_not(nn.Conv2d(8, 12, 3))]
+MATRIX = [name for name in METHODS if not METHODS[name].why_not(nn.Linear(8, 12))]
 
 
 def options(dimensions, transposed):
@@ -39,6 +41,13 @@ def cases(kind):
         extra = {"output_padding": 1} if kind in TRANSPOSED and option["stride"] == 2 else {}
         dense = kind(8, 12, kernel, **option, **extra, dtype=torch.float64)
         yield dense, torch.randn(2, 8, *SIZES[:dimensions], dtype=torch.float64)
+
+
+def matrices(dtype=torch.float64):
+    """Linear layers with 8 inputs and 12 outputs, of torch and of Hugging Face."""
+    turned = Conv1D(12, 8)
+    nn.init.normal_(turned.bias)
+    return [layer.to(dtype) for layer in (nn.Linear(8, 12), nn.Linear(8, 12, bias=False), turned)]
 
 
 def takes(name, kind):

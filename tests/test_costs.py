@@ -64,6 +64,8 @@ LAYERS = [
     (nn.Conv2d(6, 9, 1, stride=2), "svd", (1, 6, 8, 8)),
     (nn.ConvTranspose1d(6, 4, 1, stride=2), "svd", (1, 6, 8)),
     (nn.Linear(10, 7), "svd", (2, 5, 10)),
+    (nn.Linear(12, 18), "kronecker", (2, 5, 12)),
+    (nn.Linear(10, 7, bias=False), "kronecker", (10,)),
 ]
 
 

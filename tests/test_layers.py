@@ -1,6 +1,7 @@
 """One conformance suite over methods x kinds of layer x options of a convolution."""
 
 import copy
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 import torch
 from layer_cases import (
     KINDS,
+    MATRIX,
     PLAIN,
     SIZES,
     SPATIAL,
     TRANSPOSED,
     cases,
     factorized,
+    matrices,
     small_ranks,
     takes,
     with_weight,
@@ -255,6 +258,83 @@ def test_an_output_size_that_is_asked_for_is_given(name, kind):
     x = torch.randn(2, 8, *SIZES[: KINDS[kind]])
     size = [2 * length + 2 for length in SIZES[: KINDS[kind]]]
     assert small(x, size).shape == dense(x, size).shape == (2, 12, *size)
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_matrices_run_as_the_layer_with_the_dense_weight(name):
+    """The oracle is the ordinary layer with the product of the factors, whatever these are."""
+    for dense in matrices():
+        layer = METHODS[name].layer_of(dense).like(dense, small_ranks(name, dense))
+        oracle = layer.to_dense()
+        assert (type(oracle), repr(oracle)) == (type(dense), repr(dense))
+        assert layer.dense_weight().shape == dense.weight.shape
+        assert float(layer.dense_weight().detach().abs().max()) > 0, "nothing would be tested"
+        for leading in ((), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)):
+            x = torch.randn(*leading, 8, dtype=torch.float64)
+            expected = oracle(x) if leading else oracle(x[None])[0]  # Conv1D takes no single row
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_matrices_are_exact_at_the_limit_and_their_errors_are_those_of_the_analysis(name):
+    for dense in matrices():
+        kernels = group_kernels(dense).detach()
+        analysis, (limit,) = METHODS[name].analyse(kernels), METHODS[name].limits(kernels)
+        assert analysis.ranks.ravel().tolist() == list(range(1, limit + 1))
+        for rank in range(1, limit + 1):
+            layer = factorized(name, dense, (rank,))
+            assert layer.ranks == (rank,)
+            lost = (layer.dense_weight() - dense.weight).detach().square().sum()
+            assert analysis.squared_error((rank,)) == pytest.approx(float(lost), abs=1e-13 * analysis.energy)
+        x = torch.randn(5, 8, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_matrices_keep_dtype_flags_bias_and_frozen_parameters(name, dtype):
+    for dense in matrices(dtype):
+        dense.eval().weight.requires_grad_(False)
+        small = factorized(name, dense, small_ranks(name, dense))
+        assert {p.dtype for p in small.parameters()} == {dtype}
+        assert not any(module.training for module in small.modules())
+        assert all(p.requires_grad == n.endswith("bias") for n, p in small.named_parameters())
+        biases = [value for n, value in small.named_parameters() if n.endswith("bias")]
+        if dense.bias is None:
+            assert small.bias is None
+            assert not biases
+        else:
+            assert [small.bias] == biases
+            assert small.bias.data_ptr() != dense.bias.data_ptr()
+            torch.testing.assert_close(small.bias, dense.bias)
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_matrices_go_through_state_dict_copy_pickle_and_export(name):
+    for dense in matrices(torch.float32):
+        small = factorized(name, dense, small_ranks(name, dense)).eval()
+        fresh = type(small).like(dense, small.ranks)
+        fresh.load_state_dict(small.state_dict())
+        x = torch.randn(4, 3, 8)
+        for again in (fresh, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+            assert torch.equal(again(x), small(x))
+        rows = torch.export.Dim("rows", min=2)
+        exported = torch.export.export(small, (x,), dynamic_shapes=({0: rows},)).module()
+        for given in (x, torch.randn(7, 3, 8)):
+            torch.testing.assert_close(exported(given), small(given))
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_gradients_of_matrices_reach_input_and_every_factor(name):
+    for dense in matrices():
+        small = METHODS[name].layer_of(dense).like(dense, small_ranks(name, dense))
+        parameters = dict(small.named_parameters())
+        x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+
+        def run(x, *values, small=small, names=tuple(parameters)):
+            return torch.func.functional_call(small, dict(zip(names, values, strict=True)), (x,))
+
+        assert torch.autograd.gradcheck(run, (x, *parameters.values()))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from decomp.calibration.moments import Moments
 from decomp.calibration.reduced_rank import refitted
-from decomp.layers import Factorized, group_kernels
+from decomp.layers import Factorized, SVDLinear, group_kernels
 from decomp.layers.factorized import Absorbs
 from decomp.linalg import as_float64, leading_eigenvectors, shrunk, symmetric_power
 from decomp.methods import Method, Ranks
@@ -24,10 +24,10 @@ def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -
     the channels and of each axis of the kernel, scaled to the energy of the outputs: exact where they are one.
     Where patches are too large, or the factors can take up nothing of a metric, the kernel itself is scaled so.
     """
+    if _is_matrix(kernels) and layer.absorbs_inputs == "nothing":
+        return _scaled(as_float64(kernels), _output_energy(as_float64(kernels), moments))
     kernels = _weighted(layer, as_float64(kernels), moments)
     if _is_matrix(kernels):
-        if layer.absorbs_inputs == "nothing":
-            return _scaled(kernels, _output_energy(layer, kernels, moments))
         if moments.inputs is None:
             return symmetric_power(_output_moments(layer, kernels, moments), 0.5)
         return _mixed(kernels, symmetric_power(_input_moments(layer, moments.inputs, moments.shrinkage), 0.5))
@@ -45,11 +45,12 @@ def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -
     return _scaled(kernels, energy)
 
 
-def _output_energy(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
-    """E ||W x||^2 of a matrix, from the moments of its inputs or of its outputs."""
+def _output_energy(kernels: Tensor, moments: Moments) -> Tensor:
+    """E ||D W x||^2 of a matrix, with all of D: budgets compare it with that of layers that absorb D."""
+    kernels = _weighted(SVDLinear, kernels, moments)
     if moments.inputs is None:
-        return _output_moments(layer, kernels, moments).diagonal(dim1=1, dim2=2).sum()
-    inputs = shrunk(moments.inputs, moments.shrinkage)
+        return _output_moments(SVDLinear, kernels, moments).diagonal(dim1=1, dim2=2).sum()
+    inputs = _input_moments(SVDLinear, moments.inputs, moments.shrinkage)
     return ((kernels.flatten(2) @ inputs) * kernels.flatten(2)).sum()
 
 

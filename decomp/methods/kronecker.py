@@ -3,11 +3,19 @@
 from torch import Tensor, nn
 
 from decomp.layers import KroneckerLinear
-from decomp.layers.kernels import HUGGING_FACE_CONV1D
-from decomp.layers.kronecker import split_sizes
+from decomp.layers.kernels import HUGGING_FACE_CONV1D, group_kernels
+from decomp.layers.kronecker import proper_divisors, split_sizes
 from decomp.linalg import as_float64
 from decomp.methods import svd
 from decomp.methods.record import Analysis, Method, Ranks
+
+
+def refuses(module: nn.Module) -> str:
+    """A matrix whose outputs or inputs are a product of two numbers: else a Kronecker product splits nothing."""
+    outputs, inputs = group_kernels(module).shape[1:]
+    if proper_divisors(outputs) or proper_divisors(inputs):
+        return ""
+    return f"kronecker splits outputs or inputs into two factors, and neither {outputs} nor {inputs} has any"
 
 
 def rearranged(kernels: Tensor) -> Tensor:
@@ -48,7 +56,7 @@ KRONECKER = Method(
     "kronecker",
     ("r",),
     {nn.Linear: KroneckerLinear, HUGGING_FACE_CONV1D: KroneckerLinear},
-    lambda module: "",
+    refuses,
     limits,
     analyse,
     factors,

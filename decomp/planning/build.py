@@ -152,7 +152,7 @@ def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: Momen
     moments = moments.to(kernels.device)
     role_kernels = output_factors(method, layer, module, ranks, moments)
     found = layer.from_kernels(module, role_kernels)
-    if layer.refittable(role_kernels) and layer.absorbs_inputs == "full":
+    if layer.absorbs_inputs == "nothing" or (layer.refittable(role_kernels) and layer.absorbs_inputs == "full"):
         return found
     # The metric of the channels is no more than near that of the patches: where it can be checked, it is.
     plain = layer.from_factors(module, method.factors(kernels, ranks))

@@ -114,6 +114,9 @@ def repair(
         frames = frames_of(small, dense, batches, pairs)
         of_dense = reached_tails(dense, batches, {n: pair[1] for n, pair in pairs.items()}) if nonlinear else {}
         for name, tail in bar(progress, "repair", order.items()):
+            if pairs[name][0].absorbs_outputs == "nothing":
+                reports[name] = LayerRepair(math.nan, math.nan, "its last factor mixes no outputs: not refitted")
+                continue
             activations = Activations(small, dense, *pairs[name], replace(tail, steps=()), batches, cache_bytes)
             with naming(name):
                 behind = of_dense.get(name, Tail())
