@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse
 import torch
 from networks import plant_spectra
-from scipy.optimize import linprog
+from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
 import decomp
@@ -16,7 +16,6 @@ from decomp.planning.allocation import (
     BINS,
     BudgetTooSmall,
     Front,
-    _knapsack,
     allocate,
     allocate_minmax,
     allocate_quickly,
@@ -120,29 +119,28 @@ def many_fronts(seed, layers):
     return fronts
 
 
-def relaxed(fronts, budget):
-    """The linear program in SciPy, where shares of options may be taken: no choice of whole ones is better."""
+def least_loss(fronts, budget):
+    """The integer program in SciPy: a bound, proved to 0.1 %, that no choice within the budget goes below."""
     costs, losses = (np.concatenate([getattr(front, what) for front in fronts]) for what in ("costs", "losses"))
     layer = np.repeat(np.arange(len(fronts)), [len(front.costs) for front in fronts])
     one_each = scipy.sparse.csr_array((np.ones(len(layer)), (layer, np.arange(len(layer)))))
-    solved = linprog(losses, costs[None], [budget], one_each, np.ones(len(fronts)), bounds=(0, 1), method="highs")
+    limits = [LinearConstraint(costs[None], -np.inf, budget), LinearConstraint(one_each, 1, 1)]
+    solved = milp(losses, integrality=1, bounds=Bounds(0, 1), constraints=limits, options={"mip_rel_gap": 1e-3})
     assert solved.success
-    return solved.fun
+    return solved.mip_dual_bound
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_allocation_over_many_layers_is_near_the_linear_program_and_the_full_table(seed):
+def test_allocation_over_many_layers_is_within_two_percent_of_the_integer_program(seed):
+    """The quick one is within three here; what it promises, a step, is a lot where one layer dominates."""
     fronts = many_fronts(seed, layers=40 + 4 * seed)
     budget = (0.2 + 0.05 * seed) * sum(float(front.costs[-1]) for front in fronts)
-    bound = relaxed(fronts, budget)
-    step = max(-np.diff(front.losses[front.hull]).min(initial=0.0) for front in fronts)
-    full = _knapsack(fronts, [np.arange(len(front.costs)) for front in fronts], budget)
-    of_full = sum(float(front.losses[place]) for front, place in zip(fronts, full, strict=True))
-    for function, most in ((allocate, min(1.02 * of_full, bound + step)), (allocate_quickly, bound + step)):
+    bound = least_loss(fronts, budget)
+    for function, most in ((allocate, 1.02), (allocate_quickly, 1.03)):
         chosen = function(fronts, budget)
         assert sum(float(front.costs[place]) for front, place in zip(fronts, chosen, strict=True)) <= budget
         loss = sum(float(front.losses[place]) for front, place in zip(fronts, chosen, strict=True))
-        assert bound * (1 - 1e-6) <= loss <= most
+        assert bound * (1 - 1e-6) <= loss <= most * bound
 
 
 def test_a_budget_a_hair_above_the_least_is_kept():

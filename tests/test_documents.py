@@ -56,7 +56,7 @@ def test_links_of_the_documents_lead_somewhere():
         for document in documents
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8"))
     }
-    assert len(links) > 6
+    assert len(links) > 5
     assert not [(document.name, target) for document, target in links if not (document.parent / target).exists()]
 
 
