@@ -27,7 +27,7 @@ class KroneckerLinear(Factorized):
 
     W = sum_i A_i (x) B_i with A_i (t1 x s1) and B_i (t2 x s2), T = t1 t2 and S = s1 s2; :func:`split_sizes`
     chooses them. With the input as an s1 x s2 grid X, the output is the t1 x t2 grid sum_i A_i X B_i^T. Params r
-    (t1 s1 + t2 s2), MACs r (S t2 + T s1) per row. It stands for ``nn.Linear`` and for the ``Conv1D`` of Hugging
+    (t1 s1 + t2 s2), MACs r (S t2 + T s1) per row. It replaces ``nn.Linear`` and the ``Conv1D`` of Hugging
     Face.
 
     Factors are (A, B) of shapes (r, t1, s1) and (r, t2, s2). Source: Van Loan and Pitsianis 1993.
@@ -89,8 +89,8 @@ class KroneckerLinear(Factorized):
 def split_sizes(outputs: int, inputs: int) -> tuple[int, int, int, int]:
     """The sizes (t1, s1, t2, s2) of both sides of the product, with the fewest parameters t1 s1 + t2 s2.
 
-    Of equal ones those that are nearest to squares, and then those with the fewest MACs: a column times a row has
-    as few parameters, but is a term of the SVD. Where both sides are prime there is no other.
+    Ties are broken in favour of factors nearest to squares, then of the fewest MACs: a column times a row can have
+    as few parameters, but is a term of the SVD. If both sides are prime, there is no other split.
 
     >>> split_sizes(48, 64), split_sizes(7, 5)
     ((8, 8, 6, 8), (7, 1, 1, 5))
