@@ -1,8 +1,8 @@
-"""The calls: one per decomposition, plans, budgets, and the way back.
+"""The public calls: one per decomposition, plans, budgets, and the conversion back to dense layers.
 
-Every call plans and applies in one: ``tucker`` and its sisters choose the ranks of each layer by itself,
-``compress`` spends one budget over all layers. ``plan`` decides without changing anything, and its plan goes into
-any of them as ``ranks=``. What their keyword arguments mean stands once, in ``decomp.planning.arguments``.
+``tucker`` and the other decompositions choose the ranks of each layer separately, ``compress`` distributes one
+budget over all layers; both make a plan and apply it. ``plan`` only makes the plan, which the decompositions
+accept as ``ranks=``. Shared keyword arguments are documented once, in ``decomp.planning.arguments``.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any, Unpack, cast
 from torch import nn
 from typing_extensions import TypeAliasType
 
-from decomp._util.arguments import arguments_of, takes
+from decomp._util.arguments import arguments_of, with_arguments
 from decomp.calibration.calibrate import Statistics
 from decomp.layers import Factorized
 from decomp.methods import Method, MethodOptions, Solver, default_options
@@ -26,35 +26,35 @@ from decomp.ranks import RankSpec
 from decomp.recovery.sequential import apply_sequentially
 from decomp.training.layerwise import FinetuneReport, LayerReport, finetune_layerwise
 
-REPORT = "decomp_finetuning"  # the attribute of a model that carries the report of its fine-tuning
+REPORT = "decomp_finetuning"  # the attribute of a compressed model that holds the report of its fine-tuning
 
 Ranks = TypeAliasType("Ranks", RankSpec | Mapping[str, RankSpec] | Plan)
-"""What ``ranks=`` takes: a rule or its name, fixed ranks, a mapping from globs to these, or a plan."""
+"""Values of ``ranks=``: a rule or its name, fixed ranks, a mapping from globs to these, or a plan."""
 
 
-@takes(CallArguments, renamed={"asymmetric": "sequential"})
+@with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
 def tucker(
     model: nn.Module, ranks: Ranks = "vbmf", *, solver: Solver | None = None, **arguments: Unpack[CallArguments]
 ) -> CompressedModule:
     """Return the model with smaller layers: Tucker-2 on spatial convolutions, SVD on linear and 1x1 ones.
 
     K[t, s, i, j] ~= sum_{a, b} U[t, a] C[a, b, i, j] V[s, b] becomes 1x1, k x k and 1x1 convolutions; W ~= B A
-    becomes two linear layers or 1x1 convolutions. A layer is replaced only where its parameters and its MACs
-    both fall. The result carries its plan as ``decomp_plan``: ``print(small.decomp_plan)``.
+    becomes two linear layers or 1x1 convolutions. A layer is replaced only if that lowers both its parameters and
+    its MACs. The result has its plan as an attribute: ``print(small.decomp_plan)``.
 
     Args:
-        model: any ``nn.Module``. It is left as it is, unless ``inplace``.
+        model: any ``nn.Module``; not changed, unless ``inplace``.
         ranks: a rule's name ("vbmf"), a rule (``decomp.ranks.energy(0.9)``), an int, a tuple (out, in), a mapping
             from globs of layer names to any of these (the last match wins), or a :class:`Plan`.
-        solver: takes the place of HOOI: ``tensorly.decomposition.partial_tucker``, or a function like it.
+        solver: replaces HOOI: ``tensorly.decomposition.partial_tucker``, or a function like it.
 
     Raises:
         ValueError: no layer would be replaced (the message says why), a weight is not finite, or ranks do not fit.
         TypeError: the model is compiled, scripted or wrapped, or an argument has the wrong type.
 
     Source: Kim et al. 2016 (Compression of deep convolutional neural networks for fast and low power mobile
-    applications), sections 3.1 and 3.2. An optimizer made before the call knows none of the new parameters:
-    make it afterwards.
+    applications), sections 3.1 and 3.2. Create optimizers after the call: earlier ones do not have the new
+    parameters.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -70,17 +70,17 @@ def tucker(
     return _decompose(model, "tucker", {"solver": solver}, ranks, arguments)
 
 
-@takes(CallArguments, renamed={"asymmetric": "sequential"})
+@with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
 def svd(
     model: nn.Module, ranks: Ranks = "vbmf", *, fold: str = "channel", **arguments: Unpack[CallArguments]
 ) -> CompressedModule:
     """Return the model with smaller layers: SVD of matrices, and of kernels folded to matrices.
 
     W ~= B A for linear layers and 1x1 convolutions; a spatial kernel is folded to a matrix first. A layer is
-    replaced only where its parameters and its MACs both fall.
+    replaced only if that lowers both its parameters and its MACs.
 
     Args:
-        model: any ``nn.Module``. It is left as it is, unless ``inplace``.
+        model: any ``nn.Module``; not changed, unless ``inplace``.
         ranks: as for :func:`tucker`; a rank is one number r.
         fold: how spatial kernels become matrices. "channel": T x S k^2 (Zhang et al. 2016), run as k x k and 1x1;
             "input": S x T k^2, run as 1x1 and k x k; "spatial": S kh x T kw (Jaderberg et al. 2014, scheme 2), run
@@ -99,7 +99,7 @@ def svd(
     return _decompose(model, "svd", {"fold": fold}, ranks, arguments)
 
 
-@takes(CallArguments, renamed={"asymmetric": "sequential"})
+@with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
 def cp(
     model: nn.Module,
     ranks: Ranks = "vbmf",
@@ -111,15 +111,15 @@ def cp(
     """Return the model with smaller layers: CP on spatial convolutions, SVD on linear and 1x1 ones.
 
     K[t, s, i, j] ~= sum_r A[t, r] B[s, r] C[i, j, r] becomes 1x1, depthwise k x k, 1x1. Fitted by alternating
-    least squares, then corrected so that terms do not grow against each other; the plan notes sum_r ||term r||^2 /
-    ||K||^2. CP has no spectrum: a spectral rule takes the largest R that costs no more than the Tucker-2 of that
-    rule.
+    least squares, then corrected so that terms do not cancel each other; the note of the plan states
+    sum_r ||term r||^2 / ||K||^2. CP has no spectrum: for a spectral rule R is the largest that costs no more than
+    the Tucker-2 of that rule.
 
     Args:
-        model: any ``nn.Module``. It is left as it is, unless ``inplace``.
+        model: any ``nn.Module``; not changed, unless ``inplace``.
         ranks: as for :func:`tucker`; a rank is one number R.
         modes: 3 as above, or 4: C is split along the axes, run as 1x1, depthwise k x 1 and 1 x k, 1x1.
-        solver: takes the place of our solver: ``tensorly.decomposition.parafac``, or a function like it.
+        solver: replaces the built-in solver: ``tensorly.decomposition.parafac``, or a function like it.
 
     Raises:
         ValueError: no layer would be replaced, a weight is not finite, ranks do not fit, or ``modes`` is not 3 or
@@ -135,19 +135,20 @@ def cp(
     return _decompose(model, "cp", {"modes": modes, "solver": solver}, ranks, arguments)
 
 
-@takes(CallArguments, renamed={"asymmetric": "sequential"})
+@with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
 def block_term(
     model: nn.Module, ranks: Ranks = "vbmf", *, blocks: int = 4, **arguments: Unpack[CallArguments]
 ) -> CompressedModule:
     """Return the model with smaller layers: block-term on spatial convolutions, SVD on linear and 1x1 ones.
 
     K ~= sum_g C_g x1 U_g x2 V_g, a sum of Tucker-2 terms, becomes 1x1, k x k in groups, 1x1. One block is
-    Tucker-2, blocks of rank 1 are CP. A spectral rule takes the largest ranks that cost no more than its Tucker-2.
+    Tucker-2, blocks of rank 1 are CP. For a spectral rule the ranks are the largest that cost no more than its
+    Tucker-2.
 
     Args:
-        model: any ``nn.Module``. It is left as it is, unless ``inplace``.
+        model: any ``nn.Module``; not changed, unless ``inplace``.
         ranks: as for :func:`tucker`; ranks are (G, out, in), out and in per block, and an int fills these two.
-        blocks: the number G of terms, where ``ranks`` does not say it.
+        blocks: the number G of terms, if ``ranks`` does not set it.
 
     Raises:
         ValueError: no layer would be replaced, a weight is not finite, ranks do not fit, or ``blocks`` is below 1.
@@ -162,7 +163,7 @@ def block_term(
     return _decompose(model, "block_term", {"blocks": blocks}, ranks, arguments)
 
 
-@takes(CallArguments, renamed={"asymmetric": "sequential"})
+@with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
 def separable(
     model: nn.Module, ranks: Ranks = "vbmf", *, scheme: str = "spatial", **arguments: Unpack[CallArguments]
 ) -> CompressedModule:
@@ -171,8 +172,8 @@ def separable(
     A spatial kernel becomes convolutions along one axis each, or few filters per channel and a 1x1 convolution.
 
     Args:
-        model: any ``nn.Module``. It is left as it is, unless ``inplace``.
-        ranks: as for :func:`tucker`; a rank is one number, m filters or r channels in between.
+        model: any ``nn.Module``; not changed, unless ``inplace``.
+        ranks: as for :func:`tucker`; a rank is one number: of filters m, or of intermediate channels r.
         scheme: which filters are shared. "spatial": k x 1 and 1 x k over all channels (Jaderberg et al. 2014,
             scheme 2); "channelwise": m separable filters per input channel (their scheme 1);
             "depthwise_pointwise" and "pointwise_depthwise": m whole filters per input or output channel (Guo et
@@ -191,7 +192,7 @@ def separable(
     return _decompose(model, "separable", {"scheme": scheme}, ranks, arguments)
 
 
-@takes(CallArguments, renamed={"asymmetric": "sequential"})
+@with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
 def flattened(model: nn.Module, ranks: Ranks = "vbmf", **arguments: Unpack[CallArguments]) -> CompressedModule:
     """Return the model with smaller layers: flattened filters on spatial convolutions, SVD on the others.
 
@@ -199,7 +200,7 @@ def flattened(model: nn.Module, ranks: Ranks = "vbmf", **arguments: Unpack[CallA
     each output channel; the paper trains m = 1. The error is large: fine-tune afterwards.
 
     Args:
-        model: any ``nn.Module``. It is left as it is, unless ``inplace``.
+        model: any ``nn.Module``; not changed, unless ``inplace``.
         ranks: as for :func:`tucker`; a rank is one number m.
 
     Raises:
@@ -215,27 +216,28 @@ def flattened(model: nn.Module, ranks: Ranks = "vbmf", **arguments: Unpack[CallA
     return _decompose(model, "flattened", {}, ranks, arguments)
 
 
-@takes(PlanArguments)
+@with_arguments(PlanArguments)
 def plan(
     model: nn.Module,
     method: str | Method = "tucker",
     ranks: Ranks = "vbmf",
     **arguments: Unpack[PlanArguments],
 ) -> Plan:
-    """Decide method and ranks of every layer without changing anything.
+    """Choose method and ranks of every layer without changing the model.
 
-    With ``method`` and ``ranks`` each layer is decided by itself; with a budget all layers are decided together,
-    as by :func:`compress`. The weight of each layer is factorized once, here: changing a rank or the budget
-    afterwards is instant.
+    With ``method`` and ``ranks`` each layer is planned separately; with a budget all layers are planned
+    together, as by :func:`compress`. The weight of each layer is analysed once, here: changing ranks or the
+    budget of the plan afterwards takes no time.
 
     Args:
         model: any ``nn.Module``; it is not changed.
         method: a row of the table of methods (``decomp.methods.METHODS``), a family of rows, or a
-            ``decomp.methods.Method`` of your own. Matrices take svd where it is for spatial kernels.
+            ``decomp.methods.Method`` of your own. If it supports only spatial kernels, matrices are planned
+            with svd.
         ranks: as for :func:`tucker`.
 
     Raises:
-        ValueError: ranks do not fit, the budget cannot be reached, or two arguments exclude each other.
+        ValueError: ranks do not fit, the budget cannot be reached, or arguments contradict each other.
         TypeError: the method has no such option, or an argument has the wrong type.
 
     Source: Kim et al. 2016, section 3.2 (ranks by vbmf); Zhang et al. 2016, section 3.2.3 (budgets).
@@ -254,10 +256,10 @@ def plan(
     budget, scope = Budget.of(_part(arguments, Bounds)), _part(arguments, Scope)
     spending = _part(arguments, BudgetArguments)
     if budget is None:
-        asked = [name for name, each in arguments_of(BudgetArguments).items() if spending[name] != each.default]
-        if asked:
-            names, kinds = (", ".join(f"{name}=" for name in each) for each in (asked, COSTS))
-            raise ValueError(f"{names} go with a budget: write one of {kinds} as well")
+        changed = [name for name, each in arguments_of(BudgetArguments).items() if spending[name] != each.default]
+        if changed:
+            names, kinds = (", ".join(f"{name}=" for name in each) for each in (changed, COSTS))
+            raise ValueError(f"{names} need a budget: write one of {kinds} as well")
         return make_plan(model, method, options, ranks, scope)
     if (method, ranks, options) != ("tucker", "vbmf", {}):
         raise ValueError(
@@ -266,24 +268,23 @@ def plan(
     return make_budget_plan(model, spending, budget, scope)
 
 
-@takes(CompressArguments, renamed={"asymmetric": "sequential"})
+@with_arguments(CompressArguments, renamed={"asymmetric": "sequential"})
 def compress(
     model: nn.Module, example_inputs: Batch | None = None, **arguments: Unpack[CompressArguments]
 ) -> CompressedModule:
-    """Return the model within a budget, the method and the ranks of all layers chosen together.
+    """Return the model compressed to a budget, with methods and ranks of all layers chosen together.
 
-    Maximizes the product over the layers of the energy that each keeps, (1 - error^2)^weight, or another
-    ``objective``, subject to the sum of costs; a layer may stay dense. Costs are those of the layers that would
-    be built, and the budget is never exceeded.
+    Maximizes the product over the layers of the energy that each retains, (1 - error^2)^weight, or another
+    ``objective``, subject to the bound on the sum of costs; layers may stay dense. Costs are those of the actual
+    factorized layers, and the budget is never exceeded.
 
     Args:
-        model: any ``nn.Module``; left as it is, unless ``inplace``.
-        example_inputs: a batch as the model is called with, for the sizes of inputs. Without it they are those of
-            a
-            batch of ``data``; a budget of parameters or bytes does without both.
+        model: any ``nn.Module``; not changed, unless ``inplace``.
+        example_inputs: a batch as the model is called with, for the sizes of inputs. By default a batch of
+            ``data``; a budget of parameters or bytes needs neither.
 
     Raises:
-        ValueError: the budget cannot be reached; the message names the least that can.
+        ValueError: the budget cannot be reached; the message gives the smallest possible cost.
         TypeError: as for :func:`tucker`.
 
     Source: Zhang et al. 2016, section 3.2.3 (product of energies); Idelbayev and Carreira-Perpinan 2020
@@ -304,13 +305,13 @@ def compress(
 
 
 def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Return the model with every factorized layer multiplied back into the ordinary layer it stands for.
+    """Return the model with every factorized layer converted to a dense layer, the product of its factors.
 
-    This is the way to compress in stages: compress, fine-tune, and choose lower ranks for the fine-tuned weights:
+    For compression in stages: compress, fine-tune, and choose lower ranks for the fine-tuned weights:
     ``compress(densify(small), example_inputs, macs=0.25)``.
 
     Args:
-        model: a model with factorized layers; left as it is, unless ``inplace``.
+        model: a model with factorized layers; not changed, unless ``inplace``.
         inplace: change ``model`` itself.
 
     Raises:
@@ -326,14 +327,14 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     surgery.check_model(model)
     dense = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, Factorized)}
     if not dense:
-        raise ValueError("the model has no factorized layer: there is nothing to multiply back")
+        raise ValueError("the model has no factorized layer: there is nothing to convert back")
     whole = surgery.swap(model, dense, inplace=inplace)
-    vars(whole).pop(PLAN, None)  # it is no longer true of the model
+    vars(whole).pop(PLAN, None)  # it no longer describes the model
     return whole
 
 
 def _part(arguments: Mapping[str, Any], group: type[Any]) -> Any:
-    """Of the arguments of a call those of one group."""
+    """The arguments of a call that belong to one group."""
     return {name: arguments[name] for name in arguments_of(group)}
 
 
@@ -345,36 +346,32 @@ def _decompose(
         return _apply(model, make_plan(model, method, options, ranks, _part(arguments, Scope)), arguments)
     chooses = arguments["layers"] is not None or arguments["exclude"] not in ((), [], None)
     if chooses or arguments.get("example_inputs") is not None:
-        raise ValueError(
-            "a Plan says itself which layers it is about: leave layers=, exclude= and example_inputs= out"
-        )
+        raise ValueError("a Plan already determines the layers: leave layers=, exclude= and example_inputs= out")
     if arguments["data"] is not None and arguments["finetune"] is False and not arguments["sequential"]:
-        raise ValueError("a Plan says itself what it was made from: give data= to decomp.plan")
+        raise ValueError("a Plan already determines the statistics: give data= to decomp.plan instead")
     defaults = default_options(method)
     changed = [name for name, value in options.items() if value != defaults[name]]
     if changed:
-        raise ValueError(f"a Plan says itself which methods it uses: leave {changed[0]}= out")
+        raise ValueError(f"a Plan already determines the methods: leave {changed[0]}= out")
     return _apply(model, ranks, arguments)
 
 
 def _apply(model: nn.Module, decided: Plan, arguments: CallArguments | CompressArguments) -> CompressedModule:
-    """Swap the factorized layers in; with ``finetune`` train them layer by layer against ``model``.
+    """Apply the plan; with ``finetune`` train the factors layer by layer against the dense ``model``.
 
     Raises:
-        ValueError: there are no batches to learn from, or no dense model left to do so.
+        ValueError: ``finetune`` or ``sequential`` without batches, or with ``inplace``.
     """
     finetune, data, progress = arguments["finetune"], arguments["data"], arguments["progress"]
     needing = {"finetune": finetune is not False, "sequential": arguments["sequential"]}
     for option in (name for name, given in needing.items() if given):
         if data is None or isinstance(data, Statistics):
             raise ValueError(
-                f"{option}= needs batches: give data=, an iterable of what the model is called with (and what "
-                "calibrate made of them to decomp.plan, whose plan goes in as ranks=)"
+                f"{option}= needs batches: give data= an iterable of batches (to use statistics from calibrate as "
+                "well, give them to decomp.plan, and its plan as ranks=)"
             )
         if arguments["inplace"]:
-            raise ValueError(
-                f"{option}= learns from the dense model, which inplace=True changes: leave one of them out"
-            )
+            raise ValueError(f"{option}= needs the dense model, which inplace=True changes: leave one of them out")
     settings: dict[str, Any] = {"inputs": arguments["inputs"], "progress": progress}
     settings |= dict(finetune) if isinstance(finetune, Mapping) else {}
     if arguments["sequential"]:
@@ -388,12 +385,12 @@ def _apply(model: nn.Module, decided: Plan, arguments: CallArguments | CompressA
 def _layer_after_layer(
     model: nn.Module, decided: Plan, data: Any, settings: Mapping[str, Any], *, train: bool
 ) -> CompressedModule:
-    """Decompose each layer for what reaches it by then; where asked for, fine-tune it before the next one."""
+    """Decompose layer after layer by :func:`apply_sequentially`; with ``train`` fine-tune each before the next."""
     reports: dict[str, LayerReport] = {}
     for refused in {"blocks", "checkpoint", "layers"} & set(settings):
         raise ValueError(
-            f"finetune={{{refused!r}: ...}} does not go with sequential=True, which trains every layer as soon as "
-            "it is decomposed: call decomp.finetune_layerwise afterwards"
+            f"finetune={{{refused!r}: ...}} is not possible with sequential=True, which trains each layer as it "
+            "is decomposed: call decomp.finetune_layerwise afterwards"
         )
 
     def finetune(small: nn.Module, name: str) -> None:

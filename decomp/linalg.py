@@ -9,7 +9,7 @@ from torch import Tensor
 
 Values = NDArray[np.float64]
 
-NOTHING = 1e-18  # a mean square below is what centring leaves of constant inputs
+ZERO_MEAN_SQUARE = 1e-18  # smaller ones are rounding errors in central moments of constant inputs
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class Spectrum:
 
 
 def as_float64(weight: Tensor) -> Tensor:
-    """Detach ``weight`` for a factorization: float64, on the CPU where the device has no float64."""
+    """Detach ``weight`` and convert it to float64, on the CPU if its device does not support that."""
     device = "cpu" if weight.device.type == "mps" else weight.device
     return weight.detach().to(device, torch.float64)
 
 
 def gram_eigenvalues(matrices: Tensor) -> Tensor:
-    """Squared singular values of each (..., L, M) matrix, descending, from its smaller Gram matrix.
+    """Squared singular values of each (..., L, M) matrix, descending, from the smaller of its Gram matrices.
 
-    Values below max(L, M) eps lambda_1 are rounding noise; none is negative.
+    Values below max(L, M) eps lambda_1 are rounding errors; negative ones are set to 0.
     """
     gram = matrices @ matrices.mT if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT @ matrices
     eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
@@ -60,7 +60,7 @@ def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
 def symmetric_power(symmetric: Tensor, power: float) -> Tensor:
     """A power of symmetric positive semidefinite matrices (..., n, n).
 
-    Eigenvalues below n eps of the largest count as that, so that the inverse is finite.
+    Eigenvalues below n eps lambda_1 are raised to that, so that negative powers are finite.
 
     >>> symmetric_power(torch.diag(torch.tensor([4.0, 9.0])), -0.5)
     tensor([[0.5000, 0.0000],
@@ -83,8 +83,8 @@ def shrunk(moments: Tensor, rho: float) -> Tensor:
     """
     mean = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     identity = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device)
-    still = mean <= NOTHING
-    moments, mean = torch.where(still, identity, moments), torch.where(still, 1.0, mean)
+    is_zero = mean <= ZERO_MEAN_SQUARE
+    moments, mean = torch.where(is_zero, identity, moments), torch.where(is_zero, 1.0, mean)
     return (1 - rho) * moments + rho * mean * identity
 
 

@@ -1,4 +1,4 @@
-"""Factorized layers: chains of ordinary torch layers that stand for one dense layer."""
+"""Factorized layers: chains of ordinary torch layers that replace one dense layer."""
 
 if __name__ != "decomp.layers":
     raise ImportError(

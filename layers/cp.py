@@ -39,7 +39,7 @@ class CPConv(Factorized):
 
     @classmethod
     def steps(cls, dense: Any) -> list[tuple[int, ...]]:
-        """The spatial axes that each depthwise convolution goes along."""
+        """The spatial axes of each depthwise convolution."""
         return [tuple(range(len(dense.kernel_size)))]
 
     def build(self, dense: ConvNd, device: Any) -> None:

@@ -1,4 +1,4 @@
-"""What every factorized layer has in common: a chain of factors, and the way back to the dense weight."""
+"""The base class of factorized layers: a chain of factors, and its product, the dense weight."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 from decomp.layers.kernels import is_input_first, join_kernels, memory_format_of
 
 Absorbs: TypeAlias = Literal["full", "diagonal", "nothing"]
-"""What of a matrix that stands before or after a layer can go into its factors, with none added."""
+"""Which matrices before or after a layer can be multiplied into its factors, with no factor added."""
 
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module)))
 _OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape", "input_first"))
 
 
 class Factorized(nn.Module):
-    """A chain of ordinary torch layers that stands for one dense layer.
+    """A chain of ordinary torch layers that replaces one dense layer.
 
     The children carry the names of their roles (``reduce``, ``core``, ``expand``) and run in that order; only
-    the last one has a bias. The attributes that code around a layer reads (``in_features``, ``stride``,
-    ``bias``, ..., and what else was set on it) are those of the dense layer. ``weight`` can be read, never set: it
-    multiplies the factors anew each time.
+    the last one has a bias. The attributes of the dense layer (``in_features``, ``stride``, ``bias``, ..., and any
+    that were added to it) are available under the same names. ``weight`` is read-only, the product of the factors,
+    computed at each access.
 
-    ``absorbs_inputs`` says which matrices M the first factor can take up, K' = K M, and ``absorbs_outputs`` which
-    the last one can, K' = M K: any, diagonal ones (every channel has filters of its own), or none.
+    ``absorbs_inputs`` states which matrices M the first factor can absorb, K' = K M, and ``absorbs_outputs`` which
+    the last one can, K' = M K: all, diagonal ones (if every channel has its own filters), or none.
     """
 
     method: ClassVar[str]
@@ -49,11 +49,11 @@ class Factorized(nn.Module):
 
     @abstractmethod
     def build(self, dense: Any, device: Any) -> None:
-        """Make the children, in the order in which they run."""
+        """Create the children, in the order in which they run."""
 
     @classmethod
     def like(cls, dense: Any, ranks: tuple[int, ...], *, device: object = None) -> Self:
-        """Build the structure with torch's own initialization, on the device of ``dense`` or the one given."""
+        """Build the layer with torch's default initialization, on the device of ``dense`` or the given one."""
         layer = cls(dense, tuple(ranks), dense.weight.device if device is None else device)
         layer.train(dense.training)
         for name, parameter in layer.named_parameters():
@@ -86,7 +86,7 @@ class Factorized(nn.Module):
         return layer
 
     def fill(self, child: Any, kernel: Tensor | None, dense: Any, where: str) -> None:
-        """Give a child its kernel, unless it has none, and the bias of ``dense`` if it has one.
+        """Set the kernel of a child, if one is given, and its bias, if it has one, to that of ``dense``.
 
         Raises:
             ValueError: the kernel does not fit; ``where`` names the child.
@@ -105,7 +105,7 @@ class Factorized(nn.Module):
     def mix_inputs(cls, kernels: Mapping[str, Tensor], mixing: Tensor) -> dict[str, Tensor]:
         """The kernels of K' = K M, K'[t, s] = sum_r K[t, r] M[r, s], for M of shape (groups, S, S).
 
-        Of M only what the layer absorbs (``absorbs_inputs``) counts.
+        Only the part of M that the layer absorbs (``absorbs_inputs``) is used.
         """
         if cls.absorbs_inputs == "nothing":
             return dict(kernels)
@@ -119,8 +119,7 @@ class Factorized(nn.Module):
 
     @classmethod
     def expand_outputs(cls, kernels: Mapping[str, Tensor], basis: Tensor) -> dict[str, Tensor]:
-        """The kernels of K' = B K for B of shape (groups, T, r): one more 1x1 convolution, or merged with the
-        last."""
+        """The kernels of K' = B K, B of shape (groups, T, r): merged with a last 1x1 convolution, or one more."""
         expand = kernels.get("expand")
         return {**kernels, "expand": basis if expand is None else basis @ expand.flatten(2)}
 
@@ -128,7 +127,7 @@ class Factorized(nn.Module):
     def mix_outputs(cls, kernels: Mapping[str, Tensor], mixing: Tensor) -> dict[str, Tensor]:
         """The kernels of K' = M K, K'[t] = sum_u M[t, u] K[u], for M of shape (groups, T, T), or its diagonal.
 
-        Of M only what the layer absorbs (``absorbs_outputs``) counts.
+        Only the part of M that the layer absorbs (``absorbs_outputs``) is used.
         """
         if cls.absorbs_outputs == "nothing":
             return dict(kernels)
@@ -143,10 +142,10 @@ class Factorized(nn.Module):
 
     @classmethod
     def refittable(cls, kernels: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """The last roles that least squares can choose anew together while the others stay; none if empty.
+        """The last roles that can be refitted by linear least squares with the other factors fixed; may be empty.
 
-        One role is a 1x1 convolution A of what the factors before it give. Two are a kernel of rank r on that, as
-        A C with A a 1x1 convolution of r inputs.
+        A single role is a 1x1 convolution A on the output of the factors before it. Two are a kernel of rank r on
+        that output, A C with A a 1x1 convolution of r inputs.
         """
         return ("expand",) if "expand" in kernels else ()
 
@@ -164,7 +163,7 @@ class Factorized(nn.Module):
         return join_kernels(self.dense_kernels(), input_first=self.input_first)
 
     def to_dense(self) -> nn.Module:
-        """Build the ordinary layer that this one stands for, with the product of the factors as its weight."""
+        """Build the dense layer that this one replaces, with the product of the factors as its weight."""
         with torch.device("meta"):
             dense: Any = self.empty_dense().to(next(self.parameters()).dtype).train(self.training)
         for name, value in vars(self).items():
@@ -180,7 +179,7 @@ class Factorized(nn.Module):
         return cast(nn.Module, dense)
 
     def empty_dense(self) -> nn.Module:
-        """Build a layer of the dense type with the options of this one; its values do not count."""
+        """Build a layer of the dense type with the options of this one, with arbitrary weights."""
         if hasattr(self, "nf"):  # the Conv1D of Hugging Face
             return self.dense_type(self.nf, self.nx)
         if hasattr(self, "in_features"):
@@ -209,15 +208,15 @@ class Factorized(nn.Module):
 
 
 def run_factor(factor: Any, input: Tensor, output_size: Any) -> Tensor:
-    """Run one factor; a transposed one gives the size asked for along the axes that it changes."""
+    """Run one factor; a transposed one returns ``output_size`` along the axes that it changes."""
     if output_size is None or not getattr(factor, "transposed", False):
         return cast(Tensor, factor(input))
     axes = len(factor.kernel_size)
     changed = [
         (k, s, p) != (1, 1, 0) for k, s, p in zip(factor.kernel_size, factor.stride, factor.padding, strict=True)
     ]
-    wanted = zip(changed, output_size[-axes:], input.shape[-axes:], strict=True)
-    return cast(Tensor, factor(input, [asked if turns else given for turns, asked, given in wanted]))
+    sizes = zip(changed, output_size[-axes:], input.shape[-axes:], strict=True)
+    return cast(Tensor, factor(input, [after if changes else before for changes, after, before in sizes]))
 
 
 def _fill(child: Any, kernel: Tensor | None, dense: Any, where: str) -> None:
@@ -234,7 +233,7 @@ def _fill_weight(child: Any, kernel: Tensor, dense: Any, where: str) -> None:
     weight = join_kernels(kernel, input_first=is_input_first(child))
     if weight.shape != child.weight.shape:
         raise ValueError(
-            f"{where}: the factors give a weight of shape {tuple(weight.shape)}, "
+            f"{where}: the factors have a weight of shape {tuple(weight.shape)}, "
             f"the layer needs {tuple(child.weight.shape)}"
         )
     source = dense.weight

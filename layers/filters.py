@@ -25,7 +25,7 @@ class _Filters(Factorized):
 
     @classmethod
     def steps(cls, dense: Any) -> list[tuple[int, ...]]:
-        """The spatial axes that each depthwise convolution goes along."""
+        """The spatial axes of each depthwise convolution."""
         return spatial_steps(dense.kernel_size) if cls.split else [tuple(range(len(dense.kernel_size)))]
 
     @classmethod
@@ -44,7 +44,7 @@ class _Filters(Factorized):
 
 
 class _FiltersFirst(_Filters):
-    """Filters over every input channel by itself, then one 1x1 convolution: factors (A, filters of each step)."""
+    """Filters on each input channel, then one 1x1 convolution: factors (A, filters of each step)."""
 
     absorbs_inputs = "diagonal"
 
@@ -169,10 +169,11 @@ class FlattenedConv(PointwiseDepthwiseConv):
 
 
 class SharedBankConv(_FiltersFirst):
-    """A bank of M separable filters that every input channel goes through, then ``1x1 (S M -> T)``.
+    """A bank of M separable filters, the same for every input channel, then ``1x1 (S M -> T)``.
 
-    K[t, s] = sum_m A[t, s, m] v[m] h[m]^T: params T S M per group, and M (kh + kw) once. The filters run over each
-    channel as an image of its own. Factors are (A, v, h) of shapes (groups, T, S, M), (M, kh) and (M, kw).
+    K[t, s] = sum_m A[t, s, m] v[m] h[m]^T: params T S M per group, and M (kh + kw) once. The filters are
+    applied to each channel as a separate one-channel image. Factors are (A, v, h) of shapes (groups, T, S, M),
+    (M, kh) and (M, kw).
 
     Source: Rigamonti et al. 2013 (Learning separable filters).
 

@@ -1,4 +1,4 @@
-"""The weight of a layer as one kernel per group, output channels first, whatever layout torch keeps it in."""
+"""The weight of a layer as one kernel per group, output channels first, independent of its layout in torch."""
 
 from collections.abc import Sequence
 from typing import TypeAlias, cast
@@ -22,7 +22,7 @@ def group_kernels(dense: nn.Module) -> Tensor:
     """Return the weight of a linear layer or convolution as ``(groups, T, S, *kernel)``.
 
     ``T`` and ``S`` are the output and input channels of one group. A linear layer is one group without
-    spatial axes. Weights that are kept input first, ``(S, T, *kernel)``, are turned around.
+    spatial axes. Weights stored input first, ``(S, T, *kernel)``, are transposed.
 
     >>> group_kernels(nn.Conv2d(6, 8, 3, groups=2)).shape
     torch.Size([2, 4, 3, 3, 3])
@@ -36,7 +36,7 @@ def group_kernels(dense: nn.Module) -> Tensor:
 
 
 def join_kernels(kernels: Tensor, *, input_first: bool = False) -> Tensor:
-    """Undo :func:`group_kernels`: ``(groups, T, S, *kernel)`` to the layout that torch keeps.
+    """Undo :func:`group_kernels`: ``(groups, T, S, *kernel)`` to the layout of torch.
 
     >>> conv = nn.ConvTranspose2d(6, 8, 3, groups=2)
     >>> torch.equal(join_kernels(group_kernels(conv), input_first=True), conv.weight)
@@ -46,16 +46,16 @@ def join_kernels(kernels: Tensor, *, input_first: bool = False) -> Tensor:
 
 
 def is_input_first(dense: nn.Module) -> bool:
-    """Whether a layer keeps its weight as (S, T, ...): transposed convolutions, embeddings, Conv1D of GPT-2.
+    """Whether a layer stores its weight as (S, T, ...): transposed convolutions, embeddings, Conv1D of GPT-2.
 
     An embedding is the matrix (T x S) that multiplies one-hot vectors; its S is the number of entries.
     """
-    turned = isinstance(dense, nn.Embedding) or qualified_name(type(dense)) == HUGGING_FACE_CONV1D
-    return turned or bool(getattr(dense, "transposed", False))
+    is_transposed = isinstance(dense, nn.Embedding) or qualified_name(type(dense)) == HUGGING_FACE_CONV1D
+    return is_transposed or bool(getattr(dense, "transposed", False))
 
 
 def qualified_name(kind: type) -> str:
-    """The name by which a type is known where its library need not be installed."""
+    """The full name of a type, to recognize it without importing its library."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -84,8 +84,8 @@ def spatial_like(
 ) -> nn.Module:
     """A convolution with the spatial options of ``dense`` and other channel counts.
 
-    ``groups`` are those of ``dense`` if not given. With ``axes`` the convolution goes along these spatial axes
-    alone: each keeps its own length, stride, padding and dilation, the others have length 1 and none of them.
+    ``groups`` are those of ``dense`` if not given. With ``axes`` the convolution runs along these spatial axes
+    only, with their length, stride, padding and dilation; the others have length 1 and default options.
     """
 
     def along(values: Sequence[int] | str, neutral: int) -> object:
@@ -110,9 +110,9 @@ def spatial_like(
 
 
 def spatial_steps(kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
-    """The spatial axes one by one, as a chain of convolutions along single axes takes them.
+    """The spatial axes of each step in a chain of convolutions along single axes.
 
-    Axes of length 1 have nothing to convolve: they go along with the first step.
+    Axes of length 1 need no convolution of their own and are part of the first step.
 
     >>> spatial_steps((3, 3)), spatial_steps((1, 3, 5)), spatial_steps((1,))
     ([(0,), (1,)], [(0, 1), (2,)], [(0,)])
@@ -132,7 +132,7 @@ def step_sizes(kernel_size: Sequence[int], steps: Sequence[tuple[int, ...]]) -> 
 
 
 def step_lengths(kernel_size: Sequence[int]) -> list[int]:
-    """How many places the kernel of each step has.
+    """The number of kernel elements along the axis of each step.
 
     >>> step_lengths((1, 3, 5))
     [3, 5]
@@ -141,7 +141,7 @@ def step_lengths(kernel_size: Sequence[int]) -> list[int]:
 
 
 def memory_format_of(weight: Tensor) -> torch.memory_format:
-    """channels_last where the dense weight is kept so; both formats at once (1x1 kernels) count as ordinary."""
+    """channels_last if the dense weight is stored so; 1x1 kernels, which are both, count as contiguous."""
     for dimensions, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if (
             weight.dim() == dimensions

@@ -27,7 +27,7 @@ class KroneckerLinear(Factorized):
 
     W = sum_i A_i (x) B_i with A_i (t1 x s1) and B_i (t2 x s2), T = t1 t2 and S = s1 s2; :func:`split_sizes`
     chooses them. With the input as an s1 x s2 grid X, the output is the t1 x t2 grid sum_i A_i X B_i^T. Params r
-    (t1 s1 + t2 s2), MACs r (S t2 + T s1) per row. It stands for ``nn.Linear`` and for the ``Conv1D`` of Hugging
+    (t1 s1 + t2 s2), MACs r (S t2 + T s1) per row. It replaces ``nn.Linear`` and the ``Conv1D`` of Hugging
     Face.
 
     Factors are (A, B) of shapes (r, t1, s1) and (r, t2, s2). Source: Van Loan and Pitsianis 1993.

@@ -1,4 +1,4 @@
-"""Filters that each look at one colour: 1x1 to a few colours, an index buffer, depthwise k x k."""
+"""Filters on one colour each: 1x1 to a few colours, selection by an index buffer, depthwise k x k."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from decomp.layers.kernels import ConvNd, group_kernels, pointwise_like, spatial
 
 
 class Channels(nn.Module):
-    """Picks input channels by a buffer of indices, the same one several times where it says so."""
+    """Selects input channels by a buffer of indices, with repetitions."""
 
     index: Tensor
 

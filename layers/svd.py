@@ -34,7 +34,7 @@ class _Matrix(Factorized):
 class SVDLinear(_Matrix):
     """``nn.Linear(S -> r, no bias)`` then ``nn.Linear(r -> T)``: params and MACs r (S + T).
 
-    It stands for ``nn.Linear`` and for the ``Conv1D`` of Hugging Face, which is a linear layer as well.
+    It replaces ``nn.Linear`` and the ``Conv1D`` of Hugging Face, which is a linear layer too.
 
     Source: Denton et al. 2014, section 3.2; Girshick 2015, section 3.1.
 
@@ -84,8 +84,8 @@ class SVDEmbedding(_Matrix):
 class SVDConv(_Matrix):
     """A 1x1 convolution as two, of r channels per group in between: params r (S + T) per group.
 
-    Stride and padding go on the factor where they make the other one cheap: the first of a convolution (the
-    second then sees fewer positions), the last of a transposed one, whose stride adds positions.
+    Stride and padding are on the factor where they make the other one cheap: the first of a convolution (the
+    second then has fewer positions), the last of a transposed one, whose stride adds positions.
 
     >>> layer = SVDConv.like(nn.Conv2d(64, 128, 1, stride=2), (16,))
     >>> layer.reduce.stride, layer.expand.stride

@@ -8,7 +8,7 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp.recovery.batch_norm_shift import Frame
+from decomp.recovery.batch_norm_shift import BatchNormShift
 
 
 class Net(nn.Module):
@@ -132,7 +132,7 @@ def test_what_it_needs_is_said(net, data):
         decomp.tucker(net, ranks=6, sequential=True)
     with pytest.raises(ValueError, match="sequential= needs batches"):
         decomp.tucker(net, ranks=6, data=decomp.calibrate(net, data, progress=False), sequential=True)
-    with pytest.raises(ValueError, match="sequential= learns from the dense model"):
+    with pytest.raises(ValueError, match="sequential= needs the dense model"):
         decomp.tucker(net, ranks=6, data=data, sequential=True, inplace=True)
     plan = decomp.plan(net, ranks=6, data=decomp.calibrate(net, data, progress=False))
     assert decomp.tucker(net, plan, data=data, sequential=True, progress=False).conv1.ranks == (6, 6)
@@ -168,13 +168,13 @@ def test_a_frame_is_what_the_moved_norm_has_to_get():
         norm.weight.data.uniform_(-2, 2)
         norm.bias.data.normal_()
     y = torch.randn(4, 6, 3, 3, dtype=torch.float64)
-    frame = Frame(ours, theirs)
-    torch.testing.assert_close(ours(frame.target(y)), theirs(y))
+    norm_shift = BatchNormShift(ours, theirs)
+    torch.testing.assert_close(ours(norm_shift.target(y)), theirs(y))
     bias = torch.randn(6, dtype=torch.float64)
     wanted = ours(y + bias[:, None, None])
     with torch.no_grad():
-        frame.take(-bias)
-        frame.take(bias)
+        norm_shift.absorb(-bias)
+        norm_shift.absorb(bias)
     torch.testing.assert_close(ours(y), wanted)
 
 

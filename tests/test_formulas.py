@@ -16,7 +16,7 @@ from decomp.calibration.whitening import _marginals, symmetric_power
 from decomp.layers import TuckerConv, group_kernels
 from decomp.linalg import as_float64, gram_eigenvalues, tail_sums
 from decomp.methods import METHODS
-from decomp.recovery.batch_norm_shift import Frame
+from decomp.recovery.batch_norm_shift import BatchNormShift
 from decomp.recovery.least_squares import RIDGES, NormalEquations
 
 
@@ -202,14 +202,14 @@ def test_a_moved_batch_norm_turns_its_target_into_what_the_dense_one_gave(kind, 
         with torch.no_grad():
             ours.weight[2] = 0  # a constant whatever it gets: the output of the dense layer is as good as any
     y, live = torch.randn(shape, dtype=torch.float64), [0, 1, 3, 4]
-    frame = Frame(ours, theirs)
-    target = frame.target(y)
+    norm_shift = BatchNormShift(ours, theirs)
+    target = norm_shift.target(y)
     torch.testing.assert_close(ours(target)[:, live], theirs(y)[:, live], rtol=0, atol=1e-12)
     if affine:
         assert torch.equal(target[:, 2], y[:, 2])
     bias = torch.randn(5, dtype=torch.float64)
     shifted = ours(y + bias.reshape(-1, *(1,) * (y.dim() - 2)))
     with torch.no_grad():
-        frame.take(3 * bias)  # counted from where the norm was, not from where it went
-        frame.take(bias)
+        norm_shift.absorb(3 * bias)  # counted from where the norm was, not from where it went
+        norm_shift.absorb(bias)
     torch.testing.assert_close(ours(y), shifted, rtol=0, atol=1e-12)

@@ -147,7 +147,9 @@ def test_factors_go_to_tensorly_and_back(groups):
 
 
 def test_tensorly_has_no_form_for_the_others():
-    with pytest.raises(TypeError, match="SVDLinear has no form in TensorLy: give a TuckerConv, CPConv or CP4Conv"):
+    with pytest.raises(
+        TypeError, match="SVDLinear cannot be converted to TensorLy: give a TuckerConv, CPConv or CP4Conv"
+    ):
         to_tensorly(factorized("svd", nn.Linear(8, 8), (2,)))
 
 
@@ -388,7 +390,7 @@ def test_a_tuple_is_for_matrices_and_methods_of_so_many_ranks():
 def test_options_next_to_a_plan_are_refused():
     model = nn.Sequential(nn.Conv2d(24, 32, 3))
     plan = decomp.plan(model, ranks=8)
-    with pytest.raises(ValueError, match="a Plan says itself which methods it uses: leave modes= out"):
+    with pytest.raises(ValueError, match="a Plan already determines the methods: leave modes= out"):
         decomp.cp(model, ranks=plan, modes=4)
 
 

@@ -116,7 +116,7 @@ def test_the_objective_says_what_it_needs():
         decomp.compress(net, params=0.5, objective="nothing")
     with pytest.raises(ValueError, match=r'loss=\'outputs\': write "output"'):
         decomp.calibrate(net, [torch.randn(4, 20).double()], loss="outputs", progress=False)
-    with pytest.raises(TypeError, match="loss must give a tensor, not float"):
+    with pytest.raises(TypeError, match="loss= must return a tensor, not float"):
         decomp.calibrate(net, [torch.randn(4, 20).double()], loss=lambda model, x: 1.0, progress=False)
 
 

@@ -43,7 +43,7 @@ def test_a_plan_says_method_ranks_costs_error_and_reason():
     assert (plan["stem"].method, plan["stem"].ranks, plan["stem"].reason) == (
         "dense",
         (),
-        "ranks= names no rank for it",
+        "no glob of ranks= matches it",
     )
     assert plan["stem"].params.before == plan["stem"].params.after
     total = sum(parameter.numel() for parameter in network().parameters())
@@ -80,7 +80,7 @@ def test_print_shows_every_layer_ranks_and_reasons():
     line = next(line for line in text.splitlines() if line.strip().startswith("conv"))
     assert "20 x 10" in line
     assert "=>" in line
-    assert "ranks= names no rank for it" in text
+    assert "no glob of ranks= matches it" in text
     assert "whole model" in text.splitlines()[-1]
 
 
@@ -367,7 +367,7 @@ OF_MIXED = replace(METHODS["svd"], name="mine", layers={Mixed: SVDLinear})
 def test_a_users_own_method_runs_on_a_layer_type_of_the_users_own():
     model = nn.Sequential(Mixed(32, 48), nn.ReLU(), nn.Linear(48, 32))
     x = torch.randn(16, 32)
-    assert decomp.plan(model, "svd", ranks=4)["0"].reason == "no method takes Mixed"
+    assert decomp.plan(model, "svd", ranks=4)["0"].reason == "no method supports Mixed"
     plan = decomp.plan(model, OF_MIXED, ranks=4, example_inputs=x)
     assert [(choice.method, choice.ranks) for choice in plan.values()] == [("mine", (4,)), ("svd", (4,))]
     assert plan["0"].macs == Change(16 * 32 * 48, 16 * 4 * (32 + 48))

@@ -168,5 +168,4 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path, monkeypat
     Checkpoint(tmp_path, {}, writes=False)
     assert any(path.name != "run.json" for path in tmp_path.iterdir()), "another process may be about to write it"
     Checkpoint(tmp_path, {})
-    assert not left_over.exists()
-    assert path.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

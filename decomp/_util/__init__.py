@@ -1,1 +1,1 @@
-"""Errors that name a layer, progress bars, tables, files: no idea of the project's own."""
+"""General utilities: errors that name a layer, progress bars, tables, files."""

@@ -12,7 +12,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Argument(NamedTuple):
-    """The default of a keyword argument and what it means: the metadata of a key of a ``TypedDict``."""
+    """The default and the description of a keyword argument: the metadata of a key of a ``TypedDict``."""
 
     default: Any
     meaning: str
@@ -24,26 +24,26 @@ def arguments_of(group: type[Any]) -> dict[str, Argument]:
     return {name: hint.__metadata__[0] for name, hint in hints.items()}
 
 
-def takes(group: type[Any], *, renamed: dict[str, str] | None = None) -> Callable[[Function], Function]:
+def with_arguments(group: type[Any], *, renamed: dict[str, str] | None = None) -> Callable[[Function], Function]:
     """Declare that the ``**keywords`` of a function are the arguments of a group.
 
-    Missing ones get their default, unknown ones are a ``TypeError`` that names what is allowed.
-    ``inspect.signature`` and ``help`` show all of them, and their meanings are added to the Args of the docstring.
-    ``renamed`` maps old names to new ones; the old ones still work, with a ``DeprecationWarning``.
+    Missing arguments get their default; unknown ones raise a ``TypeError`` that lists the allowed ones.
+    ``inspect.signature`` and ``help`` show all of them, and their descriptions are added to the Args of the
+    docstring. ``renamed`` maps old names to new ones; old names work, with a ``DeprecationWarning``.
     """
 
     def declare(function: Function) -> Function:
         own = inspect.signature(function)
         hints = get_type_hints(group)
         shared = arguments_of(group)
-        kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        own_parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         added = [
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=argument.default, annotation=hints[name]
             )
             for name, argument in shared.items()
         ]
-        signature = own.replace(parameters=[*kept, *added])
+        signature = own.replace(parameters=[*own_parameters, *added])
 
         @functools.wraps(function)
         def call(*positional: Any, **keywords: Any) -> Any:
@@ -53,12 +53,12 @@ def takes(group: type[Any], *, renamed: dict[str, str] | None = None) -> Callabl
             try:
                 signature.bind(*positional, **keywords)
             except TypeError as error:
-                known = ", ".join(f"{name}=" for name in [p.name for p in kept[1:]] + list(shared))
+                known = ", ".join(f"{name}=" for name in [p.name for p in own_parameters[1:]] + list(shared))
                 raise TypeError(f"{function.__name__}: {error}; arguments are {known}") from None
             return function(*positional, **{name: each.default for name, each in shared.items()} | keywords)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
-        call.__doc__ = _with_arguments(function.__doc__, shared)
+        call.__doc__ = _documented(function.__doc__, shared)
         return call  # type: ignore[return-value]
 
     return declare
@@ -71,11 +71,11 @@ def _rename(function: str, keywords: dict[str, Any], old: str, new: str) -> None
     keywords[new] = keywords.pop(old)
 
 
-def _with_arguments(doc: str | None, shared: dict[str, Argument]) -> str | None:
+def _documented(doc: str | None, shared: dict[str, Argument]) -> str | None:
     r"""The docstring with the shared arguments at the end of its Args.
 
     >>> doc = "Do.\n\nArgs:\n    x: a number.\n\nRaises:\n    E: no."
-    >>> print(_with_arguments(doc, {"y": Argument(1, "more.")}))
+    >>> print(_documented(doc, {"y": Argument(1, "more.")}))
     Do.
     <BLANKLINE>
     Args:

@@ -1,4 +1,4 @@
-"""What is known of each layer, by its name."""
+"""An immutable mapping from the names of layers to items."""
 
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
@@ -7,7 +7,7 @@ Item = TypeVar("Item")
 
 
 class ByLayer(Mapping[str, Item]):
-    """One item per layer, in the order given; never changed."""
+    """One item per layer, in a fixed order; immutable."""
 
     def __init__(self, layers: Mapping[str, Item]) -> None:
         self._layers = dict(layers)

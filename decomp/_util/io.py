@@ -1,4 +1,4 @@
-"""Files that are never half written, and digests of tensors."""
+"""Atomic writing of files, and digests of tensors."""
 
 import os
 import tempfile
@@ -14,7 +14,7 @@ _UNFINISHED = ".unfinished-"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it holds the old or the new content, whenever the process is killed."""
+    """Write a file atomically: if the process is killed, the file has either the old or the new content."""
     handle, temporary = tempfile.mkstemp(prefix=_UNFINISHED, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -24,14 +24,14 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    if os.name == "posix":  # the new name has to reach the disk as well
+    if os.name == "posix":  # the directory entry must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files that a process killed inside :func:`write_atomically` has left in a folder."""
+    """Remove temporary files of processes that were killed inside :func:`write_atomically`."""
     for path in folder.glob(_UNFINISHED + "*"):
         path.unlink()
 
@@ -39,7 +39,7 @@ def remove_unfinished(folder: Path) -> None:
 def digest(values: Any) -> str:
     """BLAKE2b digest, 16 bytes in hex, of the tensors and strings in nested containers; other leaves are ignored.
 
-    Of a tensor only the raw bytes count: where dtype or shape matter, put them into a string beside it.
+    Only the raw bytes of a tensor are hashed: to include dtype or shape, add a string with them.
 
     >>> weight = torch.arange(4.0)
     >>> digest(weight) == digest([weight[:2], weight[2:]]) == digest({"w": weight.view(torch.int32)})

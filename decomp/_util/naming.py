@@ -1,4 +1,4 @@
-"""Names of layers: globs that match them, and errors that say where something went wrong."""
+"""Names of layers: globs that match them, and errors that name them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def matches(name: str, glob: str) -> bool:
-    """Whether a glob matches a name; ``*`` crosses dots, and a name that is written out matches itself.
+    """Whether a glob matches a name; ``*`` also matches dots, and every name matches itself, even with brackets.
 
     >>> matches("layer1.conv", "layer?.*"), matches("a[0]", "a[0]")
     (True, True)
@@ -19,7 +19,7 @@ def matches(name: str, glob: str) -> bool:
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
-    """The first of some names, for an error that says what there is.
+    """The first few names, for an error that lists the valid ones.
 
     >>> some(["a", "b", "c"], most=2)
     "'a', 'b', ... (3 in all)"
@@ -30,7 +30,7 @@ def some(names: Sequence[str], most: int = 8) -> str:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Add the name of the layer to whatever goes wrong in the block."""
+    """Add the name of the layer as a note to any exception raised in the block."""
     try:
         yield
     except Exception as error:
@@ -42,12 +42,12 @@ def require_finite(name: str, module: nn.Module) -> None:
     """Refuse a weight with NaN or infinite entries.
 
     Raises:
-        ValueError: names the layer and how many entries.
+        ValueError: the message names the layer and the number of such entries.
     """
     weight = cast(Tensor, module.weight).detach()
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise ValueError(
-            f"layer {name!r}: {bad} of {weight.numel()} weights are NaN or infinite; mend the weights, "
-            f"or leave the layer alone with exclude={name!r}"
+            f"layer {name!r}: {bad} of {weight.numel()} weights are NaN or infinite; repair the "
+            f"weights, or exclude the layer with exclude={name!r}"
         )

@@ -6,7 +6,7 @@ from io import StringIO
 
 def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] = ()) -> str:
     """Render a table as plain text, never wrapped; columns whose name starts with ``>`` are right-aligned."""
-    from rich import box  # late: printing is all that needs it
+    from rich import box  # imported late: only printing needs it
     from rich.console import Console
     from rich.table import Table
 
@@ -26,7 +26,7 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], to
 
 
 def number(value: float) -> str:
-    """Write a count with three digits and its unit.
+    """Format a count with three digits and an SI prefix.
 
     >>> [number(value) for value in (7, 1234, 25_557_032, 4_089_184_256)]
     ['7', '1.23 k', '25.6 M', '4.09 G']
@@ -38,5 +38,5 @@ def number(value: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Write a time in ms with three digits."""
+    """Format seconds as milliseconds with three digits."""
     return f"{1e3 * seconds:#.3g}".rstrip(".") + " ms"

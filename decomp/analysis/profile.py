@@ -9,7 +9,7 @@ from torch import nn
 from decomp._util import tables
 from decomp.layers import Factorized
 from decomp.network import surgery
-from decomp.network.flops import Observation, observe, uncounted_note
+from decomp.network.flops import ForwardPass, observe, uncounted_note
 from decomp.planning.choice import describe
 from decomp.planning.cost import count_params
 from decomp.planning.latency import latency, layer_seconds
@@ -110,7 +110,7 @@ def profile_in_turn(models: Sequence[nn.Module], batch: Any) -> list[Profile]:
 
 
 def _profile(
-    model: nn.Module, layers: Mapping[str, nn.Module], counts: Observation, seconds: float, batch: Any
+    model: nn.Module, layers: Mapping[str, nn.Module], counts: ForwardPass, seconds: float, batch: Any
 ) -> Profile:
     times = layer_seconds(model, batch, layers)
     rows = {

@@ -463,7 +463,9 @@ class PointStore:
 
 def _digest_of_model(model: nn.Module, surveyed: Survey) -> str:
     """What tells this model, these layers and inputs of this size from others."""
-    layers = repr((surveyed.seen and surveyed.seen.calls, sorted(surveyed.open), surveyed.cost))
+    layers = repr(
+        (surveyed.forward_pass and surveyed.forward_pass.calls, sorted(surveyed.decomposable), surveyed.cost)
+    )
     weights = [
         (f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor) for name, tensor in model.state_dict().items()
     ]

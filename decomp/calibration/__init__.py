@@ -1,1 +1,1 @@
-"""Statistics from data, and what they change: moments, whitened kernels, weights of layers."""
+"""Statistics of layers from calibration data, and their use: moments, whitened kernels, sensitivities."""

@@ -1,4 +1,4 @@
-"""Gradients by the outputs of layers: what an error inside of the network does to its output or to a loss."""
+"""Gradients by layer outputs: the sensitivity of the network's output, or of a loss, to errors there."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from decomp.network.forward import call, flat_output, floating
 
 
-class Slope:
-    """A scalar whose gradient by a layer's output says what an error there does.
+class SensitivityScalar:
+    """A scalar to backpropagate: its gradient g by a layer's output y measures the effect of an error dy there.
 
-    Of a loss it is the loss itself. Of several values f it is v^T f for a random v of unit variance, a new one for
-    each batch: E[J^T v v^T J] = J^T J, and ||J dy||^2 is how much f changes. ``energy`` is the sum of ||f||^2, and
-    1 for a loss.
+    For a loss it is the loss itself. For a tensor f, with J = df/dy, it is v^T f, v standard normal and drawn anew
+    for each batch: g = J^T v, and E[g g^T] = J^T J, so that E(g^T dy)^2 = ||J dy||^2 is the squared change of f.
     """
 
     def __init__(self, loss: Callable[[nn.Module, Any], Tensor] | Literal["output"]) -> None:
@@ -26,13 +25,13 @@ class Slope:
 
     @property
     def energy(self) -> float:
-        """What the gradients are relative to."""
+        """The sum of ||f||^2, by which squared gradients are divided to get a relative change; 1 for a loss."""
         return self._energy or 1.0
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         value = self._loss(model, batch) if callable(self._loss) else self._output(model, batch)
         if not isinstance(value, Tensor):
-            raise TypeError(f"loss must give a tensor, not {type(value).__name__}")
+            raise TypeError(f"loss= must return a tensor, not {type(value).__name__}")
         if value.numel() == 1:
             return value.reshape(())
         self._energy += float(value.detach().float().square().sum())
@@ -42,14 +41,15 @@ class Slope:
     def _output(self, model: nn.Module, batch: Any) -> Tensor:
         result = call(model, batch)
         if not floating(result):
-            raise ValueError("loss='output': the model gives no tensor of floats: write a function, or loss=None")
+            raise ValueError("loss='output': the model returns no float tensor: write a function, or loss=None")
         return flat_output(result)
 
 
 def tracked(output: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of a layer as a tensor to take a gradient by, and the copy of it that the network goes on with.
+    """The output of a layer as a tensor to differentiate by, and a clone of it that replaces it in the network.
 
-    There is a gradient where the layer is frozen as well; a function in place that follows changes only the copy.
+    The first requires a gradient even if the layer is frozen; in-place functions after the layer change only the
+    clone.
     """
-    kept = output if output.requires_grad else output.detach().requires_grad_()
-    return kept, kept.clone()
+    differentiable = output if output.requires_grad else output.detach().requires_grad_()
+    return differentiable, differentiable.clone()

@@ -1,4 +1,4 @@
-"""Last factors fitted by least squares to moments of the patches; the factors before them stay as they are."""
+"""Least-squares refit of the last factors of a layer to moments of its patches, with the first factors fixed."""
 
 import copy
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from decomp.linalg import leading_eigenvectors
 def refitted(
     layer: type[Factorized], dense: nn.Module, kernels: Mapping[str, Tensor], whole: Tensor, patches: Tensor
 ) -> dict[str, Tensor]:
-    """The same first factors, and the last ones that make E ||W x - W' x||^2 least for patches x.
+    """The kernels with the last factors replaced by those that minimize E ||W x - W' x||^2 over patches x.
 
-    C (groups, S k^2, S k^2) are the moments of the patches and W, ``whole``, is the dense kernel. With z = F x
-    what the first factors give, the best matrix on z is M = W C_xz C_zz^-1. Where the layer lets one factor be
-    refitted, it becomes M. Where it lets two, they become the best A C of rank r: A = U, C = U^T M, with U the r
-    leading eigenvectors of M C_zz M^T.
+    ``patches`` is C_xx = E[x x^T] (groups, S k^2, S k^2) and ``whole`` the dense kernel W. With z = F x the output
+    of the first factors F, the least-squares matrix on z is M = W C_xz C_zz^-1. A single refitted factor is M. Two
+    are the best product A B of rank r: A = U, B = U^T M, with U the r leading eigenvectors of M C_zz M^T
+    (reduced-rank regression).
     """
     roles = layer.refittable(kernels)
     if not roles:
@@ -34,7 +34,7 @@ def refitted(
 
 
 def _patch_features(kernels: Mapping[str, Tensor]) -> Tensor:
-    """V^T (x) I: what a first 1x1 convolution V^T gives at every place of a patch, (groups, r k^2, S k^2)."""
+    """V^T (x) I: a first 1x1 convolution V^T applied at every position of a patch, (groups, r k^2, S k^2)."""
     reduce, core = (kernels[role] for role in list(kernels)[:2])
     taps = core[0, 0, 0].numel()
     identity = torch.eye(taps, dtype=reduce.dtype, device=reduce.device)
@@ -42,19 +42,19 @@ def _patch_features(kernels: Mapping[str, Tensor]) -> Tensor:
 
 
 def _features(layer: type[Factorized], dense: nn.Module, kernels: Mapping[str, Tensor]) -> Tensor:
-    """The kernels of all factors but the last, (groups, r, S k^2), read off with unit rows for the last."""
+    """The product of all factors but the last, (groups, r, S k^2), from unit vectors as the last factor."""
     last = list(kernels)[-1]
     expand = kernels[last].flatten(2)
     _, outputs, rank = expand.shape
     wide = copy.deepcopy(dense).to(torch.float64)
-    found = []
+    parts = []
     for start in range(0, rank, outputs):
         units = torch.zeros_like(expand)
         count = min(outputs, rank - start)
         units[:, torch.arange(count), start + torch.arange(count)] = 1
         built = layer.from_kernels(wide, {**kernels, last: units})
-        found.append(group_kernels(built.to_dense()).detach().to(expand.device)[:, :count].flatten(2))
-    return torch.cat(found, 1)
+        parts.append(group_kernels(built.to_dense()).detach().to(expand.device)[:, :count].flatten(2))
+    return torch.cat(parts, 1)
 
 
 def _solve(inside: Tensor, cross: Tensor) -> Tensor:

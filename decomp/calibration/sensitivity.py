@@ -1,4 +1,4 @@
-"""How much the error of a layer counts for the network: weights for a budget, from data."""
+"""The sensitivity of the network to errors in each layer, measured on data: weights for a budget."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ from decomp.calibration.gradients import tracked
 from decomp.data.batches import Batches
 from decomp.layers import group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
-from decomp.linalg import as_float64
+from decomp.linalg import as_float64, eigenbasis
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
 from decomp.network.forward import Unfused, call, evaluating, flat_output, hooked, to_device_of
 from decomp.network.selection import Selector
 
 KEPT_ENERGY = 0.75
-SQUARED_ROUNDING = 1e-10  # what is cut from a weight of exactly low rank is rounding, and says nothing
+SQUARED_ROUNDING = 1e-10  # a smaller relative error is rounding: the weight has exactly low rank
 
 
 def sensitivity(
@@ -38,17 +38,18 @@ def sensitivity(
 ) -> dict[str, float]:
     """Return a weight per layer for ``decomp.compress(..., weights=)``, from a few batches; nothing is changed.
 
-    Without ``loss``, measured and without labels: each layer by itself is cut to the leading output directions
-    that hold 75 % of its energy, and the weight is ||f'(x) - f(x)||^2 / ||f(x)||^2 of the network's output over
-    the squared relative error of the layer. With ``loss``, from one backward pass per batch (Fisher): the weight
-    is ||dL/dy||^2 ||y||^2 / n, what an error of the layer's output y in no special direction does to the loss.
+    Without ``loss``, measured and without labels: one layer at a time is projected on the leading output
+    directions that hold 75 % of its energy, and the weight is ||f'(x) - f(x)||^2 / ||f(x)||^2 of the network's
+    output f divided by the squared relative error of the layer's weight. With ``loss``, from one backward pass
+    per batch (Fisher): the weight is ||dL/dy||^2 ||y||^2 / n, the expected squared change of the loss L, to
+    first order, for an error of relative size 1 and random direction in the layer's n output values y.
 
     Args:
         model: the dense model.
-        data: batches as the model is called with, or what ``inputs`` makes such batches of.
-        loss: a function of the model and a batch of ``data`` that gives the loss.
-        inputs: what the model is called with, from a batch.
-        batches: how many batches are looked at.
+        data: batches, as the model is called with, or converted by ``inputs``.
+        loss: a function of the model and a batch of ``data`` that returns the loss.
+        inputs: returns the arguments of the model for a batch of ``data``.
+        batches: how many batches are used.
         layers: which layers; see :func:`decomp.tucker`.
         exclude: which of these to leave out.
         progress: show a progress bar.
@@ -56,14 +57,16 @@ def sensitivity(
     Source: Theis et al. 2018 (Fisher); measured as in ASVD (Yuan et al. 2023), section 3.3.
     """
     chosen = eligible(model, kinds_of(), layers, exclude)
-    source = Batches(data, inputs if loss is None else None)  # a loss takes the batch as it is, labels and all
-    taken = [to_device_of(model, batch) for batch in islice(iter(source), batches)]
-    if not taken:
+    source = Batches(
+        data, inputs if loss is None else None
+    )  # a loss is called with the whole batch, labels included
+    used = [to_device_of(model, batch) for batch in islice(iter(source), batches)]
+    if not used:
         raise ValueError("data is empty: at least one batch is needed")
     with evaluating(model), Unfused():
         if loss is not None:
-            return _fisher(model, chosen, taken, loss)
-        return _measured(model, chosen, taken, progress)
+            return _fisher(model, chosen, used, loss)
+        return _measured(model, chosen, used, progress)
 
 
 @torch.no_grad()
@@ -77,12 +80,12 @@ def _measured(
         with naming(name):
             cut, squared_error = _cut(layer)
         with _running_with(layer, cut):
-            lost = sum(
+            squared_change = sum(
                 float((flat_output(call(model, batch)) - output).square().sum())
                 for batch, output in zip(batches, outputs, strict=True)
             )
-        cut_something = energy > 0 and squared_error > SQUARED_ROUNDING
-        weights[name] = lost / energy / squared_error if cut_something else 0.0
+        is_changed = energy > 0 and squared_error > SQUARED_ROUNDING
+        weights[name] = squared_change / energy / squared_error if is_changed else 0.0
     return weights
 
 
@@ -90,36 +93,36 @@ def _fisher(
     model: nn.Module, layers: dict[str, nn.Module], batches: list[Any], loss: Callable[[nn.Module, Any], Tensor]
 ) -> dict[str, float]:
     weights = dict.fromkeys(layers, 0.0)
-    seen: list[tuple[str, Tensor, float]] = []
+    outputs: list[tuple[str, Tensor, float]] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            kept, copy = tracked(output)
-            seen.append((name, kept, float(kept.detach().float().square().mean())))
+            differentiable, copy = tracked(output)
+            outputs.append((name, differentiable, float(output.detach().float().square().mean())))
             return copy
 
         return hook
 
     with hooked(after=[(layer, watch(name)) for name, layer in layers.items()]):
         for batch in batches:
-            seen.clear()
+            outputs.clear()
             with torch.enable_grad():
                 value = loss(model, batch)
-                grads = torch.autograd.grad(value, [kept for _, kept, _ in seen], allow_unused=True)
-            for (name, _, mean_square), grad in zip(seen, grads, strict=True):
+                grads = torch.autograd.grad(value, [output for _, output, _ in outputs], allow_unused=True)
+            for (name, _, mean_square), grad in zip(outputs, grads, strict=True):
                 if grad is not None:
                     weights[name] += float(grad.float().square().sum()) * mean_square
     return weights
 
 
 def _cut(layer: nn.Module) -> tuple[Tensor, float]:
-    """The weight in its leading output directions, at least one direction less, and its squared relative error."""
+    """The weight projected on its leading output directions, never on all, and its squared relative error."""
     kernels = as_float64(group_kernels(layer))
     matrices = kernels.flatten(2)
-    values, basis = torch.linalg.eigh(matrices @ matrices.mT)
-    shares = values.clamp(min=0).flip(-1).cumsum(-1) / values.sum(-1, keepdim=True).clamp(min=1e-300)
+    values, basis = eigenbasis(matrices @ matrices.mT)
+    shares = values.clamp(min=0).cumsum(-1) / values.sum(-1, keepdim=True).clamp(min=1e-300)
     rank = min(int((shares < KEPT_ENERGY).sum(-1).max()) + 1, matrices.shape[1] - 1)
-    leading = basis.flip(-1)[:, :, :rank]
+    leading = basis[:, :, :rank]
     cut = (leading @ (leading.mT @ matrices)).reshape(kernels.shape)
     squared_error = float((kernels - cut).square().sum() / kernels.square().sum().clamp(min=1e-300))
     weight: Any = layer.weight
@@ -129,7 +132,7 @@ def _cut(layer: nn.Module) -> tuple[Tensor, float]:
 
 @contextmanager
 def _running_with(layer: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Let ``layer`` give what it would give with another weight; its own is not touched."""
+    """Run ``layer`` with another weight inside the block; its own weight is not changed."""
     busy = False
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a convolution multiplies its kernel with: patches of its input as rows of a matrix."""
+"""Patches of a convolution's input as rows of a matrix (im2col), for every spatial option."""
 
 import math
 from typing import Any
@@ -11,9 +11,10 @@ from decomp.layers.kernels import is_input_first, spatial_like
 
 
 def patches_like(dense: Any) -> nn.Module | None:
-    """A convolution of unit kernels that gives the patches that ``dense`` sees; None where these are its input.
+    """A convolution with unit kernels that returns the patches which ``dense`` multiplies by its kernel.
 
-    Its outputs are (channel, place in the kernel), in the order of ``group_kernels(dense).flatten(2)``.
+    None where the patches are the input itself. Output channels are (input channel, position in the kernel), in
+    the order of ``group_kernels(dense).flatten(2)``.
     """
     kernel_size = getattr(dense, "kernel_size", ())
     neutral = {"stride": 1, "padding": 0, "output_padding": 0}

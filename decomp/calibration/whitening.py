@@ -1,4 +1,4 @@
-"""The error of a layer's output in place of that of its weight: moments of inputs and outputs as a metric."""
+"""Decomposition by the error of the output: kernels whitened by the moments of inputs or outputs."""
 
 from typing import Any, cast
 
@@ -13,16 +13,17 @@ from decomp.linalg import as_float64, leading_eigenvectors, shrunk, symmetric_po
 from decomp.methods import Method, Ranks
 
 RELATIVE_RIDGE = 1e-6
-LARGEST_PATCH_SHRINKAGE = 0.1
+MAX_PATCH_SHRINKAGE = 0.1
 
 
 def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor | None:
-    """Kernels whose distance from others in the Frobenius norm is that of the outputs; None without the moments.
+    """Whitened kernels: the Frobenius norm of their error is the error of the output; None without the moments.
 
-    For a matrix E ||(W - W') x||^2 = ||(W - W') C^1/2||^2; without the moments of the inputs, the root of those of
-    the outputs has the same singular values. The moments of patches are taken as a Kronecker product of those of
-    the channels and of each axis of the kernel, scaled to the energy of the outputs: exact where they are one.
-    Where patches are too large, or the factors can take up nothing of a metric, the kernel itself is scaled so.
+    For a matrix, K = W C^1/2: E ||(W - W') x||^2 = ||(W - W') C^1/2||^2 with C = E[x x^T]. Without the moments
+    of the inputs, K = E[y y^T]^1/2, which has the same singular values. For a spatial kernel the moments of
+    the patches are approximated by a Kronecker product of the moments of the channels and of each axis of the
+    kernel, and the result is scaled to the energy of the outputs. Where patches are too large, or the factors
+    cannot absorb a metric, the kernel is only scaled to the energy of the outputs.
     """
     if _is_matrix(kernels) and layer.absorbs_inputs == "nothing":
         return _scaled(as_float64(kernels), _output_energy(as_float64(kernels), moments))
@@ -59,69 +60,69 @@ def _scaled(kernels: Tensor, energy: Tensor) -> Tensor:
 
 
 def _marginals(patches: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
-    """Of moments over (S, *kernel) those of each of these modes by itself, summed over the others."""
+    """The moments of each mode of (S, *kernel), the other modes traced out."""
     tensor = patches.unflatten(2, sizes).unflatten(1, sizes)
-    found = []
+    marginals = []
     for mode in range(len(sizes)):
-        kept = tensor.movedim((1 + mode, 1 + len(sizes) + mode), (1, 2)).flatten(3)
+        first = tensor.movedim((1 + mode, 1 + len(sizes) + mode), (1, 2)).flatten(3)
         count = patches.shape[1] // sizes[mode]
-        found.append(kept.unflatten(3, (count, count)).diagonal(dim1=3, dim2=4).sum(3))
-    return found
+        marginals.append(first.unflatten(3, (count, count)).diagonal(dim1=3, dim2=4).sum(3))
+    return marginals
 
 
 @torch.no_grad()
 def output_error(layer: Factorized, dense: nn.Module, moments: Moments) -> float | None:
-    """Relative error of the output about its mean, ||(W - W') x|| / ||W x||; None without the moments for it."""
+    """Relative error of the output, ||(W - W') x|| / ||W x||, by the moments of the inputs; None without."""
     kernels = as_float64(group_kernels(dense))
     inside = moments.inputs if _is_matrix(kernels) else moments.patches
     if inside is None:
         return None
     weight = _weighted(type(layer), kernels, moments).flatten(2)
-    lost = weight - _weighted(type(layer), as_float64(layer.dense_kernels()), moments).flatten(2)
-    squared, energy = (float(((each @ inside) * each).sum()) for each in (lost, weight))
+    difference = weight - _weighted(type(layer), as_float64(layer.dense_kernels()), moments).flatten(2)
+    squared, energy = (float(((each @ inside) * each).sum()) for each in (difference, weight))
     return (max(squared, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
 
 
 def output_factors(
     method: Method, layer: type[Factorized], dense: nn.Module, ranks: Ranks, moments: Moments
 ) -> Any:
-    """One kernel per role such that the error of the output is small, for ``from_kernels``.
+    """One kernel per role for ``from_kernels``, with a small error of the output.
 
-    A rank of the outputs is spent on the leading eigenvectors U of E[y y^T]: K' = U U^T K needs no inverse and is
-    the best there is for a matrix. What is left is decomposed as K C^1/2, and C^-1/2 put into the first factor.
+    The output mode is projected on the leading eigenvectors U of E[y y^T]: K' = U U^T K needs no inverse and is
+    optimal for a matrix. The other modes are decomposed by the method as U^T K C^1/2, and C^-1/2 is merged into
+    the first factor. Where the moments of the patches are known, the last factors are refitted to them.
 
     Source: Zhang et al. 2016, section 3.1, for the outputs; whitening as in SVD-LLM (Wang et al. 2024), section
     3.1.
     """
     kernels = _weighted(layer, as_float64(group_kernels(dense)), moments)
     basis = None
-    known = moments.outputs is not None
-    if known and method.out_rank is not None and ranks[method.out_rank] < kernels.shape[1]:
+    if moments.outputs is not None and method.out_rank is not None and ranks[method.out_rank] < kernels.shape[1]:
         basis = leading_eigenvectors(_output_moments(layer, kernels, moments), ranks[method.out_rank])
         kernels = torch.einsum("gta,gt...->ga...", basis, kernels)
     if basis is not None and len(ranks) == 1:
-        # Nothing is left to decompose: each side gets the root of the norm.
+        # A matrix needs no further decomposition; the norm is split evenly between the two factors.
         root = kernels.flatten(2).norm(dim=2).clamp(min=torch.finfo(kernels.dtype).tiny).sqrt()
         inside = kernels / root.reshape(*root.shape, *(1,) * (kernels.dim() - 2))
         inside = inside.flatten(2) if _is_matrix(kernels) else inside
-        found = layer.factor_kernels(dense, (basis * root[:, None], inside))
+        role_kernels = layer.factor_kernels(dense, (basis * root[:, None], inside))
     else:
-        found = _whitened(method, layer, dense, kernels, ranks, moments)
-        found = found if basis is None else layer.expand_outputs(found, basis)
+        role_kernels = _whitened(method, layer, dense, kernels, ranks, moments)
+        role_kernels = role_kernels if basis is None else layer.expand_outputs(role_kernels, basis)
         if moments.patches is not None:
             whole = _weighted(layer, as_float64(group_kernels(dense)), moments)
-            found = refitted(layer, dense, found, whole, _patch_moments(moments))
+            role_kernels = refitted(layer, dense, role_kernels, whole, _patch_moments(moments))
     metric = _row_metric(layer, moments)
     if metric is None:
-        return found
-    return layer.mix_outputs(found, 1 / metric if metric.dim() == 2 else torch.linalg.inv(metric))
+        return role_kernels
+    return layer.mix_outputs(role_kernels, 1 / metric if metric.dim() == 2 else torch.linalg.inv(metric))
 
 
 @torch.no_grad()
-def lost_mean(layer: Factorized, dense: Any, moments: Moments) -> Tensor | None:
-    """What the factors take off the mean of the outputs; None where no mean was seen.
+def mean_error(layer: Factorized, dense: Any, moments: Moments) -> Tensor | None:
+    """The error of the mean output, E[W x - W' x]; None where the moments hold no mean inputs.
 
-    Both are linear but for the bias, so that the change of the mean is that of the mean input.
+    Both layers are affine, so that it is the difference of their outputs for the mean input.
     """
     if not moments.means:
         return None
@@ -129,8 +130,8 @@ def lost_mean(layer: Factorized, dense: Any, moments: Moments) -> Tensor | None:
     shift: Any = 0.0
     axes = len(getattr(dense, "kernel_size", ()))
     for mean, count in moments.means:
-        given = mean.to(dense.weight.device, dense.weight.dtype)[None]
-        change = (dense(given) - layer(given)).to(torch.float64)
+        x = mean.to(dense.weight.device, dense.weight.dtype)[None]
+        change = (dense(x) - layer(x)).to(torch.float64)
         shift = shift + count * (change[0].flatten(1).mean(1) if axes else change[0])
         total += count
     return shift / total  # type: ignore[no-any-return]
@@ -147,29 +148,29 @@ def _whitened(
 
 
 def _input_moments(layer: type[Factorized], moments: Tensor, shrinkage: float) -> Tensor:
-    """(1 - rho) C + rho tr(C) / S I, with of C what the first factor of the layer can absorb the root of."""
+    """(1 - rho) C + rho tr(C) / S I, with C reduced to the part whose root the first factor can absorb."""
     moments = _absorbable(moments, layer.absorbs_inputs)
-    least = torch.finfo(moments.dtype).eps * moments.shape[1]  # a singular moment has a root as well
+    least = torch.finfo(moments.dtype).eps * moments.shape[1]  # keeps singular moments invertible
     return shrunk(moments, max(shrinkage, least))
 
 
 def _patch_moments(moments: Moments) -> Tensor:
-    rho = max(min(moments.shrinkage, LARGEST_PATCH_SHRINKAGE), RELATIVE_RIDGE)
+    rho = max(min(moments.shrinkage, MAX_PATCH_SHRINKAGE), RELATIVE_RIDGE)
     return shrunk(cast(Tensor, moments.patches), rho)
 
 
 def _output_moments(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor:
-    """Moments of the outputs, shrunk towards K K^T as those of the inputs are towards the identity."""
-    found, metric = cast(Tensor, moments.outputs), _row_metric(layer, moments)
+    """Moments of the outputs in the row metric, shrunk towards K K^T, their value for white inputs."""
+    outputs, metric = cast(Tensor, moments.outputs), _row_metric(layer, moments)
     if metric is not None and metric.dim() == 2:
-        found = metric[:, :, None] * found * metric[:, None]
+        outputs = metric[:, :, None] * outputs * metric[:, None]
     elif metric is not None:
-        found = metric @ found @ metric
-    own = kernels.flatten(2) @ kernels.flatten(2).mT
-    energy, energy_own = (each.diagonal(dim1=1, dim2=2).sum(1) for each in (found, own))
-    share = (energy / energy_own.clamp(min=torch.finfo(own.dtype).tiny))[:, None, None]
-    mixed: Tensor = (1 - moments.shrinkage) * found + moments.shrinkage * share * own
-    return torch.where((energy > 0)[:, None, None], mixed, own)
+        outputs = metric @ outputs @ metric
+    gram = kernels.flatten(2) @ kernels.flatten(2).mT
+    energy, gram_energy = (each.diagonal(dim1=1, dim2=2).sum(1) for each in (outputs, gram))
+    share = (energy / gram_energy.clamp(min=torch.finfo(gram.dtype).tiny))[:, None, None]
+    mixed: Tensor = (1 - moments.shrinkage) * outputs + moments.shrinkage * share * gram
+    return torch.where((energy > 0)[:, None, None], mixed, gram)
 
 
 def _is_matrix(kernels: Tensor) -> bool:
@@ -177,7 +178,7 @@ def _is_matrix(kernels: Tensor) -> bool:
 
 
 def _row_metric(layer: type[Factorized], moments: Moments) -> Tensor | None:
-    """The root D of how errors of the outputs count, or its diagonal: what the last factor can absorb of it."""
+    """The metric D of output errors, reduced to what the last factor can absorb: all, the diagonal, or None."""
     metric = moments.row_metric
     if layer.absorbs_outputs == "nothing":
         return None
@@ -187,7 +188,7 @@ def _row_metric(layer: type[Factorized], moments: Moments) -> Tensor | None:
 
 
 def _absorbable(moments: Tensor, absorbs: Absorbs) -> Tensor:
-    """Of moments (groups, n, n) what a factor can absorb: all, the diagonal, or the mean as a multiple of I."""
+    """Moments (groups, n, n) reduced to what a factor can absorb: all, the diagonal, or tr(C) / n I."""
     if absorbs == "full":
         return moments
     return torch.diag_embed(moments.diagonal(dim1=1, dim2=2)) if absorbs == "diagonal" else shrunk(moments, 1.0)

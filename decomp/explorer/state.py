@@ -14,7 +14,7 @@ from decomp.calibration.calibrate import Statistics
 from decomp.calibration.sensitivity import sensitivity
 from decomp.methods import METHODS
 from decomp.network.selection import Selector
-from decomp.planning.budget import Menu, Request, fixed_cost
+from decomp.planning.budget import CachedFronts, Request, fixed_cost
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import DENSE, Change, Choice
 from decomp.planning.cost import COSTS, COUNTED
@@ -120,7 +120,9 @@ class Exploration:
         analysed = {} if self.problem else self.plan.candidates
         self.layers = {name: first for name, (first, *_) in analysed.items()}
         self._candidates = {(name, first.method.name): first for name, first in self.layers.items()}
-        self._menu = Menu(Request().settled({name: [first] for name, first in self.layers.items()}).objective)
+        self._fronts = CachedFronts(
+            Request().resolved({name: [first] for name, first in self.layers.items()}).objective
+        )
         self._sensitivities = self._measure_sensitivities(data, inputs, progress)
         for kind in self.kinds if self.layers else ():
             self.curve(kind)  # now, so that the first move of a slider is fast as well
@@ -159,7 +161,7 @@ class Exploration:
     @property
     def error_of(self) -> str:
         """What the predicted error is about: the network's output, the layers' outputs, or their weights."""
-        if self._sensitivities is not None or self._menu.objective == "network":
+        if self._sensitivities is not None or self._fronts.objective == "network":
             return "of the output"
         return "of the weights" if self._statistics is None else "of the layers' outputs"
 
@@ -175,7 +177,7 @@ class Exploration:
         choices = {name: choice for name, choice in plan.items() if name in self.layers}
         errors = {n: c.error if c.output_error is None else c.output_error for n, c in choices.items()}
         squared = {name: error**2 for name, error in errors.items()}
-        if self._menu.objective == "network":  # each layer under the method that it has now
+        if self._fronts.objective == "network":  # each layer under the method that it has now
             return sqrt(sum((self.layers[name].importance or 0.0) * error for name, error in squared.items()))
         if self._sensitivities is not None:
             return sqrt(sum(self._sensitivities.get(name, 0.0) * error for name, error in squared.items()))
@@ -208,7 +210,7 @@ class Exploration:
         if kind not in COUNTED:
             held_layers = ((self.layers[name], settled[name].ranks) for name in held)
             fixed -= sum(c.dense_cost(kind) - c.seconds(ranks) for c, ranks in held_layers if ranks)
-        ranks, least = self._menu.choose(free, kind, share * total - fixed)
+        ranks, least = self._fronts.choose(free, kind, share * total - fixed)
         reason = "the budget leaves it dense"
         chosen = {name: (c, c.choose(ranks[name], reason)) for name, c in free.items()}
         return self.plan.choosing(chosen), (fixed + least) / total

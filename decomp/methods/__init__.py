@@ -28,22 +28,22 @@ METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
 
 def kinds_of(*methods: Method) -> set[Any]:
-    """The types of layers, and names of types, that the methods of the table take, and these methods besides."""
+    """Types of layers, or qualified names of types, that any method of the table or any of these supports."""
     return {kind for method in (*_ROWS, *methods) for kind in method.layers}
 
 
-# What a budget chooses among: asymmetric, tensor train and the depthwise methods besides lowered the error of the
-# weights and, without fine-tuning, the accuracy as well.
+# The methods that a budget chooses from by default. Adding asymmetric, tensor train and the depthwise methods
+# lowered the error of the weights, but without fine-tuning also the accuracy.
 AUTO = ("svd", "tucker")
 
-# What matrices take in a call whose method is for spatial kernels.
+# The method for linear layers and 1x1 convolutions in calls with a method for spatial kernels.
 MATRICES = SVD
 
 
 def method_for(named: Method, module: nn.Module) -> Method:
-    """The named method where it takes a layer, else the one for matrices.
+    """The named method if it supports a layer, else the one for matrices.
 
-    Where neither takes it, the one whose refusal says more: the named one if the layer is of a type that it knows.
+    If neither does, the one with the more specific reason: the named one if it supports the type of the layer.
     """
     if not named.why_not(module) or (MATRICES.why_not(module) and named.layer_of(module)):
         return named
@@ -51,7 +51,7 @@ def method_for(named: Method, module: nn.Module) -> Method:
 
 
 def spectral_reference(module: nn.Module) -> Method:
-    """The method whose spectra choose ranks for one that has none: Tucker-2, or that of matrices."""
+    """The method whose spectra choose the ranks of methods without spectra: Tucker-2, or svd for matrices."""
     return MATRICES if TUCKER.why_not(module) else TUCKER
 
 
@@ -81,7 +81,7 @@ def _row(option: str, value: str, rows: Any) -> Method:
 
 
 class MethodOptions(TypedDict, total=False):
-    """The options of the families of methods; None stands for the default of the family."""
+    """The options of the families of methods; None means the default of the family."""
 
     fold: Annotated[str | None, Argument(None, 'of svd: "channel" (the default), "input" or "spatial".')]
     modes: Annotated[int | None, Argument(None, "of cp: 3 (the default) or 4.")]
@@ -89,7 +89,7 @@ class MethodOptions(TypedDict, total=False):
     scheme: Annotated[str | None, Argument(None, "of separable: see :func:`decomp.separable`.")]
     solver: Annotated[
         Solver | None,
-        Argument(None, "of tucker and cp: takes the place of our solver, see :func:`decomp.tucker`."),
+        Argument(None, "of tucker and cp: replaces the built-in solver, see :func:`decomp.tucker`."),
     ]
 
 
@@ -103,7 +103,7 @@ FAMILIES: dict[str, Callable[..., Method]] = {
 
 
 def default_options(family: str) -> dict[str, Any]:
-    """The options of a family of methods, and what they are where nobody says otherwise."""
+    """The options of a family of methods and their defaults."""
     parameters = signature(FAMILIES[family]).parameters if family in FAMILIES else {}
     return {name: parameter.default for name, parameter in parameters.items()}
 

@@ -22,14 +22,14 @@ Factors = tuple[Tensor, Tensor, Tensor]
 
 
 def limits(kernels: Tensor) -> Ranks:
-    """The largest (G, out, in): a block of full ranks is exact by itself."""
+    """The largest (G, out, in): a single block of full ranks is exact."""
     return (min(kernels.shape[1:3]), kernels.shape[1], kernels.shape[2])
 
 
 def fit(kernels: Tensor, ranks: Ranks) -> Fit:
     """Factors (U, C, V); one block is the Tucker-2 by HOOI, blocks of rank 1 are the terms of a CP.
 
-    The note gives sum_g ||C_g||^2 / ||K||^2: far above 1, blocks cancel each other.
+    The note states sum_g ||C_g||^2 / ||K||^2: far above 1, blocks cancel each other.
     """
     blocks, rank_out, rank_in = ranks
     if blocks == 1:
@@ -41,12 +41,12 @@ def fit(kernels: Tensor, ranks: Ranks) -> Fit:
         (_, (left, right, spatial_factor)), squared_error, note = cp.fit(kernels, (blocks,), split=False)
         core = spatial_factor.mT.reshape(len(kernels), blocks, 1, 1, *kernels.shape[3:])
         return Fit((left.mT[..., None], core, right.mT[..., None]), squared_error, note)
-    found = [fit_block_term(tensor, *ranks) for tensor in as_float64(kernels).flatten(3)]
-    left = torch.stack([blocks.left.transpose(0, 1) for blocks, _, _ in found])
-    right = torch.stack([blocks.right.transpose(0, 1) for blocks, _, _ in found])
-    core = torch.stack([blocks.core for blocks, _, _ in found]).unflatten(4, kernels.shape[3:])
-    degeneracy = max(each for _, _, each in found)
-    return Fit((left, core, right), sum(error for _, error, _ in found), f"energy of its blocks x{degeneracy:.2f}")
+    fits = [fit_block_term(tensor, *ranks) for tensor in as_float64(kernels).flatten(3)]
+    left = torch.stack([blocks.left.transpose(0, 1) for blocks, _, _ in fits])
+    right = torch.stack([blocks.right.transpose(0, 1) for blocks, _, _ in fits])
+    core = torch.stack([blocks.core for blocks, _, _ in fits]).unflatten(4, kernels.shape[3:])
+    degeneracy = max(each for _, _, each in fits)
+    return Fit((left, core, right), sum(error for _, error, _ in fits), f"energy of its blocks x{degeneracy:.2f}")
 
 
 def factors(kernels: Tensor, ranks: Ranks) -> Factors:
@@ -55,7 +55,7 @@ def factors(kernels: Tensor, ranks: Ranks) -> Factors:
 
 
 def analyse(blocks: int, kernels: Tensor) -> Analysis:
-    """Fits along the ranks (G, out, in) whose out and in are the same share of T and S."""
+    """Fits at ranks (G, out, in) with out and in equal shares of T and S."""
     _, outputs, inputs = kernels.shape[:3]
     blocks = min(blocks, outputs, inputs)
     shares = [(point + 1) / POINTS for point in range(POINTS)]
@@ -71,10 +71,10 @@ def _params(kernels: Tensor, ranks: Ranks) -> int:
 
 
 def block_term(*, blocks: int = DEFAULT_BLOCKS) -> Method:
-    """The method with so many blocks, for rules and ranks that do not say it themselves.
+    """The method with a default number of blocks, for rules and for ranks given as an int.
 
     Raises:
-        ValueError: ``blocks`` is no int of at least 1.
+        ValueError: ``blocks`` is not an int of at least 1.
     """
     if isinstance(blocks, bool) or not isinstance(blocks, Integral) or blocks < 1:
         raise ValueError(f"blocks={blocks!r}: write an int of at least 1")

@@ -19,29 +19,29 @@ CPFactors = tuple[Tensor | None, list[Tensor]]
 
 
 def limits(kernels: Tensor, *, split: bool) -> Ranks:
-    """The rank at which a CP by slices is exact: the product of all modes but the largest."""
+    """The rank at which a CP of single fibers is exact: the product of all modes but the largest."""
     return (most_terms(as_tensor(kernels, split).shape[1:]),)
 
 
 def most_terms(sizes: Sequence[int]) -> int:
-    """The rank that any tensor of these sizes has at most by slices."""
+    """An upper bound on the rank of tensors of these sizes: the number of fibers along the longest mode."""
     *small, _ = sorted(sizes)
     return prod(small)
 
 
 def fit(kernels: Tensor, ranks: Ranks, *, split: bool) -> Fit:
-    """CP by alternating least squares, then corrected so that the norms of its terms are bounded.
+    """CP by alternating least squares, then corrected to bound the norms of its terms.
 
-    The note gives sum_r ||term r||^2 / ||K||^2: far above 1, terms cancel each other.
+    The note states sum_r ||term r||^2 / ||K||^2: far above 1, terms cancel each other.
     """
-    found = fit_cp(as_tensor(kernels, split), ranks[0])
+    model = fit_cp(as_tensor(kernels, split), ranks[0])
     energies = kernels.to(torch.float64).flatten(1).square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
-    share = float((found.degeneracy * energies).sum() / energies.sum())
-    return Fit((None, found.factors), float(found.squared_errors.sum()), f"energy of its terms x{share:.2f}")
+    share = float((model.degeneracy * energies).sum() / energies.sum())
+    return Fit((None, model.factors), float(model.squared_errors.sum()), f"energy of its terms x{share:.2f}")
 
 
 def as_tensor(kernels: Tensor, split: bool) -> Tensor:
-    """The tensor that is decomposed: (groups, T, S, k^2), or one mode for every axis that is longer than 1."""
+    """The tensor that is decomposed: (groups, T, S, k^2), or one mode for every spatial axis longer than 1."""
     if not split:
         return as_float64(kernels).flatten(3)
     tensor: Tensor = as_float64(kernels).flatten(3).unflatten(3, step_lengths(kernels.shape[3:]))
@@ -49,7 +49,7 @@ def as_tensor(kernels: Tensor, split: bool) -> Tensor:
 
 
 def solved(kernels: Tensor, ranks: Ranks, *, split: bool, solver: Solver) -> Fit:
-    """CP by a solver of the user's, group by group."""
+    """CP by the user's solver, group by group."""
     tensor = as_tensor(kernels, split)
     models = [by_tensorly(solver, each, rank=ranks[0]) for each in tensor]
     factors = []
@@ -79,7 +79,7 @@ def _method(name: str, layer: type[CPConv], split: bool, solver: Solver | None =
 
 
 def paying_path(kernels: Tensor, limit: int) -> list[Ranks]:
-    """Ranks up to where T + S parameters each would be as many as the dense kernel has."""
+    """Ranks up to the parameters of the dense kernel, at T + S or more parameters per rank."""
     _, outputs, inputs = kernels.shape[:3]
     most = kernels[0].numel() // (outputs + inputs)
     return [(rank,) for rank in range(1, max(1, min(limit, most)) + 1)]

@@ -1,4 +1,4 @@
-"""Analysis of methods whose error is known only once they are fitted: few fits, and a curve through them."""
+"""Analysis of methods whose error is known only after a fit: a few fits, and interpolation between them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ KNOTS = 5
 
 
 class Fit(NamedTuple):
-    """Factors, the squared error ||W - W'||^2 that they leave, and what a user must know about them."""
+    """Factors, their squared error ||W - W'||^2, and a note for the user."""
 
     factors: Any
     squared_error: float
@@ -22,7 +22,7 @@ class Fit(NamedTuple):
 
 
 def fitted_analysis(kernels: Tensor, path: Sequence[Ranks], fit: Callable[[Tensor, Ranks], Fit]) -> Analysis:
-    """Analysis along ``path``, ranks of growing cost: nothing is fitted before it is asked for."""
+    """Analysis along ``path``, ranks of growing cost; fits are computed on demand."""
     fits = _Fits(kernels, path, fit)
     energy = float(as_float64(kernels).square().sum())
     return Analysis(
@@ -36,10 +36,10 @@ def fitted_analysis(kernels: Tensor, path: Sequence[Ranks], fit: Callable[[Tenso
 
 
 class Unchanged:
-    """A weight that is looked at later, and must be what it was.
+    """A weight that is read later; calling this returns it.
 
     Raises:
-        ValueError: on call, where it has changed.
+        ValueError: on call, if the weight has changed since.
     """
 
     def __init__(self, kernels: Tensor) -> None:
@@ -52,7 +52,7 @@ class Unchanged:
 
 
 class _Fits:
-    """Fits of one weight. Errors are kept, factors only of the last ranks that were asked for."""
+    """Fits of one weight, with a cache of all errors and of the factors of the last fit."""
 
     def __init__(self, kernels: Tensor, path: Sequence[Ranks], fit: Callable[[Tensor, Ranks], Fit]) -> None:
         self._kernels = Unchanged(kernels)
@@ -69,12 +69,12 @@ class _Fits:
         return self._last[1]
 
     def factors(self, kernels: Tensor, ranks: Ranks) -> Any:
-        """The factors of these kernels where they were fitted last, else None."""
+        """The factors of the last fit if it was of these kernels and ranks, else None."""
         known = self._last is not None and self._last[0] == ranks and digest(kernels) == self._kernels.digest
         return self._last[1].factors if known and self._last is not None else None
 
     def curve(self) -> Values:
-        """Squared errors along the path: fits at a few ranks, in between their roots are linear in log(place)."""
+        """Squared errors along the path: a few fits, and between them errors linear in the log of the index."""
         last = len(self._places) - 1
         path = list(self._places)
         for place in np.unique(np.geomspace(1, last + 1, KNOTS).round().astype(int) - 1):
@@ -84,6 +84,6 @@ class _Fits:
             (self._places[ranks], error) for ranks, error in self._errors.items() if ranks in self._places
         )
         places, errors = (np.array(column, np.float64) for column in zip(*known, strict=True))
-        # More rank is not more error: where a fit says otherwise, the smaller one stands for both.
+        # The error must not rise with the rank: the error of a worse fit is replaced by that of a lower rank.
         roots = np.sqrt(np.minimum.accumulate(np.maximum(errors, 0)))
         return np.asarray(np.interp(np.log1p(np.arange(last + 1)), np.log1p(places), roots) ** 2, np.float64)

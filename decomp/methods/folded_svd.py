@@ -1,4 +1,4 @@
-"""SVD of a convolution kernel that is folded to matrices: one SVD each, and the error of every rank known."""
+"""SVD of a convolution kernel folded to matrices; one SVD gives the error at every rank."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +21,7 @@ from decomp.methods.record import Analysis, Method, Ranks, needs_two_axes, spati
 
 
 class _Fold(NamedTuple):
-    """Kernels (groups, T, S, *kernel) to matrices (batch, rows, columns), and their factors to a layer's."""
+    """Fold kernels (groups, T, S, *kernel) to matrices (batch, rows, columns), and unfold factors to a layer's."""
 
     matrices: Callable[[Tensor], Tensor]
     factors: Callable[[Tensor, Tensor, Tensor], Any]

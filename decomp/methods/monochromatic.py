@@ -22,13 +22,14 @@ def limits(kernels: Tensor) -> Ranks:
 def fit(kernels: Tensor, ranks: Ranks) -> Fit:
     """Colours c (C x S), clusters q (T) and filters F[t] = c[q(t)]^T K[t], by Lloyd's rounds on the error itself.
 
-    Each filter goes to the colour that leaves most of it, each colour is the leading left singular vector of the
-    filters of its cluster: sum_t ||K[t] - c[q(t)] F[t]||^2 never rises. The first colours are those of the filters
-    that the colours before keep least of. The paper clusters the colours of rank-1 filters, whatever their norm.
+    Each filter is assigned to the colour with the least error, each colour is the leading left singular vector of
+    the filters of its cluster: sum_t ||K[t] - c[q(t)] F[t]||^2 never rises. Initial colours are those of the
+    filters with the largest error under the colours before. The paper instead clusters the colours of rank-1
+    approximations of the filters, without regard to their norm.
     """
     tensor = as_float64(kernels).flatten(3)
-    found = [_cluster(filters, ranks[0]) for filters in tensor]
-    colours, clusters, filters = (torch.stack(parts) for parts in zip(*found, strict=True))
+    parts = [_cluster(filters, ranks[0]) for filters in tensor]
+    colours, clusters, filters = (torch.stack(each) for each in zip(*parts, strict=True))
     chosen = torch.stack([each[cluster] for each, cluster in zip(colours, clusters, strict=True)])
     rebuilt = chosen[:, :, :, None] * filters[:, :, None]
     squared_error = float((tensor - rebuilt).square().sum())
@@ -41,12 +42,12 @@ def factors(kernels: Tensor, ranks: Ranks) -> Factors:
 
 
 def analyse(kernels: Tensor) -> Analysis:
-    """Fits at a few numbers of colours: even one for every filter leaves what is not of rank 1 in them."""
+    """Fits at a few numbers of colours; even one colour per filter is exact only for filters of rank 1."""
     return fitted_analysis(kernels, [(colours,) for colours in range(1, kernels.shape[1] + 1)], fit)
 
 
 def _cluster(filters: Tensor, count: int) -> Factors:
-    """One group: filters (T, S, k), written in the span of all of them where that is less than S."""
+    """One group: filters (T, S, k), in a basis of their joint span if that has fewer than S dimensions."""
     wide = filters.transpose(0, 1).flatten(1)
     basis = None
     if wide.shape[0] > wide.shape[1]:
@@ -55,8 +56,8 @@ def _cluster(filters: Tensor, count: int) -> Factors:
     colours = _first_colours(filters, count)
     cluster = torch.full((len(filters),), -1, device=filters.device)
     for _ in range(MAX_ROUNDS):
-        kept = torch.einsum("cs,tsk->tck", colours, filters).square().sum(2)
-        before, cluster = cluster, kept.argmax(1)
+        captured = torch.einsum("cs,tsk->tck", colours, filters).square().sum(2)
+        before, cluster = cluster, captured.argmax(1)
         if torch.equal(before, cluster):
             break
         for each in cluster.unique().tolist():
@@ -67,7 +68,7 @@ def _cluster(filters: Tensor, count: int) -> Factors:
 
 
 def _first_colours(filters: Tensor, count: int) -> Tensor:
-    """Leading vectors of filters that the colours before keep least of."""
+    """Leading vectors of the filters with the largest error under the colours before, one after the other."""
     energies = filters.square().sum((1, 2))
     missing, colours = energies.clone(), []
     for _ in range(count):

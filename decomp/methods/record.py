@@ -1,4 +1,4 @@
-"""What a decomposition method is, as data, and for which kernels the common ones are."""
+"""The record of a decomposition method, and common conditions on the kernels that a method supports."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,12 +20,13 @@ Layers = Mapping[Any, type[Factorized]]  # by type, or by qualified name
 
 @dataclass(frozen=True)
 class Analysis:
-    """What is known of one weight at all ranks.
+    """Errors of one weight at all ranks.
 
-    ``energy`` is ||W||^2 over all groups. ``ranks`` (n, modes) are those that rules and budgets choose among, and
-    ``squared_errors()`` are ||W - W'||^2 at each of them. ``squared_error(ranks)`` is the value for one, exact
-    where it has to be fitted. ``spectra`` holds one spectrum per rank, or none. ``factors(kernels, ranks)``
-    returns what was fitted on the way, ``note(ranks)`` what a user must know about it.
+    ``energy`` is ||W||^2 over all groups. ``ranks`` (n, modes) are those that rules and budgets choose from, and
+    ``squared_errors()`` returns ||W - W'||^2 at each of them, interpolated for methods that are fitted.
+    ``squared_error(ranks)`` is the exact value at one. ``spectra`` holds one spectrum per rank, or none.
+    ``factors(kernels, ranks)`` returns factors that were fitted already, or None; ``note(ranks)`` is a note on the
+    fit for the user.
     """
 
     energy: float
@@ -52,14 +53,15 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Method:
-    """A decomposition: the functions that take kernels (groups, T, S, *kernel) apart, and the layers that run it.
+    """A decomposition: the functions that decompose kernels (groups, T, S, *kernel), and the layers that run it.
 
-    ``limits(kernels)`` are the largest ranks, ``analyse(kernels)`` what is known at all ranks,
-    ``factors(kernels, ranks)`` what ``from_factors`` of the layer takes. ``layers`` maps the exact type of a dense
-    layer, or its qualified name, to its factorized layer; ``refuses(module)`` says why one of these types is out
-    of the question, or returns an empty string. ``preset`` fills the ranks that an int does not set. ``out_rank``
-    is the place of the rank of the outputs, for whose basis U the rest of the decomposition is that of U^T K.
-    ``closed_form`` methods know their error at all ranks at once; the others fit.
+    ``limits(kernels)`` are the largest ranks, ``analyse(kernels)`` the errors at all ranks, and
+    ``factors(kernels, ranks)`` the factors for ``from_factors`` of the layer. ``layers`` maps the exact type of a
+    dense layer, or its qualified name, to its factorized layer; ``refuses(module)`` returns the reason why a layer
+    of one of these types is not supported, or an empty string. ``preset`` are default ranks, of which an int sets
+    only those that are None. ``out_rank`` is the index of the rank of the output mode, if that mode can be
+    projected on a basis U first and the rest of the decomposition applied to U^T K. ``closed_form`` methods know
+    their error at all ranks from one decomposition; the others are fitted at each.
     """
 
     name: str
@@ -74,19 +76,19 @@ class Method:
     closed_form: bool = True
 
     def layer_of(self, module: nn.Module) -> type[Factorized] | None:
-        """The factorized layer that stands for one of this type."""
+        """The type of the factorized layer for this layer, or None."""
         kind = type(module)
         return self.layers.get(kind) or self.layers.get(qualified_name(kind))
 
     def why_not(self, module: nn.Module) -> str:
-        """Why this method does not take a layer; empty where it does."""
+        """The reason why this method does not support a layer; an empty string if it does."""
         if self.layer_of(module) is None:
             return f"{self.name} is not for {type(module).__name__}"
         return self.refuses(module)
 
 
 def spatial(name: str) -> Refuses:
-    """Spatial convolutions: a kernel of size 1 is a matrix."""
+    """A condition: spatial convolutions only, because a 1x1 kernel is a matrix."""
 
     def refuses(module: Any) -> str:
         if set(module.kernel_size) != {1}:
@@ -97,7 +99,7 @@ def spatial(name: str) -> Refuses:
 
 
 def needs_two_axes(name: str, *, more: bool = False) -> Refuses:
-    """Kernels that are longer than 1 along two spatial axes, or ``more``."""
+    """A condition: kernels longer than 1 along exactly two spatial axes, or with ``more`` along at least two."""
 
     def refuses(module: Any) -> str:
         long = len(spatial_steps(module.kernel_size)) if set(module.kernel_size) != {1} else 0

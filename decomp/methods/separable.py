@@ -49,38 +49,38 @@ def shared_factors(kernels: Tensor, terms: int) -> tuple[Factors, float]:
 
 
 def _filters(tensor: Tensor, terms: int) -> tuple[list[Tensor], float]:
-    """CP of each (n, kh, kw) tensor; a long first mode is first written in an orthonormal basis of its columns."""
+    """CP of each (n, kh, kw) tensor; a long first mode is compressed to an orthonormal basis before."""
     flat = tensor.flatten(2)
     basis = None
     if flat.shape[1] > flat.shape[2]:
         basis, flat = torch.linalg.qr(flat)
-    found = fit_cp(flat.unflatten(2, tensor.shape[2:]), terms)
-    left, *spatial_factors = found.factors
-    return [left if basis is None else basis @ left, *spatial_factors], float(found.squared_errors.sum())
+    model = fit_cp(flat.unflatten(2, tensor.shape[2:]), terms)
+    left, *spatial_factors = model.factors
+    return [left if basis is None else basis @ left, *spatial_factors], float(model.squared_errors.sum())
 
 
 def _method(
     name: str,
     layer: type[Factorized],
     channel: int | None,
-    find: Callable[[Tensor, int], tuple[Factors, float]],
+    decompose: Callable[[Tensor, int], tuple[Factors, float]],
     refuses: Refuses,
 ) -> Method:
-    """``channel`` is the axis of the kernels that goes with the filters, None where it is both."""
+    """``channel`` is the axis of the kernels that is a mode of the CP along with the filters, None if both are."""
 
     def limits(kernels: Tensor) -> Ranks:
-        """Exact by slices: filters with a single one, or a single channel, whichever is less."""
+        """The rank at which the CP is exact, see :func:`most_terms`."""
         channels = kernels.shape[:3].numel() if channel is None else kernels.shape[channel]
         return (most_terms((channels, *as_tensor(kernels, split=True).shape[3:])),)
 
     def fit(kernels: Tensor, ranks: Ranks) -> Fit:
-        return Fit(*find(kernels, ranks[0]))
+        return Fit(*decompose(kernels, ranks[0]))
 
     def analyse(kernels: Tensor) -> Analysis:
         return fitted_analysis(kernels, [(terms,) for terms in range(1, limits(kernels)[0] + 1)], fit)
 
     def factors(kernels: Tensor, ranks: Ranks) -> Factors:
-        return find(kernels, ranks[0])[0]
+        return decompose(kernels, ranks[0])[0]
 
     layers = dict.fromkeys(CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS, layer)
     return Method(name, ("m",), layers, refuses, limits, analyse, factors, closed_form=False)

@@ -10,11 +10,11 @@ from decomp.methods.record import Analysis, Layers, Method, Ranks
 
 
 def refuses(module: nn.Module) -> str:
-    """A matrix: a linear layer, a 1x1 convolution, an embedding whose rows stay as they are."""
+    """Only matrices are supported: linear layers, 1x1 convolutions, embeddings without ``max_norm``."""
     if set(getattr(module, "kernel_size", (1,))) != {1}:
         return "svd is for matrices, this kernel is spatial: svd(fold=...) folds it to one"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "max_norm= changes its rows as they are read"
+        return "max_norm= changes its rows in forward"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Tensor train of a convolution kernel, and the asymmetric 3D decomposition: one without its first rank."""
+"""Tensor train of a convolution kernel, and the asymmetric 3D decomposition, a train whose first rank is full."""
 
 from functools import partial
 
@@ -51,8 +51,8 @@ def train_limits(kernels: Tensor) -> Ranks:
 def analyse_train(kernels: Tensor) -> Analysis:
     """Spectra of the three unfoldings S, S kh and T, and the error at a thinned grid of ranks.
 
-    The error^2 is at most the sum of what each unfolding discards (Oseledets 2011, theorem 2.2): a bound, except
-    for single ranks, where it is computed.
+    The error^2 is at most the sum of the tails of the three spectra (Oseledets 2011, theorem 2.2). The grid holds
+    this bound; at single ranks the exact error is computed.
     """
     asymmetric = analyse_asymmetric(kernels)
     spectra = (tucker.spectrum_of(kernels, 2), *asymmetric.spectra)
@@ -69,7 +69,7 @@ def analyse_train(kernels: Tensor) -> Analysis:
 
 
 def train_factors(kernels: Tensor, ranks: Ranks) -> Train:
-    """The train (G1, G2, G3, G4): the input mode by its leading basis, the rest by :func:`asymmetric_factors`.
+    """The train (G1, G2, G3, G4): HOSVD of the input mode, then :func:`asymmetric_factors`.
 
     >>> reduce, first, second, expand = train_factors(torch.randn(1, 8, 6, 3, 3), (4, 7, 5))
     >>> reduce.shape, first.shape, second.shape, expand.shape
@@ -80,7 +80,7 @@ def train_factors(kernels: Tensor, ranks: Ranks) -> Train:
         return asymmetric_factors(tensor, ranks[1:])
     basis = tucker.leading_basis(tensor, 2, ranks[0])
     projected = torch.einsum("gts...,gsa->gta...", tensor, basis)
-    # The middle rank cannot pass that of the projected kernel: the surplus columns are zero.
+    # The middle rank is at most that of the projected kernel; surplus channels are zero.
     middle = min(ranks[1], asymmetric_limits(projected)[0])
     _, first, second, expand = asymmetric_factors(projected, (middle, ranks[2]))
     missing = ranks[1] - middle
@@ -90,7 +90,7 @@ def train_factors(kernels: Tensor, ranks: Ranks) -> Train:
 
 
 def _train_error(kernels: Unchanged, ranks: Ranks) -> float:
-    """||K - K~||^2, by multiplying the train out."""
+    """||K - K~||^2, from the product of the train."""
     tensor = as_float64(kernels())
     reduce, first, second, expand = train_factors(tensor, ranks)
     rebuilt = torch.einsum("gtaj,gasi->gtsij", second, first)
@@ -109,7 +109,7 @@ def _fold(kernels: Tensor) -> Tensor:
 
 
 def _thinned(limit: int) -> Values:
-    """About so many ranks on a log scale, and the multiples of 8 next to them, which suit GPUs."""
+    """About ``RANKS_PER_MODE`` ranks on a log scale, and the nearest multiples of 8, efficient on GPUs."""
     ranks = np.geomspace(1, limit, RANKS_PER_MODE).round().astype(np.int64)
     eights = np.maximum(8 * np.round(ranks / 8).astype(np.int64), min(8, limit))
     return np.unique(np.concatenate([ranks, np.minimum(eights, limit)]))

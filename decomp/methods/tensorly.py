@@ -1,6 +1,6 @@
-"""Factors as TensorLy keeps them, and its decompositions as solvers of ours.
+"""Conversion of factors to TensorLy, and its decompositions as solvers.
 
-TensorLy is imported where it is used: it would take longer than the rest of ``import decomp``.
+TensorLy is imported on first use: it takes longer than the rest of ``import decomp``.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Solver: TypeAlias = Callable[..., Any]
 
 
 def by_tensorly(solver: Solver, kernel: Tensor, **arguments: Any) -> Any:
-    """Call a decomposition of TensorLy on a torch tensor; the backend of other threads and of the caller stays."""
+    """Call a decomposition of TensorLy on a torch tensor, with a backend that is local to this call and thread."""
     import tensorly
 
     with tensorly.backend_context("pytorch", local_threadsafe=True):
@@ -25,11 +25,11 @@ def by_tensorly(solver: Solver, kernel: Tensor, **arguments: Any) -> Any:
 def to_tensorly(layer: Factorized) -> list[Any]:
     """The factors of a Tucker-2 or CP layer as one ``TuckerTensor`` or ``CPTensor`` per group.
 
-    Each stands for the kernel (T, S, *kernel) of its group; the spatial modes of a Tucker-2, which have no
-    factors, get identities. For a CP with k x k filters the spatial modes are one of length k^2.
+    Each represents the kernel (T, S, *kernel) of its group. The spatial modes of a Tucker-2, which have no
+    factors, get identity matrices. A CP with k x k filters has one spatial mode of length k^2.
 
     Raises:
-        TypeError: the layer is neither.
+        TypeError: the layer is neither Tucker-2 nor CP.
 
     >>> from torch import nn
     >>> from tensorly import backend_context
@@ -45,7 +45,9 @@ def to_tensorly(layer: Factorized) -> list[Any]:
             return _tucker(layer)
         if isinstance(layer, CPConv):
             return _cp(layer)
-    raise TypeError(f"{type(layer).__name__} has no form in TensorLy: give a TuckerConv, CPConv or CP4Conv")
+    raise TypeError(
+        f"{type(layer).__name__} cannot be converted to TensorLy: give a TuckerConv, CPConv or CP4Conv"
+    )
 
 
 def _tucker(layer: Any) -> list[Any]:
@@ -54,13 +56,13 @@ def _tucker(layer: Any) -> list[Any]:
     cores = group_kernels(layer.core).detach()
     left = group_kernels(layer.expand).flatten(2).detach() if hasattr(layer, "expand") else None
     right = group_kernels(layer.reduce).flatten(2).mT.detach() if hasattr(layer, "reduce") else None
-    found = []
+    tensors = []
     for group, core in enumerate(cores):
         eyes = [torch.eye(length, dtype=core.dtype, device=core.device) for length in core.shape]
         first = eyes[0] if left is None else left[group]
         second = eyes[1] if right is None else right[group]
-        found.append(TuckerTensor((core, [first, second, *eyes[2:]])))
-    return found
+        tensors.append(TuckerTensor((core, [first, second, *eyes[2:]])))
+    return tensors
 
 
 def _cp(layer: Any) -> list[Any]:

@@ -121,7 +121,7 @@ def _core(tensor: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def tucker(*, solver: Solver | None = None) -> Method:
-    """The method; ``solver`` takes the place of HOOI: a function like ``tensorly.decomposition.partial_tucker``.
+    """The method; ``solver`` replaces HOOI: a function like ``tensorly.decomposition.partial_tucker``.
 
     It is called as ``solver(kernel, rank=[R4, R3], modes=[0, 1])`` on a float64 torch tensor (T, S, *kernel), with
     TensorLy's torch backend, and returns ``(core, [U, V])``, or that and the errors.
@@ -130,8 +130,8 @@ def tucker(*, solver: Solver | None = None) -> Method:
 
 
 def _solved(solver: Solver, kernels: Tensor, ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
-    found = [by_tensorly(solver, kernel, rank=list(ranks), modes=[0, 1]) for kernel in as_float64(kernels)]
-    cores, pairs = zip(*(each[0] if isinstance(each[0], tuple | list) else each for each in found), strict=True)
+    results = [by_tensorly(solver, kernel, rank=list(ranks), modes=[0, 1]) for kernel in as_float64(kernels)]
+    cores, pairs = zip(*(each[0] if isinstance(each[0], tuple | list) else each for each in results), strict=True)
     return torch.stack(cores), [torch.stack(factors) for factors in zip(*pairs, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""BatchNorm taken up by the layer in front of it."""
+"""Folding of BatchNorm into the layer before it."""
 
 import copy
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from decomp.network.flops import observe
 from decomp.network.forward import BATCH_NORMS
 from decomp.network.selection import Selector, select
 from decomp.network.surgery import check_model, hooks_of, refusal, shared_parameters, swap, walk
-from decomp.network.tracing import norms_behind
+from decomp.network.tracing import following_norms
 
 _LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 
@@ -31,26 +31,26 @@ def fold_batch_norm(
     """Return a copy of the model in which every BatchNorm that directly follows a layer is folded into it.
 
     W' = gamma / sqrt(var + eps) W and b' = gamma / sqrt(var + eps) (b - mean) + beta, per output channel: in eval
-    mode the output is the same within rounding, and an ``nn.Identity`` stands where the BatchNorm was. Fold before
-    a decomposition: the error of the weight then counts each output channel by the scale that the norm gives it,
-    and the norm costs nothing any more. A model that is to be trained end to end afterwards better keeps its
-    BatchNorm, which keeps the scales of layers apart from one another.
+    mode the output is the same up to rounding, and an ``nn.Identity`` replaces the BatchNorm. Fold before a
+    decomposition: the error of the weight is then weighted by the scale of each output channel, and the BatchNorm
+    no longer costs time. For a model that will be trained end to end afterwards, do not fold: BatchNorm makes its
+    training more stable.
 
-    What follows what is seen in one pass of ``example_inputs``. A BatchNorm is folded where it is called once, has
-    running statistics and is all that the output of a convolution, plain or transposed, or of a linear layer goes
-    to, with the channels on axis 1. Layers and norms that are tied, parametrized, pruned, hooked or read without
-    being called, and subclasses, are left as they are.
+    Which layer a BatchNorm follows is traced in one pass over ``example_inputs``. It is folded where it is
+    called once, has running statistics, and is the only consumer of the output of one linear layer or
+    convolution, plain or transposed, with the channels on axis 1. Layers and BatchNorms that are tied,
+    parametrized, pruned, hooked or read without being called are not changed, nor are instances of subclasses.
 
     Args:
-        model: any model; its train flags do not matter, and are kept.
-        example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a mapping.
+        model: any model; its train flags have no effect and do not change.
+        example_inputs: a batch as the model is called with: a tensor, a tuple or list of arguments, or a mapping.
         inplace: change the given model and return it.
         layers: which layers; see :func:`decomp.tucker`.
-        exclude: which of these to leave as they are.
+        exclude: which of these not to change.
 
     Raises:
         ValueError: no BatchNorm directly follows a layer, or a glob matches nothing.
-        TypeError: the model or the inputs are of no use.
+        TypeError: the model is compiled, scripted or wrapped, or cannot be called with ``example_inputs``.
 
     Source: Jacob et al. 2018, section 3.2; ``torch.nn.utils.fusion``.
 
@@ -62,10 +62,10 @@ def fold_batch_norm(
     """
     check_model(model)
     chosen = _chosen(model, layers, exclude)
-    behind = norms_behind(model, example_inputs, chosen)
-    refused = _refused(model, example_inputs, behind)
+    norm_of = following_norms(model, example_inputs, chosen)
+    refused = _refused(model, example_inputs, norm_of)
     new: dict[str, nn.Module] = {}
-    for name, norm_name in behind.items():
+    for name, norm_name in norm_of.items():
         if name not in refused:
             norm = model.get_submodule(norm_name)
             new[name] = _folded(chosen[name], norm)
@@ -73,37 +73,37 @@ def fold_batch_norm(
     if not new:
         reasons = "".join(f"; {name!r} stays: {reason}" for name, reason in list(refused.items())[:4])
         raise ValueError(
-            f"no BatchNorm directly follows a layer that can take it up{reasons}: go on with the model as it is "
-            "(example_inputs must reach the layers; fold before decomposing)"
+            f"no BatchNorm directly follows a layer into which it can be folded{reasons}: use the model unfolded "
+            "(example_inputs must reach the layers, and layers must not be decomposed yet)"
         )
     return swap(model, new, inplace=inplace)
 
 
 def _chosen(model: nn.Module, layers: Selector, exclude: Selector) -> dict[str, nn.Module]:
-    found = {name: module for name, module in walk(model, (Factorized,)) if isinstance(module, _LAYERS)}
-    names = set(found) if layers is None else select(layers, found, "layers")
+    dense = {name: module for name, module in walk(model, (Factorized,)) if isinstance(module, _LAYERS)}
+    names = set(dense) if layers is None else select(layers, dense, "layers")
     if exclude is not None and exclude != ():
-        names -= select(exclude, found, "exclude")
-    return {name: module for name, module in found.items() if name in names}
+        names -= select(exclude, dense, "exclude")
+    return {name: module for name, module in dense.items() if name in names}
 
 
-def _refused(model: nn.Module, example_inputs: Any, behind: Mapping[str, str]) -> dict[str, str]:
-    """The layers that a norm follows, but that must not take it up, and why."""
+def _refused(model: nn.Module, example_inputs: Any, norm_of: Mapping[str, str]) -> dict[str, str]:
+    """The layers whose following BatchNorm must not be folded into them, and why."""
     shared = shared_parameters(model)
     tied = {name.rpartition(".")[0] for names in shared.values() for name in names}
-    both = {name: model.get_submodule(name) for pair in behind.items() for name in pair}
+    both = {name: model.get_submodule(name) for pair in norm_of.items() for name in pair}
     read = observe(model, example_inputs, both).read if both else set()
     reasons = {}
-    for name, norm_name in behind.items():
+    for name, norm_name in norm_of.items():
         norm = both[norm_name]
         reason = refusal(both[name], shared) or hooks_of(norm)
         if type(both[name]) not in _LAYERS or type(norm) not in BATCH_NORMS:
             kinds = f"{type(both[name]).__name__} or {type(norm).__name__}"
-            reason = reason or f"{kinds} is a subclass of torch's layer: it may compute otherwise"
+            reason = reason or f"{kinds} is a subclass of torch's layer: its forward may differ"
         if norm_name in tied:
             reason = reason or f"the weight or bias of {norm_name!r} is tied"
         if name in read or norm_name in read:
-            reason = reason or "the model reads its weight, or that of its norm, without calling it"
+            reason = reason or "the model reads its weight, or that of its BatchNorm, without calling it"
         if reason:
             reasons[name] = reason
     return reasons
@@ -111,7 +111,7 @@ def _refused(model: nn.Module, example_inputs: Any, behind: Mapping[str, str]) -
 
 @torch.no_grad()
 def _folded(layer: nn.Module, norm: Any) -> nn.Module:
-    """Group by group, since torch folds into a transposed kernel of one group only."""
+    """Fold group by group, because torch supports only one group for transposed convolutions."""
     old: Any = layer
     transposed = is_input_first(layer)
     groups = old.groups if transposed else 1
@@ -124,7 +124,7 @@ def _folded(layer: nn.Module, norm: Any) -> nn.Module:
     ]
     weight, bias = (torch.cat(each) for each in zip(*parts, strict=True))
     new: Any = copy.deepcopy(layer)
-    # Over the old one, so that dtype, device and memory format stay.
+    # Copied into the old weight, which preserves dtype, device and memory format.
     new.weight.copy_(weight)
     trained = next((tensor for tensor in (old.bias, norm.bias) if tensor is not None), old.weight).requires_grad
     new.bias = nn.Parameter(bias.to(old.weight), requires_grad=trained)

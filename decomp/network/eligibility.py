@@ -1,4 +1,4 @@
-"""Which layers of a model can be decomposed at all, and why the others can not."""
+"""Which layers of a model can be decomposed, and why the others cannot."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -18,69 +18,69 @@ NEVER: dict[type[nn.Module], str] = {
     nn.RNNBase: "never decomposed: its fused kernels read packed weights",
     nn.RNNCellBase: "never decomposed: its fused kernels read packed weights",
     nn.MultiheadAttention: "never decomposed: its packed projections are read without being called",
-    nn.Bilinear: "never decomposed: no method takes three-way products",
+    nn.Bilinear: "never decomposed: no method supports three-way products",
 }
 ALREADY_FACTORIZED = "already factorized"
 ASK_FOR_EMBEDDINGS = "an embedding is decomposed only when asked for: layers=torch.nn.Embedding, or its name"
 
 
 @dataclass(frozen=True)
-class Site:
-    """One layer of the model, and why it is out of the question, if it is."""
+class Eligibility:
+    """A layer, and the reason why it cannot be decomposed; an empty string if it can."""
 
     module: nn.Module
     reason: str = ""
 
 
-def sites(
+def eligibility(
     model: nn.Module, kinds: Iterable[Any], why_not: WhyNot, layers: Selector, exclude: Selector
-) -> dict[str, Site]:
-    """Every layer that could be thought of, by its first name, in the order of ``named_modules``.
+) -> dict[str, Eligibility]:
+    """Every layer with a weight matrix or kernel, by its first name, in the order of ``named_modules``.
 
     Args:
         model: the model.
-        kinds: what can be decomposed: types of layers, and qualified names of types whose library need not be
+        kinds: what can be decomposed: types of layers, and qualified names of types of libraries that may not be
             installed.
-        why_not: the reason why no method takes a layer of these kinds, or an empty string.
+        why_not: returns the reason why no method supports a layer of these kinds, or an empty string.
         layers: which layers; see :func:`decomp.tucker`.
         exclude: which of these to leave out.
     """
     surgery.check_model(model)
-    return _selected(_sites(model, kinds, why_not), layers, exclude)
+    return _selected(_layers_of(model, kinds, why_not), layers, exclude)
 
 
 def eligible(
     model: nn.Module, kinds: Iterable[Any], layers: Selector = None, exclude: Selector = ()
 ) -> dict[str, nn.Module]:
-    """The layers of these kinds that a method could take, by name."""
-    found = sites(model, kinds, lambda name, module: "", layers, exclude)
-    return {name: site.module for name, site in found.items() if not site.reason}
+    """The layers of these kinds that can be decomposed, by name."""
+    every = eligibility(model, kinds, lambda name, module: "", layers, exclude)
+    return {name: entry.module for name, entry in every.items() if not entry.reason}
 
 
-def _sites(model: nn.Module, kinds: Iterable[Any], why_not: WhyNot) -> dict[str, Site]:
+def _layers_of(model: nn.Module, kinds: Iterable[Any], why_not: WhyNot) -> dict[str, Eligibility]:
     kinds = set(kinds)
     types = tuple(kind for kind in kinds if isinstance(kind, type))
     shared = surgery.shared_parameters(model)
-    found: dict[str, Site] = {}
+    entries: dict[str, Eligibility] = {}
     for name, module in surgery.walk(model, (Factorized, *NEVER)):
         never = next((reason for kind, reason in NEVER.items() if isinstance(module, kind)), "")
         if never:
-            found[name] = Site(module, never)
+            entries[name] = Eligibility(module, never)
         elif isinstance(module, Factorized):
-            found[name] = Site(module, ALREADY_FACTORIZED)
+            entries[name] = Eligibility(module, ALREADY_FACTORIZED)
         elif isinstance(module, types) or qualified_name(type(module)) in kinds:
             reason = surgery.refusal(module, shared) or _subclass(module, types)
-            found[name] = Site(module, reason or _depthwise(module) or why_not(name, module))
+            entries[name] = Eligibility(module, reason or _depthwise(module) or why_not(name, module))
         elif any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(False) if not is_lazy(p)):
-            found[name] = Site(module, f"no method takes {type(module).__name__}")
-    return found
+            entries[name] = Eligibility(module, f"no method supports {type(module).__name__}")
+    return entries
 
 
 def _subclass(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str:
     if type(module) in types or not isinstance(module, types):
         return ""
     kind = next(kind for kind in types if isinstance(module, kind))
-    return f"{type(module).__name__}, a subclass of {kind.__name__}: it may compute otherwise"
+    return f"{type(module).__name__}, a subclass of {kind.__name__}: its forward may differ"
 
 
 def _depthwise(module: nn.Module) -> str:
@@ -90,18 +90,18 @@ def _depthwise(module: nn.Module) -> str:
     return ""
 
 
-def _selected(sites: dict[str, Site], layers: Selector, exclude: Selector) -> dict[str, Site]:
-    """Mark what ``layers=`` leaves out and ``exclude=`` takes out, in that order."""
-    modules = {name: site.module for name, site in sites.items()}
+def _selected(entries: dict[str, Eligibility], layers: Selector, exclude: Selector) -> dict[str, Eligibility]:
+    """Give the layers that ``layers=`` does not select or ``exclude=`` selects a reason."""
+    modules = {name: entry.module for name, entry in entries.items()}
     if layers is None:
-        embeddings = {n for n, s in sites.items() if isinstance(s.module, nn.Embedding) and not s.reason}
-        sites = {n: replace(s, reason=ASK_FOR_EMBEDDINGS) if n in embeddings else s for n, s in sites.items()}
+        embeddings = {n for n, e in entries.items() if isinstance(e.module, nn.Embedding) and not e.reason}
+        entries = {n: replace(e, reason=ASK_FOR_EMBEDDINGS) if n in embeddings else e for n, e in entries.items()}
     else:
         chosen = select(layers, modules, "layers")
-        sites = {
-            n: s if n in chosen or s.reason else replace(s, reason="not among layers=") for n, s in sites.items()
+        entries = {
+            n: e if n in chosen or e.reason else replace(e, reason="not among layers=") for n, e in entries.items()
         }
     if exclude is not None and exclude != ():
         banned = select(exclude, modules, "exclude")
-        sites = {n: replace(s, reason="excluded") if n in banned else s for n, s in sites.items()}
-    return sites
+        entries = {n: replace(e, reason="excluded") if n in banned else e for n, e in entries.items()}
+    return entries

@@ -1,4 +1,4 @@
-"""What a forward pass does to the layers of a model: their calls, their MACs, and who reads their weights."""
+"""Calls and MACs of the layers of a model in one forward pass, and weights that are read outside their layer."""
 
 import math
 from collections import Counter
@@ -15,18 +15,18 @@ from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_
 
 
 class Call(NamedTuple):
-    """The shape of a layer's input in one call, and the output size that a transposed convolution was given."""
+    """One call of a layer: the shape of its input, and ``output_size=`` of a transposed convolution."""
 
     shape: tuple[int, ...]
     output_size: tuple[int, ...] | None = None
 
 
 @dataclass
-class Observation:
+class ForwardPass:
     """One forward pass: the calls and the MACs of each module, in the order of execution.
 
-    Modules that the batch never reaches are left out. ``total_macs`` counts the whole model. ``read`` are the
-    modules whose weight was used outside of their own forward, ``uncounted`` the operators whose MACs are not
+    Modules that are not called are left out. ``total_macs`` are the MACs of the whole model. ``read`` are the
+    modules whose weight is used outside of their own forward, ``uncounted`` the operators whose MACs are not
     known.
     """
 
@@ -112,9 +112,9 @@ def uncounted_note(operators: Mapping[str, int]) -> str:
     return f"not counted: {', '.join(calls)}"
 
 
-def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> Observation:
-    """Run one batch in eval mode without gradients and note what it does to ``modules``."""
-    seen = Observation()
+def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> ForwardPass:
+    """Run one batch in eval mode without gradients; return the calls and MACs of ``modules`` in it."""
+    result = ForwardPass()
     running: list[str] = []
     batch = to_device_of(model, batch)
 
@@ -123,38 +123,38 @@ def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> O
         received = positional[0] if positional else next(iter(keywords.values()), None)
         size = keywords.get("output_size", positional[1] if len(positional) > 1 else None)
         size = tuple(size) if isinstance(size, tuple | list) else None
-        seen.calls.setdefault(name, []).append(Call(tuple(getattr(received, "shape", ())), size))
+        result.calls.setdefault(name, []).append(Call(tuple(getattr(received, "shape", ())), size))
 
     def after(name: str) -> None:
         running.remove(name)
 
     weights = {id(module.weight): name for name, module in modules.items() if isinstance(_weight(module), Tensor)}
-    with MacCounter() as counter, _Reads(weights, running, seen.read):
-        macs = meter(model, batch, modules, lambda: counter.macs, before, after)
-    seen.macs = {name: int(value) for name, value in macs.items()}
-    seen.total_macs = counter.macs
-    seen.uncounted = counter.uncounted
-    return seen
+    with MacCounter() as counter, _Reads(weights, running, result.read):
+        macs = measure_per_module(model, batch, modules, lambda: counter.macs, before, after)
+    result.macs = {name: int(value) for name, value in macs.items()}
+    result.total_macs = counter.macs
+    result.uncounted = counter.uncounted
+    return result
 
 
-def meter(
+def measure_per_module(
     model: nn.Module,
     batch: Any,
     modules: Mapping[str, nn.Module],
     read: Callable[[], float],
-    enter: Callable[[str, tuple[Any, ...], dict[str, Any]], None] = lambda name, positional, keywords: None,
-    leave: Callable[[str], None] = lambda name: None,
+    on_enter: Callable[[str, tuple[Any, ...], dict[str, Any]], None] = lambda name, positional, keywords: None,
+    on_leave: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
-    """How far ``read()`` moves while each module runs in one pass, in eval mode without gradients.
+    """The increase of a counter or clock, ``read()``, while each module runs, summed over its calls in one pass.
 
-    The batch is on the device of the model.
+    The model runs in eval mode without gradients. The batch must be on its device.
     """
     spent: dict[str, float] = {}
     begun: dict[str, float] = {}
 
     def before(name: str) -> Any:
         def hook(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            enter(name, positional, keywords)
+            on_enter(name, positional, keywords)
             begun[name] = read()
 
         return hook
@@ -162,7 +162,7 @@ def meter(
     def after(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             spent[name] = spent.get(name, 0.0) + read() - begun[name]
-            leave(name)
+            on_leave(name)
 
         return hook
 
@@ -174,7 +174,7 @@ def meter(
 
 
 class _Reads(Unfused):
-    """Notes the weights that any torch function is given while their own layer is not running."""
+    """Records the weights that are arguments of a torch function while their own layer is not running."""
 
     def __init__(self, weights: Mapping[int, str], running: list[str], read: set[str]) -> None:
         super().__init__()

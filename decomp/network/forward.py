@@ -14,27 +14,27 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import TypeAliasType
 
 Batch = TypeAliasType("Batch", Tensor | Sequence[Any] | Mapping[str, Any])
-"""What a model is called with: a tensor is one argument, a tuple or list positional ones, a mapping keywords."""
+"""The arguments of a model: a tensor is one argument, a tuple or list positional ones, a mapping keywords."""
 
 Hook = Callable[..., Any]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def moving_norms(model: nn.Module) -> dict[str, Any]:
-    """The BatchNorm layers that keep statistics of what they saw, by name."""
+def norms_with_running_stats(model: nn.Module) -> dict[str, Any]:
+    """The BatchNorm layers with running statistics, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None}
 
 
-def slope_of_norm(variance: Tensor, eps: float, gamma: Tensor | None) -> Tensor:
-    """What a BatchNorm in eval mode multiplies each channel by: gamma / sqrt(var + eps), in float64."""
+def norm_scale(variance: Tensor, eps: float, gamma: Tensor | None) -> Tensor:
+    """The scale of each channel in a BatchNorm in eval mode: gamma / sqrt(var + eps), in float64."""
     scale = (variance.detach().to(torch.float64) + eps).rsqrt()
     return scale if gamma is None else scale * gamma.detach()
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode and give every module its own train flag back: BatchNorm must not move."""
+    """Run the block in eval mode, so that BatchNorm statistics do not change; then restore all train flags."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     try:
         for module, _ in flags:
@@ -49,14 +49,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def hooked(
     before: Iterable[tuple[nn.Module, Hook]] = (), after: Iterable[tuple[nn.Module, Hook]] = ()
 ) -> Iterator[None]:
-    """Run the block with forward hooks on modules; none is left afterwards, whatever fails.
+    """Run the block with forward hooks on modules; they are removed after it, also on an exception.
 
-    The hooks see the calls of this thread alone: another one may run the same modules at the same time.
+    The hooks run only for calls in this thread: others may run the same modules at the same time.
 
     Args:
         before: modules with a hook (module, args, kwargs) that runs before their forward.
-        after: modules with a hook (module, args, kwargs, output) that runs after it; what it returns, unless None,
-            takes the place of the output.
+        after: modules with a hook (module, args, kwargs, output) that runs after it; if it returns a value other
+            than None, that replaces the output.
     """
     thread = get_ident()
 
@@ -75,7 +75,7 @@ def call(model: nn.Module, batch: Any) -> Any:
     """Call ``model`` with a batch: a tensor is one argument, a tuple or list positional ones, a mapping keywords.
 
     Raises:
-        TypeError: the batch is none of these, or has more elements than the model takes.
+        TypeError: the batch is none of these, or does not fit the signature of the model.
     """
     positional, keywords = arguments(batch)
     try:
@@ -100,7 +100,7 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def floating(result: Any) -> list[Tensor]:
-    """The floating-point tensors of what a module returned: a tensor, containers of them, a dataclass."""
+    """The floating-point tensors in the output of a module: a tensor, nested containers, a dataclass."""
     if isinstance(result, Tensor):
         values: Any = result
     elif callable(getattr(result, "values", None)):
@@ -111,7 +111,7 @@ def floating(result: Any) -> list[Tensor]:
 
 
 def flat_output(result: Any) -> Tensor:
-    """Every floating-point tensor of what a model returned, as one vector."""
+    """The floating-point tensors in the output of a model, concatenated to one vector in float32."""
     return torch.cat([tensor.float().flatten() for tensor in floating(result)])
 
 
@@ -135,7 +135,7 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def describe(batch: Any) -> str:
-    """Say in a few words what a batch is."""
+    """A short description of a batch for error messages: its type and shapes."""
     if isinstance(batch, Tensor):
         return f"one tensor {tuple(batch.shape)}"
     if isinstance(batch, Mapping):
@@ -152,10 +152,10 @@ def _kind(value: Any) -> str:
 
 
 class Unfused(TorchFunctionMode):
-    """Makes torch's attention and encoder layers call their parts, in this block and thread.
+    """Disables the fused path of torch's attention and encoder layers, in this block and thread.
 
-    Their fused path, taken in eval mode without gradients, calls no submodule, so that hooks see nothing, and
-    flop counters count nothing. It is not taken where a torch function mode is active.
+    The fused path, used in eval mode without gradients, calls no submodule: hooks do not run, and flop counters
+    count nothing. torch does not use it while a torch function mode is active.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

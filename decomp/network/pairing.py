@@ -1,4 +1,4 @@
-"""The factorized layers of a network, or blocks of them, beside what they stand for in the dense one."""
+"""Pairs of factorized layers, or blocks of layers, and their counterparts in the dense network."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,9 +11,9 @@ from decomp.layers import Factorized
 def pairs_of(
     small: nn.Module, dense: nn.Module, layers: str | Sequence[str] | None = None
 ) -> dict[str, tuple[Factorized, nn.Module]]:
-    """The factorized layers of ``small`` and the layers of ``dense`` that they stand for, by name.
+    """The factorized layers of ``small`` with the layers of ``dense`` that they replace, by name.
 
-    ``layers`` are globs on the names of those that are wanted.
+    ``layers`` are globs on names that select some of them.
 
     Raises:
         ValueError: ``small`` has none, a glob matches none, or ``dense`` is another model.
@@ -28,17 +28,17 @@ def pairs_of(
         twin = known.get(name)
         shape = getattr(getattr(twin, "weight", None), "shape", None)
         if twin is None or isinstance(twin, Factorized) or shape != layer.dense_shape:
-            found = "nothing" if twin is None else type(twin).__name__ + f" with weight {shape}"
+            given = "nothing" if twin is None else type(twin).__name__ + f" with weight {shape}"
             raise ValueError(
-                f"layer {name!r}: dense has {found} where small has {type(layer).__name__} of weight "
+                f"layer {name!r}: dense has {given} where small has {type(layer).__name__} of weight "
                 f"{layer.dense_shape}: give the model that small was made from"
             )
     globs = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
     for glob in globs:
         if not any(matches(name, glob) for name in factorized):
             raise ValueError(f"layers={glob!r} matches no factorized layer; there are {some(list(factorized))}")
-    wanted = [name for name in factorized if any(matches(name, glob) for glob in globs)]
-    return {name: (factorized[name], known[name]) for name in wanted}
+    selected = [name for name in factorized if any(matches(name, glob) for glob in globs)]
+    return {name: (factorized[name], known[name]) for name in selected}
 
 
 def blocks_of(
@@ -47,15 +47,15 @@ def blocks_of(
     layers: Mapping[str, tuple[nn.Module, nn.Module]],
     blocks: str | Sequence[str] | None,
 ) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """The layers, with a block in place of those that lie inside of it: what globs match on the names of modules.
+    """The layers, with those inside a block replaced by the block, a module whose name matches one of ``blocks``.
 
-    Of nested modules the outermost one is the block.
+    Of nested matching modules the outermost is the block.
 
     Raises:
         ValueError: a glob matches no module, or no factorized layer lies in what it matches.
     """
     globs = [blocks] if isinstance(blocks, str) else list(blocks or ())
-    found: dict[str, tuple[nn.Module, nn.Module]] = {}
+    by_block: dict[str, tuple[nn.Module, nn.Module]] = {}
     for glob in globs:
         matching = [name for name, _ in small.named_modules() if name and matches(name, glob)]
         outermost = [name for name in matching if not any(name.startswith(f"{other}.") for other in matching)]
@@ -63,13 +63,13 @@ def blocks_of(
         if not holding:
             what = "holds a factorized layer" if matching else "has such a name"
             known = some([name for name, _ in small.named_children()])
-            raise ValueError(f"blocks={glob!r}: no module {what}; modules are {known}, and what lies in them")
-        found |= {name: (small.get_submodule(name), dense.get_submodule(name)) for name in holding}
-    nested = [name for name in found if any(name.startswith(f"{other}.") for other in found)]
+            raise ValueError(f"blocks={glob!r}: no module {what}; modules are {known}, and their submodules")
+        by_block |= {name: (small.get_submodule(name), dense.get_submodule(name)) for name in holding}
+    nested = [name for name in by_block if any(name.startswith(f"{other}.") for other in by_block)]
     if nested:
         raise ValueError(f"blocks={blocks!r}: block {nested[0]!r} lies in another block: leave one of them out")
-    single = {name: pair for name, pair in layers.items() if not any(_inside(name, block) for block in found)}
-    return found | single
+    single = {name: pair for name, pair in layers.items() if not any(_inside(name, block) for block in by_block)}
+    return by_block | single
 
 
 def _inside(layer: str, block: str) -> bool:

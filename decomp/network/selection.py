@@ -1,4 +1,4 @@
-"""Which layers a call is about: globs on names, types, or a predicate."""
+"""Selection of layers by globs on names, types, or a predicate."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,15 +28,15 @@ def select(selector: Selector, modules: Mapping[str, nn.Module], argument: str) 
     if isinstance(selector, tuple | list | set | frozenset):
         return set().union(*(select(part, modules, argument) for part in selector))
     if isinstance(selector, str):
-        found = {name for name in modules if matches(name, selector)}
+        names = {name for name in modules if matches(name, selector)}
     elif isinstance(selector, type):
-        found = {name for name, module in modules.items() if type(module) is selector}
+        names = {name for name, module in modules.items() if type(module) is selector}
     elif callable(selector):
         return {name for name, module in modules.items() if selector(name, module)}
     else:
         raise TypeError(
             f"{argument}={selector!r}: write a glob, a module type, a predicate (name, module), or several"
         )
-    if not found:
+    if not names:
         raise ValueError(f"{argument}={selector!r} matches no layer; layers are {some(list(modules))}")
-    return found
+    return names

@@ -1,4 +1,4 @@
-"""Swapping modules inside a model: which can be swapped, why the others can not, and the swap."""
+"""Replacement of modules inside a model, and the reasons why some cannot be replaced."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -18,10 +18,10 @@ _WRAPPERS = {
 
 
 def check_model(model: object) -> None:
-    """Refuse what no module can be swapped in: scripted, compiled and distributed models.
+    """Refuse models in which no module can be replaced: scripted, compiled and distributed ones.
 
     Raises:
-        TypeError: says which part it is and what to do instead.
+        TypeError: the message names the part, and what to do instead.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is needed, not {type(model).__name__}")
@@ -37,7 +37,7 @@ def check_model(model: object) -> None:
 
 
 def names_of(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Every module once, with all the names it goes by, in the order of ``named_modules``."""
+    """Every module once, with all its names, in the order of ``named_modules``."""
     names: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), (module, []))[1].append(name)
@@ -45,7 +45,7 @@ def names_of(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
 
 
 def walk(model: nn.Module, closed: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by their first name, without what lies inside of a module of a closed type."""
+    """Modules by their first name, without the submodules of modules of the closed types."""
     inside: list[str] = []
     for module, names in names_of(model):
         if any(names[0].startswith(prefix) for prefix in inside):
@@ -56,10 +56,10 @@ def walk(model: nn.Module, closed: tuple[type[nn.Module], ...]) -> Iterator[tupl
 
 
 def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool = True) -> str:
-    """Return why this layer must not be swapped, or an empty string.
+    """Return the reason why this layer must not be replaced, or an empty string.
 
-    ``shared`` is what :func:`shared_parameters` found. A swap would drop hooks, parametrizations and pruning
-    masks, and untie weights that another layer uses as well.
+    ``shared`` is the result of :func:`shared_parameters`. Replacement would drop hooks, parametrizations and
+    pruning masks, and untie weights that another layer uses too.
     """
     own = dict(module.named_parameters(recurse=False))
     if any(is_lazy(parameter) for parameter in own.values()):
@@ -81,7 +81,7 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
 
 
 def _held_by_torch(module: Any) -> str:
-    """What torch's own utilities keep on a layer, and the call that takes it off."""
+    """A reparametrization by one of torch's utilities, and the call that removes it; or an empty string."""
     if parametrize.is_parametrized(module):
         return "parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     if hasattr(module, "weight_g"):
@@ -94,7 +94,7 @@ def _held_by_torch(module: Any) -> str:
 
 
 def hooks_of(module: nn.Module) -> str:
-    """Return what a swap of this module would drop that was hung on it, or an empty string."""
+    """Return which hooks or patches of this module a replacement would drop, or an empty string."""
     own = dict(module.named_parameters(recurse=False))
     tensor_hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
     on_module = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
@@ -122,20 +122,20 @@ def _odd_weight(weight: nn.Parameter, needs_values: bool) -> str:
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """Parameters that several modules hold: their memory, and the names that they go by."""
+    """Parameters that several modules share: all their names, by memory address."""
     names: dict[int, list[str]] = {}
     for module, aliases in names_of(model):
         for name, parameter in module.named_parameters(recurse=False):
             if not is_lazy(parameter) and parameter.numel():
                 names.setdefault(_memory(parameter), []).append(f"{aliases[0]}.{name}".lstrip("."))
-    return {memory: found for memory, found in names.items() if len(found) > 1}
+    return {memory: shared for memory, shared in names.items() if len(shared) > 1}
 
 
 def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn.Module:
-    """Return ``model``, or a deep copy of it, with the named modules replaced under every name they go by.
+    """Return ``model``, or a deep copy of it, with the named modules replaced, under all their names.
 
-    The weights of replaced layers are never copied. Parents that would read a weight instead of calling the
-    layer are told to call it.
+    The weights of replaced layers are never copied. Fused paths that would read the weight of a replaced layer
+    instead of calling it are disabled.
 
     Raises:
         ValueError: the model is itself the layer and ``inplace`` is true.
@@ -143,16 +143,18 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
     """
     old = {name: model.get_submodule(name) for name in new}
     if not inplace:
-        # deepcopy takes what the memo holds for an object that it has seen before: the swap is the copy.
+        # deepcopy uses the memo's entry for an object in place of a copy: that is the replacement.
         memo: dict[int, Any] = {id(module): new[name] for name, module in old.items()}
         try:
             model = copy.deepcopy(model, memo)
         except Exception as error:
-            raise TypeError(f"the model cannot be copied ({error}): inplace=True changes the one given") from error
+            raise TypeError(
+                f"the model cannot be copied ({error}): write inplace=True to change the given model"
+            ) from error
     else:
         if "" in new:
             raise ValueError(
-                "the model is itself the layer to replace: leave inplace=True out and take the result"
+                "the model is itself the layer to replace: leave inplace=True out and use the returned layer"
             )
         replacement = {id(module): new[name] for name, module in old.items()}
         _require_no_alias(model, replacement)
@@ -165,7 +167,7 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
 
 
 def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
-    """A plain list or dict of a module that holds a layer would go on calling the old one."""
+    """Refuse layers in a plain list or dict of a module, which would still call the replaced layer."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -175,7 +177,7 @@ def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> No
 
 
 def _call_children(model: nn.Module, new: set[int]) -> None:
-    """Turn off the fused path of transformer encoders that hold a new layer: it would read dense weights."""
+    """Disable the fused path of transformer encoders with a new layer, because it reads dense weights."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _holds(module, new):
             module.activation_relu_or_gelu = 0
@@ -183,8 +185,8 @@ def _call_children(model: nn.Module, new: set[int]) -> None:
             module.use_nested_tensor = False  # nested tensors run on the fused path alone
 
 
-def _holds(module: nn.Module, wanted: set[int]) -> bool:
-    return any(id(child) in wanted for child in module.modules())
+def _holds(module: nn.Module, ids: set[int]) -> bool:
+    return any(id(child) in ids for child in module.modules())
 
 
 def _memory(parameter: nn.Parameter) -> int:

@@ -1,4 +1,4 @@
-"""Which normalization and activation follow a layer, seen in one forward pass of any model."""
+"""The normalization and activation that follow each layer, traced in one forward pass of any model."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from decomp.network.forward import call, evaluating, floating, hooked, moving_norms, to_device_of
+from decomp.network.forward import call, evaluating, floating, hooked, norms_with_running_stats, to_device_of
 
 _NORMALIZATIONS = {
     getattr(functional, name)
@@ -30,19 +30,19 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Step:
-    """A torch function that a tensor goes through, with what else it was called with."""
+    """A torch function applied to a tensor, with its other arguments."""
 
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The clone keeps functions that work in place from changing what they are given."""
+        """Apply the function to a clone, so that in-place functions do not change the tensor."""
         result: Tensor = self.func(tensor.clone(), *self.args, **self.kwargs)
         return result
 
     def arguments(self) -> dict[str, Any]:
-        """What a function written in Python was called with, by name, the tensor left out."""
+        """The arguments of a function written in Python, by name, without the tensor."""
         bound = inspect.signature(self.func).bind(None, *self.args, **self.kwargs)
         bound.apply_defaults()
         return dict(list(bound.arguments.items())[1:])
@@ -50,9 +50,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Tail:
-    """The functions that the output of a layer goes through: at most a normalization, an activation.
+    """The functions applied to the output of a layer: a normalization, activations, or neither.
 
-    ``calls`` is how often the layer was called in the pass that they were seen in.
+    ``calls`` is how often the layer was called in the traced pass.
     """
 
     steps: tuple[Step, ...] = ()
@@ -65,11 +65,11 @@ class Tail:
 
 
 def tails(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:
-    """Return what the output of each layer goes through.
+    """Return the functions that are applied to the output of each layer.
 
-    A tail ends where the tensor goes anywhere else as well, so that nothing downstream sees more than the tail
-    gives; a layer that is called several times, or gives more than a tensor, has an empty one. Layers that the
-    batch never reaches are left out. The model runs in eval mode, without gradients.
+    A tail ends where a tensor has a second consumer, so that the rest of the network depends only on the output of
+    the tail. It is empty for a layer that is called several times, or does not return a single tensor. Layers that
+    are not called are left out. The model runs in eval mode, without gradients.
     """
     watch = _Watch()
     hooks = [(module, watch.begin(name)) for name, module in layers.items()]
@@ -80,12 +80,12 @@ def tails(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict
     }
 
 
-def norms_behind(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return for each layer that feeds a BatchNorm with running statistics, and nothing else, the name of that.
+def following_norms(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return, by layer, the name of the BatchNorm with running statistics that is the only consumer of its output.
 
-    Both are called once, and what the norm scales (axis 1) are the output channels of the layer.
+    Both are called once, and axis 1, which the BatchNorm scales, holds the output channels of the layer.
     """
-    norms = moving_norms(model)
+    norms = norms_with_running_stats(model)
     axes: dict[str, list[int]] = {name: [] for name in norms}
 
     def count(name: str) -> Any:
@@ -95,19 +95,19 @@ def norms_behind(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) 
         return hook
 
     with hooked(before=[(norm, count(name)) for name, norm in norms.items()]):
-        found = tails(model, batch, layers)
+        tail_of = tails(model, batch, layers)
     named = {id(norm.running_mean): name for name, norm in norms.items()}
-    behind = {}
-    for name, tail in found.items():
+    following = {}
+    for name, tail in tail_of.items():
         if tail.steps and tail.steps[0].func is functional.batch_norm:
             norm = named.get(id(tail.steps[0].arguments()["running_mean"]), "")
             if axes.get(norm) == [len(getattr(layers[name], "kernel_size", ())) + 2]:
-                behind[name] = norm
-    return behind
+                following[name] = norm
+    return following
 
 
 class _Path:
-    """The output of a layer and what became of it: ``steps[i]`` made ``tensors[i + 1]`` of ``tensors[i]``."""
+    """The output of a layer and the steps after it: ``steps[i]`` maps ``tensors[i]`` to ``tensors[i + 1]``."""
 
     def __init__(self, output: Any) -> None:
         self.closed = not isinstance(output, Tensor)
@@ -115,8 +115,8 @@ class _Path:
         self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self.calls = 1
 
-    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        # An activation in place returns the tensor that it was given: only its latest place counts.
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        # An in-place activation returns its argument, which then stands at two positions: the later one is right.
         latest = {id(tensor): place for place, tensor in enumerate(self.tensors)}
         given = (*args, *kwargs.values())
         used = [place for place in latest.values() if _among(self.tensors[place], given)]
@@ -132,14 +132,14 @@ class _Path:
             self.closed = True
 
     def end(self, leaves: Iterable[Any]) -> None:
-        """What the model gives away is seen by whoever called it."""
+        """Cut the path at tensors that the model returns: the caller is another consumer of them."""
         latest = {id(tensor): place for place, tensor in enumerate(self.tensors)}
         given = [place for place in latest.values() if _among(self.tensors[place], leaves)]
         if given:
             del self.steps[min(given) :], self.tensors[min(given) + 1 :]
 
     def called_again(self) -> None:
-        """Each call may be followed by other functions: no tail then."""
+        """Close the path: another call may be followed by other functions."""
         self.calls += 1
         self.steps.clear()
         del self.tensors[1:]
@@ -168,7 +168,7 @@ class _Watch(TorchFunctionMode):
         return hook
 
     def end(self, result: Any) -> None:
-        """Take in what the model returns."""
+        """Cut all paths at the tensors that the model returns."""
         leaves = floating(result)
         for path in self.paths.values():
             path.end(leaves)
@@ -177,7 +177,7 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         for path in self.paths.values():
-            path.see(func, args, kwargs, result)
+            path.record(func, args, kwargs, result)
         return result
 
 

@@ -1,1 +1,1 @@
-"""The decision: candidates and their costs, budgets, the plan, and what is built of it."""
+"""Plans: candidates and their costs, budgets, the choice of methods and ranks, and the layers built from it."""

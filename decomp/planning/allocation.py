@@ -1,4 +1,4 @@
-"""Allocation under a budget: one option per layer so that the sum of losses is least and the costs fit.
+"""Allocation under a budget: one option per layer with the least sum of losses and a bounded sum of costs.
 
 The multiple-choice knapsack problem. Sources: Zhang et al. 2016, section 3.2.3 (product of energies, greedy);
 Idelbayev and Carreira-Perpinan 2020 (Lagrangian); Liebenwein et al. 2021, section 3 (min-max, ALDS).
@@ -19,18 +19,18 @@ FEWEST_NEIGHBOURS = 9
 
 
 class BudgetTooSmall(ValueError):
-    """No choice of options fits; ``least`` is the smallest sum of costs that can be reached."""
+    """No choice of options fits the budget; ``least`` is the smallest possible sum of costs."""
 
     def __init__(self, least: float) -> None:
-        super().__init__(f"the least that can be reached is {least}")
+        super().__init__(f"the smallest possible cost is {least}")
         self.least = least
 
 
 @dataclass(frozen=True)
 class Front:
-    """The options of one layer that no other one beats in both cost and loss, by rising cost and falling loss.
+    """The Pareto front of one layer's options, by rising cost and falling loss.
 
-    ``places`` are their indices among all options; ``hull`` those of the front that lie on its lower hull.
+    ``places`` are indices into all options; ``hull`` are indices into the front of its lower convex hull.
     """
 
     costs: Values
@@ -40,7 +40,7 @@ class Front:
 
     @classmethod
     def of(cls, costs: Values, losses: Values) -> "Front":
-        """Sort out the options that are beaten."""
+        """Select the options that no other dominates in cost and loss."""
         order = np.lexsort((losses, costs))
         falling = np.minimum.accumulate(losses[order])
         places = order[np.concatenate([[True], falling[1:] < falling[:-1]])]
@@ -50,9 +50,9 @@ class Front:
 def allocate(fronts: Sequence[Front], budget: float) -> list[int]:
     """Return one index per layer among all its options: least sum of losses, sum of costs at most ``budget``.
 
-    The Lagrangian solution on the hulls; then dynamic programming over the options around it (over all of
-    them where they are few) with the cost in bins, rounded up so that the budget holds; then what is left is
-    spent where it gains most.
+    The Lagrangian solution on the hulls; then dynamic programming over the options around it (over all of them if
+    there are few), with costs rounded up to bins so that the budget holds; then the rest of the budget is spent
+    greedily, on the largest reduction of the loss per cost.
 
     >>> costs = np.array([1.0, 2.0, 4.0])
     >>> allocate([Front.of(costs, np.array([9.0, 4.0, 1.0])), Front.of(costs, np.array([3.0, 2.0, 1.0]))], 5.0)
@@ -63,7 +63,7 @@ def allocate(fronts: Sequence[Front], budget: float) -> list[int]:
     """
     _require_room(fronts, budget)
     chosen = _lagrangian(fronts, budget)
-    # A layer that can cost much more than others is where the budget is won or lost: it gets more options.
+    # Layers with a wide range of costs decide most of the budget: they get more options.
     ranges = np.array([front.costs[-1] - front.costs[0] for front in fronts])
     counts = FEWEST_NEIGHBOURS + (TABLE_ROWS * ranges / max(float(ranges.sum()), 1e-300)).astype(np.int64)
     nearby = [_neighbours(*each) for each in zip(fronts, chosen, counts.tolist(), strict=True)]
@@ -74,19 +74,19 @@ def allocate(fronts: Sequence[Front], budget: float) -> list[int]:
 
 
 def allocate_quickly(fronts: Sequence[Front], budget: float) -> list[int]:
-    """Like :func:`allocate` without the dynamic programming: within a step of the best, and in a few milliseconds.
+    """Like :func:`allocate` without the dynamic programming: nearly optimal, in a few milliseconds.
 
     Raises:
         BudgetTooSmall: even the cheapest options do not fit.
     """
     _require_room(fronts, budget)
-    # Where the next step of a layer is large (to dense, say), a part of it may be worth more than all others.
-    ways = [_fill(fronts, _lagrangian(fronts, budget, onward=onward), budget) for onward in (True, False)]
-    return _places(fronts, min(ways, key=lambda chosen: _total(fronts, chosen, "losses")))
+    # If a large step of one layer (to dense, for instance) does not fit, smaller steps of it may.
+    solutions = [_fill(fronts, _lagrangian(fronts, budget, onward=onward), budget) for onward in (True, False)]
+    return _places(fronts, min(solutions, key=lambda chosen: _total(fronts, chosen, "losses")))
 
 
 def allocate_minmax(fronts: Sequence[Front], budget: float) -> list[int]:
-    """Return one index per layer: least maximum of the losses within ``budget``, then what else it pays for.
+    """Return one index per layer: the least maximum of the losses within ``budget``; the rest is spent greedily.
 
     Raises:
         BudgetTooSmall: even the cheapest options do not fit.
@@ -128,7 +128,10 @@ def _lower_hull(costs: Values, losses: Values) -> Indices:
 
 
 def _lagrangian(fronts: Sequence[Front], budget: float, *, onward: bool = True) -> list[int]:
-    """Walk down all hulls at once, the steepest segment first; where one does not fit its layer stops, or all."""
+    """Take segments of all hulls, the steepest first, while they fit into the budget.
+
+    With ``onward`` a segment that does not fit ends only the walk of its own layer, else of all layers.
+    """
     layers = np.concatenate([np.full(len(front.hull) - 1, layer) for layer, front in enumerate(fronts)])
     costs = np.concatenate([np.diff(front.costs[front.hull]) for front in fronts])
     gains = np.concatenate([-np.diff(front.losses[front.hull]) for front in fronts])
@@ -149,7 +152,7 @@ def _lagrangian(fronts: Sequence[Front], budget: float, *, onward: bool = True) 
 
 
 def _neighbours(front: Front, place: int, count: int) -> Indices:
-    """About ``count`` options: those beside one, the ends of its hull segments, first and last, some spread."""
+    """About ``count`` options around ``place``: neighbours, adjacent hull points, both ends, some in between."""
     total = len(front.costs)
     if total <= count:
         return np.arange(total)
@@ -163,7 +166,7 @@ def _neighbours(front: Front, place: int, count: int) -> Indices:
 
 
 def _knapsack(fronts: Sequence[Front], nearby: list[Indices], budget: float) -> list[int]:
-    """Least loss for every number of bins spent above the cheapest of the options nearby."""
+    """Dynamic programming: the least loss for every cost, in bins above the sum of the cheapest nearby options."""
     least = float(sum(front.costs[places[0]] for front, places in zip(fronts, nearby, strict=True)))
     scale = BINS / (budget - least) if budget > least else 0.0
     value = np.zeros(BINS + 1)
@@ -194,7 +197,7 @@ def _knapsack(fronts: Sequence[Front], nearby: list[Indices], budget: float) -> 
 
 
 def _fill(fronts: Sequence[Front], chosen: list[int], budget: float) -> list[int]:
-    """Upgrade the layer that gains most per cost until nothing more fits."""
+    """Repeatedly upgrade the layer with the largest loss reduction per cost, until no upgrade fits."""
     chosen = list(chosen)
     left = budget - _total(fronts, chosen, "costs")
     while True:

@@ -1,4 +1,4 @@
-"""The arguments that calls share: what is decided about, from which data, and what happens afterwards."""
+"""Arguments that the public calls share: selection of layers, data, budgets, application of plans."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypedDict
@@ -13,13 +13,13 @@ from decomp.network.selection import Selector
 from decomp.planning.cost import Bounds
 
 Data = TypeAliasType("Data", Iterable[Any] | Statistics)
-"""Batches, or what :func:`decomp.calibrate` made of them."""
+"""Batches, or the statistics of them from :func:`decomp.calibrate`."""
 Inputs = TypeAliasType("Inputs", Callable[[Any], Batch])
-"""What a model is called with, from a batch of the user's data."""
+"""A function that returns the arguments of the model for a batch of the user's data."""
 
 
 class Selection(TypedDict, total=False):
-    """Which layers a call is about, and from which data."""
+    """Which layers are decomposed, and with which data."""
 
     layers: Annotated[
         Selector,
@@ -27,13 +27,13 @@ class Selection(TypedDict, total=False):
             None, "which layers: a glob on names, an exact type, a predicate (name, module) -> bool, or several."
         ),
     ]
-    exclude: Annotated[Selector, Argument((), "which of these stay dense, written likewise.")]
+    exclude: Annotated[Selector, Argument((), "which of these stay dense, in the same forms.")]
     data: Annotated[
         Data | None,
         Argument(
             None,
-            "batches as the model is called with, or what :func:`decomp.calibrate` made of them. The factors "
-            "then minimize the error of each layer's output on them, and energy, error and budgets are about "
+            "batches as the model is called with, or the result of :func:`decomp.calibrate`. The factors then "
+            "minimize the error of each layer's output on them, and the rules energy and error and budgets use "
             "that error.",
         ),
     ]
@@ -41,28 +41,28 @@ class Selection(TypedDict, total=False):
         Inputs | None,
         Argument(
             None,
-            "what the model is called with, from a batch of ``data``: ``lambda batch: batch[0]`` where labels "
-            "come with it.",
+            "returns the arguments of the model for a batch of ``data``: ``lambda batch: batch[0]`` for "
+            "(input, label) pairs.",
         ),
     ]
     progress: Annotated[bool | None, Argument(None, "show progress bars; by default where there is a terminal.")]
 
 
 class Scope(Selection, total=False):
-    """What a plan is about, and what it may look at."""
+    """The selection of layers and data, and an example for the sizes of inputs."""
 
     example_inputs: Annotated[
         Batch | None,
         Argument(
             None,
-            "a batch as the model is called with, to count MACs at its sizes. Without it they are those of a "
-            "batch of ``data``, or else MACs are compared in the limit of large inputs.",
+            "a batch as the model is called with, whose sizes determine the MACs. By default a batch of ``data``; "
+            "without both, MACs are shares in the limit of large inputs.",
         ),
     ]
 
 
 class Application(TypedDict, total=False):
-    """What happens when a plan is applied."""
+    """How a plan is applied."""
 
     finetune: Annotated[
         bool | Mapping[str, Any],
@@ -76,52 +76,51 @@ class Application(TypedDict, total=False):
         bool,
         Argument(
             False,
-            "decompose layer after layer, each for the inputs that it gets in the network compressed so far and "
-            "for the outputs of the dense one (Zhang et al. 2016, section 3.3); with ``finetune`` it is trained "
-            "before the next one is decomposed. Takes a pass over ``data`` per layer, several where it is large.",
+            "decompose layer after layer, each for its inputs in the network compressed so far and its outputs in "
+            "the dense one (Zhang et al. 2016, section 3.3); with ``finetune`` each is trained before the next is "
+            "decomposed. Needs one pass over ``data`` per layer, or several if ``data`` is large.",
         ),
     ]
     inplace: Annotated[
-        bool, Argument(False, "change ``model`` itself. Every factor is computed before the first swap.")
+        bool,
+        Argument(False, "change ``model`` itself; all factors are computed before the first layer is replaced."),
     ]
 
 
 class BudgetArguments(Bounds, total=False):
-    """How much of which cost, and how it is spent."""
+    """The budget, and how it is distributed over the layers."""
 
     methods: Annotated[
         str | Sequence[str | Method],
         Argument(
             "auto",
-            'rows of the table of methods to choose among; "auto" are svd and tucker, which know their error at '
-            "all "
-            "ranks at once.",
+            'methods to choose from, names of rows of ``decomp.methods.METHODS``; "auto" is svd and tucker, whose '
+            "error is known at all ranks from one decomposition.",
         ),
     ]
     objective: Annotated[
         str,
         Argument(
             "auto",
-            '"product" of the shares of energy kept (Zhang et al. 2016, section 3.2.3); "sum" of squared '
-            'relative errors; "max", the largest relative error of a layer (Liebenwein et al. 2021); "network", '
-            "the sum of what the "
-            "errors do to the network, known where ``data`` comes from ``calibrate(..., loss=)``. "
-            '"auto" is "network" where that is known, else "product".',
+            '"product": maximize the product of the shares of energy that the layers retain (Zhang et al. 2016, '
+            'section 3.2.3); "sum": minimize the sum of squared relative errors; "max": minimize the largest '
+            'relative error of a layer (Liebenwein et al. 2021); "network": minimize the sum of squared errors, '
+            "each weighted by the sensitivity of the network to it, which needs ``data`` from "
+            '``calibrate(..., loss=)``. "auto" is "network" if the sensitivity is known, else "product".',
         ),
     ]
-    multiple_of: Annotated[int, Argument(1, "ranks are multiples of it, or full; 8 suits GPUs.")]
+    multiple_of: Annotated[int, Argument(1, "ranks are multiples of it, or full; 8 is efficient on GPUs.")]
     weights: Annotated[
         Mapping[str, float] | None,
         Argument(
             None,
-            "how much the error of a layer counts, by name; 1 where it says nothing. See "
-            ":func:`decomp.sensitivity`.",
+            "weights of the layers' losses, by name, 1 by default: from :func:`decomp.sensitivity`, for instance.",
         ),
     ]
 
 
 class CallArguments(Scope, Application, total=False):
-    """The arguments of a call that plans by rank rules and applies: ``decomp.tucker`` and the others."""
+    """The arguments of a call that plans by rank rules and applies the plan, as :func:`decomp.tucker` does."""
 
 
 class PlanArguments(MethodOptions, BudgetArguments, Scope, total=False):

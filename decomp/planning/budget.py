@@ -1,4 +1,4 @@
-"""A budget over the whole network: the method and the ranks of all layers together."""
+"""A budget for the whole network: methods and ranks of all layers are chosen together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,12 +21,12 @@ Values = NDArray[np.float64]
 
 
 class OutOfReach(ValueError):
-    """No choice of ranks keeps the budget; the message says what can be kept."""
+    """No choice of ranks meets the budget; the message gives the smallest possible cost."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is made least: a loss of the squared relative error of each layer, and how the losses add up."""
+    """An objective: the loss of a layer from its squared relative error, and the allocation that minimizes it."""
 
     loss: Callable[[Values], Values]
     allocate: Callable[[Sequence[Front], float], list[int]]
@@ -42,7 +42,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """A bound on a kind of cost of the whole model: an amount, or a share of what the dense model costs."""
+    """An upper bound on a kind of cost of the whole model: an amount, or a share of the dense model's cost."""
 
     kind: str
     value: float
@@ -52,7 +52,7 @@ class Budget:
         """The one bound that is given; None if none is.
 
         Raises:
-            ValueError: there are several, or the value is out of range.
+            ValueError: more than one is given, or the value is out of range.
         """
         given = {kind: value for kind, value in bounds.items() if value is not None}
         if len(given) > 1:
@@ -69,7 +69,7 @@ class Budget:
 
     @property
     def is_share(self) -> bool:
-        """Whether it is a share of what the dense model costs."""
+        """Whether the value is a share of the dense model's cost."""
         return self.kind in COUNTED and isinstance(self.value, float)
 
     def absolute(self, total: float) -> float:
@@ -79,9 +79,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Request:
-    """What a plan under a budget was asked for; the plan keeps it, so that another budget is spent likewise.
+    """The arguments of a plan under a budget. The plan stores them, as defaults for its next budget.
 
-    ``methods`` are names of rows of the table of methods, or of the user's own methods.
+    ``methods`` are names of rows of ``decomp.methods.METHODS``, or of the user's own methods.
     """
 
     budget: Budget | None = None
@@ -104,8 +104,8 @@ class Request:
             if not isinstance(weight, Real) or not 0 <= weight < inf:
                 raise ValueError(f"weights: {name!r} has {weight!r}; write a finite number of at least 0")
 
-    def settled(self, layers: Mapping[str, Sequence[Candidate]]) -> "Request":
-        """The request with the objective that "auto" stands for with these layers.
+    def resolved(self, layers: Mapping[str, Sequence[Candidate]]) -> "Request":
+        """The request with "auto" replaced by the objective that it means for these layers.
 
         Raises:
             ValueError: the objective needs the sensitivity of the network's output, which was not measured.
@@ -129,37 +129,37 @@ class Request:
         return replace(self, objective="network")
 
     def to_dict(self) -> dict[str, Any]:
-        """The request as JSON can hold it."""
+        """The request as a dict for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> "Request":
-        """Read a request back."""
+        """Read a request from the dict of :meth:`to_dict`."""
         budget = None if entry["budget"] is None else Budget(**entry["budget"])
         return cls(**{**entry, "budget": budget, "methods": tuple(entry["methods"])})
 
 
 def _losses(candidate: Candidate, squared: Values, objective: str) -> Values:
-    """What an objective, other than "auto", makes of squared relative errors."""
+    """The losses of a candidate under an objective, other than "auto", for squared relative errors."""
     scale = candidate.importance if objective == "network" else 1.0
     return cast(float, scale) * OBJECTIVES[objective].loss(squared)
 
 
 def fixed_cost(
-    kind: str, layers: Mapping[str, Sequence[Candidate]], total: float, settled: Mapping[str, Choice]
+    kind: str, layers: Mapping[str, Sequence[Candidate]], total: float, fixed_choices: Mapping[str, Choice]
 ) -> float:
-    """What the model costs beside ``layers``, with the savings of those that are settled."""
+    """The cost of the model outside of ``layers``, with the layers of ``fixed_choices`` as chosen."""
     fixed = total - sum(candidates[0].dense_cost(kind) for candidates in layers.values())
-    if kind not in COUNTED:  # a model is timed as it is now, with what was factorized earlier
+    if kind not in COUNTED:  # the model was timed with its layers as factorized now
         return fixed
-    return fixed - float(sum(choice.saved(kind) for choice in settled.values()))
+    return fixed - float(sum(choice.saved(kind) for choice in fixed_choices.values()))
 
 
 def spend(
     layers: Mapping[str, Sequence[Candidate]],
     budget: Budget,
     total: float,
-    settled: Mapping[str, Choice],
+    fixed_choices: Mapping[str, Choice],
     request: Request,
 ) -> dict[str, tuple[Candidate, Ranks]]:
     """Return for each layer a candidate and its ranks, empty where it stays dense, within the budget.
@@ -167,18 +167,18 @@ def spend(
     Args:
         layers: the candidates of each layer, one per method.
         budget: the bound.
-        total: what the whole model costs as it is, of which a share is taken.
-        settled: the choices of the other layers.
-        request: how the budget is to be spent.
+        total: the cost of the whole dense model, to which a share refers.
+        fixed_choices: the choices of the other layers, which do not change.
+        request: objective, weights and the multiple of ranks.
 
     Raises:
-        OutOfReach: the budget is less than what can be reached; the message says what that is.
+        OutOfReach: the budget is below the smallest possible cost, which the message gives.
     """
-    unknown = set(request.weights or ()) - set(layers) - set(settled)
+    unknown = set(request.weights or ()) - set(layers) - set(fixed_choices)
     if unknown:
         raise ValueError(f"weights: no layer {sorted(unknown)[0]!r}; layers are {some(list(layers))}")
-    fixed = fixed_cost(budget.kind, layers, total, settled)
-    request = request.settled(layers)
+    fixed = fixed_cost(budget.kind, layers, total, fixed_choices)
+    request = request.resolved(layers)
     objective = OBJECTIVES[request.objective]
     fronts: list[Front] = []
     tables: list[list[tuple[Candidate, Ranks, float, float]]] = []
@@ -190,7 +190,7 @@ def spend(
             ranks, costs, squared = candidate.front(budget.kind, request.multiple_of)
             losses = weight * _losses(candidate, squared, request.objective)
             rows = zip(ranks, costs.tolist(), losses.tolist(), strict=True)
-            table += [(candidate, found, cost, loss) for found, cost, loss in rows]
+            table += [(candidate, row_ranks, cost, loss) for row_ranks, cost, loss in rows]
         tables.append(table)
         fronts.append(Front.of(np.array([row[2] for row in table]), np.array([row[3] for row in table])))
     bound = budget.absolute(total)
@@ -202,30 +202,30 @@ def spend(
         reached = f"{count}, a share of {ceil(1000 * least / total) / 1000:.3f}"
         raise OutOfReach(
             f"{budget.kind}={budget.value!r} cannot be reached: the least is {reached} "
-            f"({fixed:.3g} of it in what is not decomposed)"
+            f"({fixed:.3g} of it in parts that are not decomposed)"
         ) from None
-    taken = [table[place] for table, place in zip(tables, chosen, strict=True)]
-    return {name: (row[0], row[1]) for name, row in zip(layers, taken, strict=True)}
+    rows_chosen = [table[place] for table, place in zip(tables, chosen, strict=True)]
+    return {name: (row[0], row[1]) for name, row in zip(layers, rows_chosen, strict=True)}
 
 
-class Menu:
-    """The options of layers with one candidate each, kept between calls, so that a budget takes milliseconds."""
+class CachedFronts:
+    """Pareto fronts of layers with one candidate each, cached, so that another budget takes only milliseconds."""
 
     def __init__(self, objective: str) -> None:
         self.objective = objective
         self._fronts: dict[tuple[int, str], tuple[Candidate, Front, list[Ranks]]] = {}
 
     def choose(self, layers: Mapping[str, Candidate], kind: str, bound: float) -> tuple[dict[str, Ranks], float]:
-        """Return the ranks of each layer within ``bound``, or the cheapest ones, and the least cost there is."""
-        found = [self.front(candidate, kind) for candidate in layers.values()]
-        fronts = [front for front, _ in found]
+        """Return the ranks of each layer within ``bound``, else the cheapest, and the smallest possible cost."""
+        options = [self.front(candidate, kind) for candidate in layers.values()]
+        fronts = [front for front, _ in options]
         least = float(sum(front.costs[0] for front in fronts))
         places = allocate_quickly(fronts, max(bound, least)) if fronts else []
-        named = zip(layers, found, places, strict=True)
+        named = zip(layers, options, places, strict=True)
         return {n: ranks[place] if place < len(ranks) else () for n, (_, ranks), place in named}, least
 
     def front(self, candidate: Candidate, kind: str) -> tuple[Front, list[Ranks]]:
-        """The options of one layer for the objective: its ranks, and after them to stay dense."""
+        """The front of one layer and its ranks; the index after the last rank stands for staying dense."""
         key = (id(candidate), kind)
         if key not in self._fronts:
             ranks, costs, squared = candidate.front(kind, 1)

@@ -1,4 +1,4 @@
-"""From choices to factorized layers: decomposed weights, or the bare structure."""
+"""Factorized layers from choices, with decomposed weights or untrained."""
 
 import warnings
 from collections import Counter
@@ -13,7 +13,7 @@ from decomp._util.io import digest
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp.calibration.moments import Moments
-from decomp.calibration.whitening import lost_mean, output_error, output_factors
+from decomp.calibration.whitening import mean_error, output_error, output_factors
 from decomp.layers import Factorized, group_kernels
 from decomp.linalg import as_float64
 from decomp.methods import Method, Ranks
@@ -26,10 +26,10 @@ from decomp.planning.choice import Choice, describe
 def require_fit(
     choices: Mapping[str, Choice], method_of: Callable[[str], Method], modules: Mapping[str, nn.Module]
 ) -> None:
-    """Refuse layers that are not those that were chosen for, and ranks that they cannot have.
+    """Check that the layers are those of the choices, and that they can have the chosen ranks.
 
     Raises:
-        ValueError: names the layer, what it is, and what the plan says.
+        ValueError: the message names the layer, its type and shape, and those of the plan.
     """
     for name, choice in choices.items():
         if not choice.ranks or isinstance(modules.get(name), Factorized):
@@ -56,10 +56,10 @@ def layers_to_replace(
     *,
     needs_values: bool,
 ) -> dict[str, nn.Module]:
-    """The dense layers of ``model`` that the choices replace; what is factorized as chosen already is left out.
+    """The dense layers of ``model`` that the choices replace, without those that are factorized as chosen already.
 
     Raises:
-        ValueError: the choices do not fit the model, a layer must not be replaced, or none is left to replace.
+        ValueError: the choices do not fit the model, a layer must not be replaced, or no layer would be replaced.
     """
     surgery.check_model(model)
     known = {name: module for module, names in surgery.names_of(model) for name in names}
@@ -97,9 +97,9 @@ def decomposed(
     statistics: Mapping[str, Moments],
     progress: bool | None,
 ) -> dict[str, Factorized]:
-    """Decompose each layer as chosen, for its output where there are moments of it; no dense layer is changed.
+    """Decompose each layer as chosen, by its output if it has statistics, else by its weight; none is changed.
 
-    Warns of layers that were chosen from data whose statistics are not there.
+    Warns if a layer was planned from data, but its statistics are missing.
 
     Raises:
         ValueError: a weight is not finite; the message names the layer.
@@ -108,9 +108,8 @@ def decomposed(
     missing = [name for name in dense if choices[name].output_error is not None and name not in statistics]
     if missing:
         warnings.warn(
-            f"layer {missing[0]!r} was planned from data, which neither a file nor a model keeps: it is "
-            "decomposed by its weight alone. Make the plan anew from data with decomp.plan(model, ranks=plan, "
-            "data=...)",
+            f"layer {missing[0]!r} was planned from data, but plans from a file or a model hold no statistics: it "
+            "is decomposed by its weight alone. Plan again with data: decomp.plan(model, ranks=plan, data=...)",
             stacklevel=3,
         )
     for name, module in bar(progress, "decompose", dense.items()):
@@ -128,7 +127,7 @@ def decomposed(
 def structures(
     dense: Mapping[str, nn.Module], choices: Mapping[str, Choice], method_of: MethodOf
 ) -> dict[str, Factorized]:
-    """The factorized layers as chosen, with torch's own initialization."""
+    """The factorized layers as chosen, with torch's default initialization."""
     return {
         name: _layer(method_of(name), module).like(module, choices[name].ranks) for name, module in dense.items()
     }
@@ -139,7 +138,7 @@ def _layer(method: Method, module: nn.Module) -> type[Factorized]:
 
 
 def _from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None) -> Factorized:
-    """Decompose the weight; what was fitted when the ranks were chosen serves, if the weight is still the same."""
+    """Decompose the weight; factors fitted during planning are reused if the weight is still the same."""
     layer, kernels = _layer(method, module), group_kernels(module).detach()
     fitted = None if candidate is None or candidate.analysis.factors is None else candidate.analysis.factors
     factors = None if fitted is None else fitted(kernels, ranks)
@@ -147,17 +146,17 @@ def _from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Can
 
 
 def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: Moments) -> Factorized:
-    """Decompose the output of a layer, of which moments are known."""
+    """Decompose a layer so that the error of its output is small, under these moments."""
     layer, kernels = _layer(method, module), group_kernels(module).detach()
     moments = moments.to(kernels.device)
     role_kernels = output_factors(method, layer, module, ranks, moments)
-    found = layer.from_kernels(module, role_kernels)
+    whitened = layer.from_kernels(module, role_kernels)
     if layer.absorbs_inputs == "nothing" or (layer.refittable(role_kernels) and layer.absorbs_inputs == "full"):
-        return found
-    # The metric of the channels is no more than near that of the patches: where it can be checked, it is.
+        return whitened
+    # The metric of the channels only approximates that of the patches: use the plain factors if they are better.
     plain = layer.from_factors(module, method.factors(kernels, ranks))
-    errors = [output_error(each, module, moments) for each in (found, plain)]
-    return plain if errors[0] is not None and errors[1] is not None and errors[1] < errors[0] else found
+    errors = [output_error(each, module, moments) for each in (whitened, plain)]
+    return plain if errors[0] is not None and errors[1] is not None and errors[1] < errors[0] else whitened
 
 
 @torch.no_grad()
@@ -167,13 +166,13 @@ def correct_means(
     new: Mapping[str, Factorized],
     statistics: Mapping[str, Moments],
 ) -> None:
-    """Put what the factors took off the mean of the outputs into the bias, or into the BatchNorm that follows.
+    """Correct the mean of the outputs by the bias, or by the running mean of the BatchNorm that follows.
 
-    Only layers decomposed by their output; one with neither a bias nor a BatchNorm gets none.
+    Only for layers decomposed by their output; a layer with neither a bias nor a BatchNorm is not corrected.
     """
     for name, layer in new.items():
         moments = statistics.get(name)
-        shift = None if moments is None else lost_mean(layer, dense[name], moments)
+        shift = None if moments is None else mean_error(layer, dense[name], moments)
         if moments is None or shift is None:
             continue
         bias = layer.bias
@@ -192,24 +191,24 @@ def measured(
     candidates: Mapping[str, Sequence[Candidate]],
     statistics: Mapping[str, Moments],
 ) -> dict[str, Choice]:
-    """The choices whose errors are not those that were planned, with the errors as they are.
+    """The choices whose errors differ from those that were planned, with the measured errors.
 
-    These are layers planned from data (both errors, or the one that is left without the data), and layers whose
-    weight has changed since.
+    These are layers planned from data (both errors; that of the output needs statistics), and layers whose weight
+    has changed since.
     """
-    found = {}
+    updated = {}
     for name, layer in new.items():
         if name in statistics:
             moments = statistics[name].to(cast(Tensor, dense[name].weight).device)
             output = output_error(layer, dense[name], moments)
             output = choices[name].output_error if output is None else output
-            found[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=output)
+            updated[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=output)
         elif choices[name].output_error is not None:
-            found[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=None)
+            updated[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=None)
         elif _has_changed(dense[name], candidates.get(name, ())):
             note = "; ".join(filter(None, (choices[name].note, "the weight has changed since the plan was made")))
-            found[name] = replace(choices[name], error=weight_error(layer, dense[name]), note=note)
-    return found
+            updated[name] = replace(choices[name], error=weight_error(layer, dense[name]), note=note)
+    return updated
 
 
 def weight_error(layer: Factorized, dense: nn.Module) -> float:

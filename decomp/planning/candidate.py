@@ -1,4 +1,4 @@
-"""One layer under one method: its analysis and its price, and the choice of its ranks."""
+"""One layer under one method: errors and costs at all ranks, and the choice of the ranks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from decomp.ranks import Fixed, Rule
 
 @dataclass(frozen=True)
 class Grid:
-    """Many ranks of a candidate at once: row i of every array is about ``ranks[i]``, of shape (n, modes)."""
+    """Costs and errors of a candidate at many ranks: row i of every array belongs to ``ranks[i]``, (n, modes)."""
 
     ranks: NDArray[np.int32]
     costs: Mapping[str, NDArray[np.int64]]
@@ -64,9 +64,9 @@ def undominated(
     multiple_of: int,
     fixed: Sequence[bool],
 ) -> NDArray[np.int64]:
-    """Rows that pay, cost less than the dense layer, and that no others beat in cost and error.
+    """The Pareto-optimal rows in cost and error, among those that pay and cost less than the dense layer.
 
-    Ranks are multiples of ``multiple_of``, or full, but for those that are ``fixed``.
+    Ranks are multiples of ``multiple_of``, or full, or ``fixed``.
     """
     allowed = grid.pays & (costs < dense_cost)
     for mode, limit in enumerate(limits):
@@ -78,10 +78,10 @@ def undominated(
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layer under one method, analysed once: every rank has its error and its cost at once.
+    """One layer under one method, analysed once: afterwards error and cost at any ranks are known immediately.
 
-    ``importance`` is what a squared relative error of 1 of the layer does to the network, where gradients were
-    taken.
+    ``importance`` is the squared relative change of the network's output, or the change of the loss, per squared
+    relative error of the layer; None without gradients.
     """
 
     name: str
@@ -109,9 +109,9 @@ class Candidate:
         timed: bool = False,
         moments: Moments | None = None,
     ) -> "Candidate":
-        """Analyse the weight of ``module``, and its output where there are moments of the data.
+        """Analyse the weight of ``module``, and with moments of the data its output.
 
-        ``calls`` are how example inputs call the layer.
+        ``calls`` are the calls of the layer in one pass of the example inputs.
         """
         require_finite(name, module)
         kernels = group_kernels(module).detach()
@@ -151,12 +151,12 @@ class Candidate:
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
-        """Of the weight: what is signal in it, and what noise."""
+        """The spectra of the weight, for rules that separate signal from noise."""
         return self.weight_analysis.spectra
 
     @property
     def output_spectra(self) -> tuple[Spectrum, ...]:
-        """Of the weight in the metric of the outputs, where it was measured on data; else of the weight."""
+        """The spectra of the whitened weight, whose error is that of the output; without data of the weight."""
         return self.analysis.spectra
 
     @cached_property
@@ -165,13 +165,13 @@ class Candidate:
 
     @property
     def grid(self) -> Grid:
-        """Costs and errors at the ranks of the analysis; errors between fits get better with every fit."""
+        """Costs and errors at the ranks of the analysis; interpolated errors improve with every fit."""
         energy = self.analysis.energy
         error = np.sqrt(self.analysis.squared_errors() / energy) if energy else np.zeros(len(self.analysis.ranks))
         return Grid(self.analysis.ranks, self._costs, self.price.dense, error)
 
     def dense_cost(self, kind: str) -> float:
-        """Cost of the dense layer, of a kind that is counted, or in measured seconds."""
+        """Cost of the dense layer of a counted kind, or its measured seconds."""
         return float(self.price.dense[kind]) if kind in COUNTED else self._stopwatch.dense
 
     def seconds(self, ranks: Ranks) -> float:
@@ -183,7 +183,7 @@ class Candidate:
         return {}
 
     def front(self, kind: str, multiple_of: int) -> tuple[list[Ranks], Values, Values]:
-        """Ranks that lower params and MACs, and that no others beat: with their costs and squared relative errors.
+        """The Pareto-optimal ranks among those that pay, with their costs and squared relative errors.
 
         Ranks are multiples of ``multiple_of``, or full.
         """
@@ -210,11 +210,11 @@ class Candidate:
         return self.stopwatch
 
     def choose(self, ranks: Ranks, reason: str) -> Choice:
-        """The choice of these ranks, or to stay dense for this reason where they are empty."""
+        """The choice of these ranks; empty ranks mean that the layer stays dense, for this reason."""
         return self._choice(ranks, reason="" if ranks else reason)
 
     def error(self, ranks: Ranks) -> float:
-        """Relative error at these ranks: of the output where it was measured on data, else of the weight."""
+        """Relative error at these ranks: of the output with data, else of the weight."""
         return self.analysis.error(ranks)
 
     def params_share(self, ranks: Ranks) -> float:
@@ -227,13 +227,13 @@ class Candidate:
         return self.price(ranks).macs / dense if dense else 0.0
 
     def decide(self, request: "Rule | Fixed | None") -> Choice:
-        """Choose the ranks that a rule or the user asks for, or dense with the reason.
+        """Choose the ranks of a rule or of the user, or to stay dense, with the reason.
 
         Raises:
             ValueError: the ranks do not fit this layer; the message names it.
         """
         if request is None:
-            return self._choice((), reason="ranks= names no rank for it")
+            return self._choice((), reason="no glob of ranks= matches it")
         if isinstance(request, Fixed):
             ranks, note = self._fitted(request)
             return self._unless_worse(ranks, note)
@@ -260,7 +260,7 @@ class Candidate:
         return ranks, f"clamped to {_ranks(ranks)}" if clamped else ""
 
     def _no_more_expensive_than(self, reference: "Candidate", rule: Rule) -> Choice:
-        """The ranks of most parameters that cost no more than the Tucker-2 that a spectral rule chooses."""
+        """The ranks with the most parameters that cost no more than the Tucker-2 which a spectral rule chooses."""
         tucker = reference.decide(rule)
         if not tucker.ranks:
             return self._choice((), reason=tucker.reason)

@@ -1,4 +1,4 @@
-"""What a plan says of one layer, as data, as JSON and as a row of a table."""
+"""The decision of a plan for one layer, as data, as JSON and as a row of a table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,7 +18,7 @@ COLUMNS = ("layer", "type", "method", "ranks", ">params", ">MACs", ">error", "wh
 
 
 class Change(NamedTuple):
-    """A cost before and after; ``before`` is 1.0 where it is a share."""
+    """A cost before and after; ``before`` is 1.0 if costs are shares."""
 
     before: float
     after: float
@@ -26,15 +26,13 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """What a plan says of one layer.
+    """The decision of a plan for one layer.
 
-    ``ranks`` is empty and ``method`` is "dense" where the layer stays as it is; ``reason`` then says why.
-    ``costs`` are those of the layer by kind, before and after: "params", "bytes" and "macs", which counts
-    multiply-adds on the example inputs (ints), or is a share of the dense layer's (floats). ``error`` is the
-    relative error of the weight. ``output_error`` is that of the layer's output about its mean, and None without
-    data. Factors from data have another error of the
-    weight than is planned: the plan that an applied model carries has both as they are. ``note`` says what was
-    adjusted.
+    For a layer that stays dense ``ranks`` is empty, ``method`` is "dense" and ``reason`` says why. ``costs`` are
+    those of the layer by kind, before and after: "params", "bytes" and "macs", which are multiply-adds on the
+    example inputs (ints) or a share of the dense layer's (floats). ``error`` is the planned relative error of the
+    weight, and ``output_error`` that of the output about its mean, None without data. The plan of an applied model
+    holds the measured errors instead. ``note`` describes adjustments, such as clamped ranks.
     """
 
     layer: str
@@ -58,12 +56,12 @@ class Choice:
         return self.costs["macs"]
 
     def saved(self, kind: str) -> float:
-        """How much less of a kind of cost the layer takes; 0 of a kind that is not known of it."""
+        """The reduction of a kind of cost; 0 for a kind that is not known."""
         change = self.costs.get(kind, Change(0, 0))
         return change.before - change.after
 
     def as_dense(self, reason: str) -> "Choice":
-        """Return the choice to leave this layer dense."""
+        """Return the choice that leaves this layer dense."""
         return replace(
             self,
             method=DENSE,
@@ -77,7 +75,7 @@ class Choice:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> "Choice":
-        """Read a choice back from what ``dataclasses.asdict`` made of it, by way of JSON.
+        """Read a choice from JSON written from ``dataclasses.asdict``.
 
         Raises:
             ValueError: a field is unknown or missing.
@@ -90,7 +88,7 @@ class Choice:
         return cls(**{**entry, "ranks": ranks, "shape": shape, "costs": costs})
 
     def row(self, name: str) -> tuple[str, ...]:
-        """The row of a table with the columns ``COLUMNS``."""
+        """The choice as a row of a table with the columns ``COLUMNS``."""
         costs = [_change(change, replaced=bool(self.ranks)) for change in (self.params, self.macs)]
         ranks, error = " x ".join(map(str, self.ranks)), f"{self.error:.3f}" if self.ranks else ""
         if self.ranks and self.output_error is not None:
@@ -103,8 +101,8 @@ def _change(change: Change, *, replaced: bool) -> str:
     return f"{before} => {after}" if replaced else before
 
 
-def undecided(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:
-    """The choice of a layer that no method looks at."""
+def unchanged_choice(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:
+    """The choice that leaves a layer unchanged, for a layer that was not analysed under any method."""
     if isinstance(module, Factorized):
         shape = module.dense_shape
     else:
@@ -116,7 +114,7 @@ def undecided(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:
 
 
 def describe(module: nn.Module) -> str:
-    """Name a layer the way a table can hold it.
+    """A short description of a layer: type, channels, kernel, stride and groups.
 
     >>> describe(nn.Conv2d(64, 128, (3, 1), stride=2, groups=4))
     'Conv2d 64>128 3x1 /2 g4'

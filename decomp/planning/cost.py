@@ -1,4 +1,4 @@
-"""What a layer or a model costs: the table of the kinds of cost, and the price of a layer at any ranks."""
+"""Costs of layers and models: the table of the kinds of cost, and the cost of a layer at any ranks."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ LARGE_POSITIONS = {1: 2**20, 2: 2**14, 3: 2**10}
 
 
 class Bounds(TypedDict, total=False):
-    """The bounds that a call takes, one at a time: a key for every row of ``COSTS``."""
+    """Bounds on costs, of which a call accepts one at a time: a key for every row of ``COSTS``."""
 
     macs: Annotated[
         float | None,
@@ -34,8 +34,10 @@ class Bounds(TypedDict, total=False):
             None, "multiply-adds of one pass on ``example_inputs``: a float in (0, 1) is a share, an int absolute."
         ),
     ]
-    params: Annotated[float | None, Argument(None, "parameters of the model, likewise.")]
-    bytes: Annotated[float | None, Argument(None, "bytes of the parameters in their dtypes, likewise.")]
+    params: Annotated[float | None, Argument(None, "parameters of the model, as a share or absolute.")]
+    bytes: Annotated[
+        float | None, Argument(None, "bytes of the parameters in their dtypes, as a share or absolute.")
+    ]
     seconds: Annotated[
         float | None,
         Argument(
@@ -46,7 +48,7 @@ class Bounds(TypedDict, total=False):
 
 
 class Cost(dict[str, int]):
-    """The counted costs of a layer or a model, by kind; biases are parameters, one multiply-add is 1."""
+    """The counted costs of a layer or a model, by kind; biases count as parameters."""
 
     @property
     def params(self) -> int:
@@ -60,17 +62,17 @@ class Cost(dict[str, int]):
 
     @classmethod
     def of(cls, module: nn.Module, calls: Sequence[Call] = (), *, recurse: bool = True) -> "Cost":
-        """Count every kind of cost of a module, which is on the meta device where there are calls."""
+        """Count every kind of cost of a module, which must be on the meta device if there are calls."""
         return cls({name: count(module, calls, recurse) for name, count in COUNTED.items()})
 
 
 def count_params(module: nn.Module, recurse: bool = True) -> int:
-    """Number of parameters; one that is shared counts once, one that has no shape yet does not count."""
+    """Number of parameters; shared ones count once, lazy ones without a shape do not count."""
     return sum(p.numel() for p in module.parameters(recurse) if not is_lazy(p))
 
 
 def count_bytes(module: nn.Module, recurse: bool = True) -> int:
-    """Bytes of the parameters in their dtypes, counted likewise.
+    """Bytes of the parameters in their dtypes; shared ones count once, lazy ones do not count.
 
     >>> count_bytes(nn.Linear(8, 4, dtype=torch.bfloat16))
     72
@@ -79,7 +81,7 @@ def count_bytes(module: nn.Module, recurse: bool = True) -> int:
 
 
 def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
-    """MACs of calling ``module``, which is on the meta device, as often and with such inputs as in ``calls``."""
+    """MACs of these calls of ``module``, which must be on the meta device."""
     if not calls:
         return 0
     counter = MacCounter()
@@ -92,10 +94,10 @@ def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
 
 @dataclass(frozen=True)
 class CostKind:
-    """A kind of cost: what budgets, plans and tables need to know of it.
+    """A kind of cost, as budgets, plans and tables use it.
 
-    ``label`` names it for people and ``write`` writes an amount with its unit. ``count(module, calls, recurse)``
-    counts it for a module that is called with inputs of these shapes; a kind without it is measured.
+    ``label`` is its name in text, and ``write`` formats an amount with its unit. ``count(module, calls, recurse)``
+    counts it for a module called with inputs of these shapes; a kind with None is measured.
     """
 
     name: str
@@ -124,7 +126,7 @@ def example_input(module: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def on_meta(module: nn.Module) -> nn.Module:
-    """Copy a module without its values: same options, parameters on the meta device."""
+    """Copy a module with its parameters on the meta device."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in module.parameters()
     }
@@ -132,7 +134,7 @@ def on_meta(module: nn.Module) -> nn.Module:
 
 
 def large_input_shape(dense: nn.Module) -> tuple[int, ...]:
-    """An input so large that the border does not count: shares of MACs there are those of the limit."""
+    """The shape of an input so large that borders are negligible: MAC shares are those of the limit."""
     if isinstance(dense, nn.Embedding):
         return (1,)
     if not hasattr(dense, "kernel_size"):
@@ -146,8 +148,8 @@ def large_input_shape(dense: nn.Module) -> tuple[int, ...]:
 class Price:
     """Cost of one layer at any ranks, from a few structures built on the meta device.
 
-    Once it is settled which ranks are full, parameters and MACs are of degree one in each remaining rank: the
-    costs at ranks 1 and 2 of each give all others exactly.
+    For a given set of full ranks, costs are polynomials of degree one in each remaining rank: the costs at ranks 1
+    and 2 of each determine all others exactly.
     """
 
     def __init__(
@@ -177,15 +179,15 @@ class Price:
             rows = np.flatnonzero((full == np.array(pattern)).all(1))
             if len(rows):
                 columns = ranks[rows].astype(np.int64).T
-                given = zip(columns, self._limits, pattern, strict=True)
-                terms = [self._terms(r, limit, full=is_full) for r, limit, is_full in given]
+                modes = zip(columns, self._limits, pattern, strict=True)
+                terms = [self._terms(r, limit, full=is_full) for r, limit, is_full in modes]
                 for kind, counts in self._interpolate(terms).items():
                     costs[kind][rows] = counts
         return costs
 
     @staticmethod
     def _terms(ranks: Any, limit: int, *, full: bool) -> list[tuple[int, Any]]:
-        """The ranks to build at, each with its weight in the interpolation, of one rank or of an array of them."""
+        """Pairs of a rank to build at and its weight in the interpolation, for one rank or an array of ranks."""
         if full:
             return [(limit, 1)]
         if limit == 2:

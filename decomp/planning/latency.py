@@ -1,4 +1,4 @@
-"""Measured seconds: of models side by side, of a layer dense and factorized at any ranks."""
+"""Measured seconds of models, and of a layer, dense or factorized at any ranks."""
 
 import copy
 import statistics
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from decomp.layers.kernels import memory_format_of
-from decomp.network.flops import Call, meter
+from decomp.network.flops import Call, measure_per_module
 from decomp.network.forward import arguments, evaluating, to_device_of
 from decomp.planning.cost import Price, example_input
 
@@ -25,7 +25,7 @@ _MEASURED: dict[tuple[Any, ...], float] = {}
 
 
 def latency(models: list[nn.Module], batch: Any) -> list[float]:
-    """Median seconds of one forward pass of each model; they take turns, so that drift hits all alike."""
+    """Median seconds of one forward pass of each model; interleaved, so that drift affects all equally."""
     timers = []
     for model in models:
         positional, keywords = arguments(to_device_of(model, batch))
@@ -39,7 +39,7 @@ def latency(models: list[nn.Module], batch: Any) -> list[float]:
 
 
 def layer_seconds(model: nn.Module, batch: Any, units: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Median seconds of each unit inside of the model, over a few passes that are watched."""
+    """Median seconds of each unit inside the model, over a few passes with hooks."""
     parameter = next(model.parameters(), None)
 
     def clock() -> float:
@@ -48,14 +48,14 @@ def layer_seconds(model: nn.Module, batch: Any, units: Mapping[str, nn.Module]) 
         return time.perf_counter()
 
     batch = to_device_of(model, batch)
-    passes = [meter(model, batch, units, clock) for _ in range(TIMED_PASSES)]
+    passes = [measure_per_module(model, batch, units, clock) for _ in range(TIMED_PASSES)]
     return {name: statistics.median(times[name] for times in passes) for name in passes[0]}
 
 
 class Stopwatch:
-    """Seconds of one layer on this machine, measured at a few ranks and interpolated over the MACs in between.
+    """Seconds of one layer on this machine, measured at a few ranks and interpolated over MACs.
 
-    The measured ranks are the same share of every limit: very uneven Tucker ranks can take less than is said.
+    The measured ranks are the same share of every limit: very uneven Tucker ranks can be faster than predicted.
 
     Args:
         price: the cost of the layer at any ranks, and the structures to build.
@@ -72,11 +72,11 @@ class Stopwatch:
         for share in RANK_SHARES:
             ranks = tuple(max(1, min(round(share * limit), limit)) for limit in limits)
             cost = price(ranks)
-            if cost.macs < price.dense.macs or not price.dense.macs:  # an embedding has none, its factors have
+            if cost.macs < price.dense.macs or not price.dense.macs:  # a dense embedding has no MACs
                 points[cost.macs] = _seconds(price.structure(ranks), tuple(calls), device)
         points = points or {price.dense.macs: self.dense}
         self._macs = np.array(sorted(points), np.float64)
-        # More arithmetic does not take less time: what says otherwise is noise, and is evened out.
+        # More MACs cannot be faster: violations are noise, removed by isotonic regression.
         self._seconds = isotonic_regression([points[count] for count in sorted(points)]).x
 
     def __call__(self, macs: NDArray[Any]) -> NDArray[np.float64]:
@@ -88,13 +88,13 @@ class Stopwatch:
         return np.asarray(seconds, np.float64)
 
     def rescale(self, factor: float) -> None:
-        """Multiply all seconds: a layer takes longer or shorter in its network than by itself."""
+        """Multiply all seconds by a factor: inside the network a layer is faster or slower than alone."""
         self.dense *= factor
         self._seconds *= factor
 
 
 def _seconds(layer: nn.Module, calls: tuple[Call, ...], device: torch.device) -> float:
-    """Median seconds of all calls of a layer that is on the meta device; each structure is measured once."""
+    """Median seconds of all calls of a layer given on the meta device; each structure is measured once."""
     weight = max(layer.parameters(), key=lambda parameter: parameter.dim())
     layout = memory_format_of(weight)
     key = (str(layer), weight.dtype, layout, calls, device, torch.get_num_threads())

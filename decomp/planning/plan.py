@@ -1,4 +1,4 @@
-"""The plan: which method and ranks every layer gets, as data that can be read, edited, saved and applied."""
+"""The plan: method and ranks of every layer, as data that can be read, edited, saved and applied."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, Unpack, cast
 from torch import nn
 
 from decomp._util import tables
-from decomp._util.arguments import takes
+from decomp._util.arguments import with_arguments
 from decomp._util.naming import matches, some
 from decomp.calibration.moments import Moments
 from decomp.methods import METHODS, Method
@@ -30,26 +30,25 @@ from decomp.planning.cost import COSTS, COUNTED, Bounds, Cost
 from decomp.ranks import RULES, RankSpec, parse_spec
 
 FORMAT = "decomp-plan-2"
-EARLIER_FORMAT = "decomp-plan-1"  # params and macs of a layer as fields of their own, and no request
+EARLIER_FORMAT = "decomp-plan-1"  # with params and macs as separate fields of a layer, and without a request
 KEPT_DENSE = "kept dense on request"
 NO_REQUEST = Request()
-PLAN = "decomp_plan"  # the attribute of a model that carries the plan it was made by
+PLAN = "decomp_plan"  # the attribute of a compressed model that holds its plan
 
 
 class CompressedModule(nn.Module):
-    """What the calls return, for type checkers: the user's own model, with the plan that it was made by."""
+    """The return type of the calls, for type checkers: the user's own class, with its plan as an attribute."""
 
     decomp_plan: "Plan"
     decomp_finetuning: Any
 
 
 class Plan(Mapping[str, Choice]):
-    """The decision for every layer, by its qualified name. Nothing is changed by making one.
+    """The decision for every layer, by its qualified name. Making a plan does not change the model.
 
-    ``print(plan)`` shows it as a table. A plan is never changed: ``with_ranks``, ``with_budget`` and
-    ``keep_dense`` return a new one, at once, from the spectra that were computed when the plan was made.
-    ``request`` is what a budget
-    was asked for: the methods to choose among, the objective, what ranks are multiples of, and weights of layers.
+    ``print(plan)`` shows it as a table. Plans are immutable: ``with_ranks``, ``with_budget`` and ``keep_dense``
+    return a new one, without delay, from the spectra computed when the plan was made. ``request`` holds the
+    arguments of a budget: the methods to choose from, the objective, the multiple of ranks, and layer weights.
     ``uncounted`` are operators of the model whose MACs are not known, with the number of their calls: MACs and
     budgets of MACs leave them out.
     """
@@ -69,7 +68,9 @@ class Plan(Mapping[str, Choice]):
         self._choices = dict(choices)
         self._candidates = dict(candidates or {})
         self._statistics = dict(statistics or {})
-        self._methods = {name: found[0].method for name, found in self._candidates.items()} | dict(methods or {})
+        self._methods = {name: first.method for name, (first, *_) in self._candidates.items()} | dict(
+            methods or {}
+        )
         self._before = before
         self._seconds = seconds
         self.request = request or NO_REQUEST
@@ -97,8 +98,8 @@ class Plan(Mapping[str, Choice]):
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        """The decision is pickled, without the spectra that make it editable and the statistics of the data."""
-        own = {name: found for name, found in self._methods.items() if found.name not in METHODS}
+        """Pickle the decision without the spectra, which make it editable, and the statistics of the data."""
+        own = {name: method for name, method in self._methods.items() if method.name not in METHODS}
         return vars(self) | {"_candidates": {}, "_statistics": {}, "_methods": own}
 
     def __getitem__(self, name: str) -> Choice:
@@ -112,18 +113,18 @@ class Plan(Mapping[str, Choice]):
 
     @property
     def candidates(self) -> Mapping[str, Sequence[Candidate]]:
-        """What each layer was analysed under, the method in use first; empty for a plan that came from JSON."""
+        """The candidates of each layer, the chosen method's first; empty for a plan from a file or a model."""
         return self._candidates
 
     @property
     def statistics(self) -> Mapping[str, Moments]:
-        """What was measured on data of each layer; empty for a plan made without data, or read from JSON."""
+        """The moments of each layer; empty for a plan made without data, or from a file or a model."""
         return self._statistics
 
     def cost(self, kind: str) -> Change | None:
-        """A kind of cost of the whole model, before and after; None where it is not known.
+        """A kind of cost of the whole model, before and after; None if it is not known.
 
-        MACs are known of a plan made with example inputs, seconds of one made with ``seconds=``.
+        MACs are known if the plan was made with example inputs, seconds if it was made with ``seconds=``.
         """
         if kind not in COUNTED:
             return self._predicted_seconds()
@@ -154,8 +155,8 @@ class Plan(Mapping[str, Choice]):
     def _predicted_seconds(self) -> Change | None:
         if self._seconds is None or not self._candidates:
             return self._seconds
-        found = ((self[name], candidates[0]) for name, candidates in self._candidates.items())
-        saved = sum(c.dense_cost("seconds") - c.seconds(choice.ranks) for choice, c in found if choice.ranks)
+        pairs = ((self[name], candidates[0]) for name, candidates in self._candidates.items())
+        saved = sum(c.dense_cost("seconds") - c.seconds(choice.ranks) for choice, c in pairs if choice.ranks)
         return Change(self._seconds.before, self._seconds.before - saved)
 
     def with_ranks(self, layers: str, ranks: RankSpec) -> "Plan":
@@ -167,7 +168,7 @@ class Plan(Mapping[str, Choice]):
 
         Raises:
             ValueError: nothing matches, the layer cannot be decomposed, the ranks do not fit it, or the plan
-                came from JSON and knows no spectra.
+                is from a file or a model and holds no spectra.
         """
         names = self._matching(layers)
         if not self._candidates:
@@ -175,13 +176,13 @@ class Plan(Mapping[str, Choice]):
                 "this plan came from a file or a model and holds no spectra: make an editable one with "
                 "decomp.plan(model, ranks=plan)"
             )
-        found = [name for name in names if name in self._candidates]
-        if not found:
+        editable = [name for name in names if name in self._candidates]
+        if not editable:
             raise ValueError(f"layer {names[0]!r} cannot be decomposed: {self[names[0]].reason}")
-        asked = parse_spec(ranks, RULES, exact=layers in self)
-        return self._with({name: self._candidates[name][0].decide(asked) for name in found})
+        spec = parse_spec(ranks, RULES, exact=layers in self)
+        return self._with({name: self._candidates[name][0].decide(spec) for name in editable})
 
-    @takes(Bounds)
+    @with_arguments(Bounds)
     def with_budget(
         self,
         *,
@@ -190,39 +191,40 @@ class Plan(Mapping[str, Choice]):
         weights: Mapping[str, float] | None = None,
         **bounds: Unpack[Bounds],
     ) -> "Plan":
-        """Return the plan with the ranks of all layers chosen anew for a budget, at once.
+        """Return the plan with methods and ranks of all layers chosen again for a budget.
 
-        Layers that :meth:`keep_dense` pinned stay so.
+        Layers that :meth:`keep_dense` was called for stay dense.
 
         Args:
-            objective: see :func:`decomp.compress`; by default that of ``request``, as for the next two.
+            objective: see :func:`decomp.compress`; this and the next two are by default those of ``request``.
             multiple_of: ranks are multiples of it, or full.
-            weights: how much the error of a layer counts, by name; {} for none.
+            weights: weights of the layers' losses, by name; {} for none.
 
         Raises:
-            ValueError: there is not exactly one budget, or it cannot be reached (the message says what can).
+            ValueError: there is not exactly one budget, or it cannot be reached (the message gives the
+                smallest cost).
         """
         given = {"objective": objective, "multiple_of": multiple_of, "weights": weights}
         changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         request = replace(self.request, budget=Budget.of(bounds), **changed)
-        free = {name: found for name, found in self._candidates.items() if self[name].reason != KEPT_DENSE}
+        free = {name: each for name, each in self._candidates.items() if self[name].reason != KEPT_DENSE}
         budget = request.budget
         if budget is None or not free:
             kinds = ", ".join(f"{kind}=" for kind in COSTS)
             raise ValueError(f"write one of {kinds}, on a plan that decomp.plan made with layers to choose")
         total = self._total(budget.kind)
-        settled = {name: choice for name, choice in self.items() if name not in free}
-        spent = spend(free, budget, total, settled, request)
-        reason = f"the budget {budget.kind}={budget.value} spends nothing on it"
+        fixed_choices = {name: choice for name, choice in self.items() if name not in free}
+        spent = spend(free, budget, total, fixed_choices, request)
+        reason = f"dense under the budget {budget.kind}={budget.value}"
         if budget.absolute(total) >= total:
-            reason = f"the model is within {budget.kind}={budget.value} as it is"
+            reason = f"the dense model is within {budget.kind}={budget.value}"
         return self.choosing({name: (c, c.choose(ranks, reason)) for name, (c, ranks) in spent.items()}, request)
 
     def _total(self, kind: str) -> float:
-        """What the whole model costs as it is.
+        """The cost of the whole dense model.
 
         Raises:
-            ValueError: that is not known; the message says what to give.
+            ValueError: it is not known; the message names the argument to give.
         """
         cost = self.cost(kind)
         if cost is None and kind not in COUNTED:
@@ -230,12 +232,12 @@ class Plan(Mapping[str, Choice]):
         if cost is None:
             raise ValueError(
                 f"a budget of {COSTS[kind].label} needs the sizes of inputs (give example_inputs=) and layers "
-                "that multiply; where there are none make it one of parameters"
+                "with MACs; for a model without them write a budget of params="
             )
         return float(cost.before)
 
     def choosing(self, chosen: Mapping[str, tuple[Candidate, Choice]], request: Request | None = None) -> "Plan":
-        """Return the plan with these choices, each with the candidate that it was made from."""
+        """Return the plan with these choices, each given with the candidate that it comes from."""
         first = {
             name: [candidate, *(other for other in self._candidates.get(name, ()) if other is not candidate)]
             for name, (candidate, _) in chosen.items()
@@ -252,8 +254,7 @@ class Plan(Mapping[str, Choice]):
         factorized = [name for name in names if self[name].ranks and self[name].reason == ALREADY_FACTORIZED]
         if factorized:
             raise ValueError(f"layer {factorized[0]!r} is {ALREADY_FACTORIZED}: it cannot be kept dense")
-        kept = {name: self[name].as_dense(KEPT_DENSE) for name in names}
-        return self._with(kept)
+        return self._with({name: self[name].as_dense(KEPT_DENSE) for name in names})
 
     def _matching(self, layers: str) -> list[str]:
         names = [name for name in self if matches(name, layers)]
@@ -262,11 +263,11 @@ class Plan(Mapping[str, Choice]):
         return names
 
     def apply(self, model: nn.Module, *, inplace: bool = False, progress: bool | None = None) -> CompressedModule:
-        """Decompose the weights of ``model`` and return the model with the factorized layers swapped in.
+        """Decompose the layers of ``model`` and return a model with the factorized layers in their place.
 
         Args:
-            model: the model that the plan was made for; left as it is, unless ``inplace``.
-            inplace: change ``model`` itself. Every factor is computed before the first swap.
+            model: the model that the plan was made for; not changed, unless ``inplace``.
+            inplace: change ``model`` itself; all factors are computed before the first layer is replaced.
             progress: show a progress bar; by default where there is a terminal.
 
         Raises:
@@ -280,7 +281,7 @@ class Plan(Mapping[str, Choice]):
         return small
 
     def build(self, model: nn.Module, *, inplace: bool = False) -> CompressedModule:
-        """Return ``model`` with untrained factorized layers: the structure for ``load_state_dict``, or to train.
+        """Return ``model`` with untrained factorized layers, for ``load_state_dict`` or training from scratch.
 
         Raises:
             ValueError: the plan replaces no layer, or was made for another model.
@@ -301,7 +302,7 @@ class Plan(Mapping[str, Choice]):
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Read a plan back. It can be applied and built; to edit it, make one of it with ``decomp.plan``.
+        """Read a plan, which can be applied and built; ``decomp.plan(model, ranks=plan)`` makes it editable.
 
         Raises:
             ValueError: the text is not a plan.
@@ -323,7 +324,7 @@ class Plan(Mapping[str, Choice]):
         """The method of a layer that this plan replaces.
 
         Raises:
-            ValueError: it is none of ours, and the plan came from JSON, which holds only its name.
+            ValueError: it is the user's own method, and the plan is from a file, which holds only its name.
         """
         method = self._methods.get(name) or METHODS.get(self[name].method)
         if method is None:
@@ -331,14 +332,14 @@ class Plan(Mapping[str, Choice]):
         return method
 
     def require_fit(self, modules: Mapping[str, nn.Module]) -> None:
-        """Refuse layers that are not those that the plan replaces; see ``build.require_fit``."""
+        """Check that these are the layers that the plan replaces; see ``build.require_fit``."""
         require_fit(self, self.method_of, modules)
 
     def swap(
-        self, model: nn.Module, new: Mapping[str, nn.Module], settled: Mapping[str, Choice], *, inplace: bool
+        self, model: nn.Module, new: Mapping[str, nn.Module], updated: Mapping[str, Choice], *, inplace: bool
     ) -> CompressedModule:
-        """Swap layers in, and leave the plan on the model, with the choices that came out otherwise."""
-        model, choices = surgery.swap(model, new, inplace=inplace), self._choices | dict(settled)
+        """Replace layers, and attach the plan with these updated choices to the model."""
+        model, choices = surgery.swap(model, new, inplace=inplace), self._choices | dict(updated)
         own = {n: m for n, m in self._methods.items() if self[n].ranks and m.name not in METHODS}
         plan = Plan(
             choices,
@@ -367,7 +368,7 @@ class Plan(Mapping[str, Choice]):
         return table + "".join(f"\n\n{line}" for line in self._other_costs())
 
     def _other_costs(self) -> Iterator[str]:
-        """Lines about the kinds of cost that have no column: seconds, and what the budget was about."""
+        """Lines about kinds of cost without a column: seconds, and the kind of the budget."""
         if self.uncounted:
             yield uncounted_note(self.uncounted)
         if self.seconds is not None:
@@ -379,7 +380,7 @@ class Plan(Mapping[str, Choice]):
 
 
 def _of_earlier_format(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan of the first format as one of today's."""
+    """Convert a plan of the first format to the present one."""
     layers = {}
     for name, entry in data["layers"].items():
         fields = {key: value for key, value in entry.items() if key not in ("params", "macs")}

@@ -1,4 +1,4 @@
-"""Making a plan: from rank rules, every layer by itself, or from a budget, all layers together."""
+"""Making a plan: by rank rules, each layer separately, or by a budget, all layers together."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,18 +23,18 @@ from decomp.ranks import RULES, parse_request
 
 
 class NothingToDecompose(ValueError):
-    """No layer of the model can be decomposed; the message says why."""
+    """No layer of the model can be decomposed; the message gives the reasons."""
 
 
 def make_plan(
     model: nn.Module, method: str | Method, options: Mapping[str, Any], ranks: Any, scope: Scope
 ) -> Plan:
-    """Plan every layer of ``model`` by itself; see :func:`decomp.plan`."""
+    """Plan every layer of ``model`` separately; see :func:`decomp.plan`."""
     earlier = ranks if isinstance(ranks, Plan) else None
     named = method_named(method, options)
 
     def method_of(name: str, module: nn.Module) -> Method:
-        """The method in use of an earlier plan, or the named one where it takes the layer."""
+        """The method that an earlier plan chose, else the named one, or svd if that does not support the layer."""
         planned = earlier is not None and name in earlier and bool(earlier[name].ranks)
         return earlier.method_of(name) if earlier is not None and planned else method_for(named, module)
 
@@ -43,13 +43,13 @@ def make_plan(
         model, [named], lambda name, module: method_of(name, module).why_not(module), statistics, scope
     )
     if earlier is not None:
-        earlier.require_fit({name: site.module for name, site in surveyed.sites.items()})
-        kept = {name: choice.ranks for name, choice in earlier.items() if choice.ranks}
-        ranks = {name: found for name, found in kept.items() if name in surveyed.open}
-    request_of = parse_request(ranks, surveyed.open, RULES)
+        earlier.require_fit({name: layer.module for name, layer in surveyed.layers.items()})
+        planned_ranks = {name: choice.ranks for name, choice in earlier.items() if choice.ranks}
+        ranks = {name: each for name, each in planned_ranks.items() if name in surveyed.decomposable}
+    request_of = parse_request(ranks, surveyed.decomposable, RULES)
     choices = dict(surveyed.refused)
     candidates: dict[str, list[Candidate]] = {}
-    for name, module in bar(scope["progress"], "analyse", surveyed.open.items()):
+    for name, module in bar(scope["progress"], "analyse", surveyed.decomposable.items()):
         moments = statistics.get(name)
         candidate = Candidate.of(name, module, method_of(name, module), surveyed.calls(name), moments=moments)
         candidates[name] = [candidate, *_others(earlier, candidate, module, surveyed, moments)]
@@ -57,7 +57,7 @@ def make_plan(
         if earlier is not None and not choices[name].ranks and name in earlier:
             choices[name] = choices[name].as_dense(earlier[name].reason or choices[name].reason)
     return Plan(
-        {name: choices[name] for name in surveyed.sites},
+        {name: choices[name] for name in surveyed.layers},
         surveyed.cost,
         candidates,
         statistics=statistics,
@@ -84,13 +84,15 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         return [method for method in allowed if not method.why_not(module)]
 
     def why_not(name: str, module: nn.Module) -> str:
-        return "" if fitting(module) else f"none of {[method.name for method in allowed]} is for this layer"
+        return "" if fitting(module) else f"none of {[method.name for method in allowed]} supports this layer"
 
     statistics = _statistics(model, scope)
     surveyed = _survey(model, allowed, why_not, statistics, scope)
     timed = budget.kind not in COUNTED
     candidates: dict[str, list[Candidate]] = {}
-    for name, module in bar(scope["progress"], "time and analyse" if timed else "analyse", surveyed.open.items()):
+    for name, module in bar(
+        scope["progress"], "time and analyse" if timed else "analyse", surveyed.decomposable.items()
+    ):
         calls, moments = surveyed.calls(name), statistics.get(name)
         candidates[name] = [
             Candidate.of(name, module, each, calls, timed=timed, moments=moments) for each in fitting(module)
@@ -98,14 +100,14 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
         raise NothingToDecompose(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
-    dense = {name: found[0].choose((), "undecided") for name, found in candidates.items()}
-    choices = surveyed.refused | dense
+    undecided = {name: first.choose((), "undecided") for name, (first, *_) in candidates.items()}
+    choices = surveyed.refused | undecided
     plan = Plan(
-        {name: choices[name] for name in surveyed.sites},
+        {name: choices[name] for name in surveyed.layers},
         surveyed.cost,
         candidates,
         statistics=statistics,
-        seconds=_timed_together(model, surveyed.open, candidates, surveyed.example) if timed else None,
+        seconds=_timed_together(model, surveyed.decomposable, candidates, surveyed.example) if timed else None,
         request=request,
         uncounted=surveyed.uncounted,
     )
@@ -114,7 +116,7 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
 
 
 def _statistics(model: nn.Module, scope: Scope) -> Mapping[str, Moments]:
-    """The statistics that were given as data, or those of the data; none without any."""
+    """``data`` if it is statistics already, else those of its batches; empty without data."""
     data = scope["data"]
     if data is None:
         return {}
@@ -138,7 +140,7 @@ def _survey(
     statistics: Mapping[str, Moments],
     scope: Scope,
 ) -> Survey:
-    """The layers; sizes come from the example inputs, else from the data."""
+    """Survey the layers, with sizes from the example inputs, else from the data."""
     example = scope["example_inputs"]
     if example is None and isinstance(statistics, Statistics):
         example = statistics.example
@@ -148,7 +150,7 @@ def _survey(
 def _others(
     earlier: Plan | None, first: Candidate, module: nn.Module, surveyed: Survey, moments: Moments | None
 ) -> list[Candidate]:
-    """Candidates of the other methods that the budget of an earlier plan chose among, to choose again."""
+    """Candidates of the other methods of an earlier plan's budget, so that it can be changed again."""
     if earlier is None or earlier.request.budget is None:
         return []
     rows = [METHODS[name] for name in earlier.request.methods if name in METHODS and name != first.method.name]
@@ -170,11 +172,11 @@ def _require_same_model(statistics: Statistics, model: nn.Module) -> None:
 def _timed_together(
     model: nn.Module, modules: Mapping[str, nn.Module], candidates: Mapping[str, list[Candidate]], batch: Any
 ) -> Change:
-    """Time the whole model, and scale what each layer took by itself to what it takes inside of it."""
+    """Time the whole model, and rescale the seconds of each layer alone to those inside the model."""
     inside = layer_seconds(model, batch, modules)
     (total,) = latency([model], batch)
     share = min(1.0, total / sum(inside.values()))
-    for name, found in candidates.items():
-        for stopwatch in filter(None, (candidate.stopwatch for candidate in found)):
+    for name, each in candidates.items():
+        for stopwatch in filter(None, (candidate.stopwatch for candidate in each)):
             stopwatch.rescale(share * inside[name] / stopwatch.dense)
     return Change(total, total)

@@ -1,4 +1,4 @@
-"""Rules that bound the cost or the error of a layer, and take the best ranks within the bound."""
+"""Rules that bound the cost or the error of a layer, and choose the best ranks within the bound."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +15,7 @@ MAX_FITS = 40
 class params:
     """The ranks of least weight error whose factors have at most this share of the layer's parameters.
 
-    Ranks that do not lower both costs are left out.
+    Only ranks that lower both parameters and MACs are considered.
     """
 
     share: float
@@ -34,7 +34,7 @@ class params:
 class macs:
     """The ranks of least weight error whose factors need at most this share of the layer's MACs.
 
-    Ranks that do not lower both costs are left out.
+    Only ranks that lower both parameters and MACs are considered.
     """
 
     share: float
@@ -53,7 +53,7 @@ class macs:
 class error:
     """The ranks of fewest parameters whose relative error ||W - W'|| / ||W|| is at most ``bound``.
 
-    Ranks that lower both costs come first; where there are none, the layer stays dense.
+    Ranks that lower both parameters and MACs are preferred; if there are none, the layer stays dense.
     """
 
     bound: float
@@ -69,14 +69,14 @@ class error:
             within = grid.error <= self.bound
             cheaper = within & grid.pays
             ranks = _least(grid, grid.params_share, cheaper if cheaper.any() else within, grid.macs_share)
-            # Where errors are fitted the grid holds estimates, and each fit mends them.
+            # For fitted methods the grid holds estimates, which each fit improves.
             if 0 in ranks or candidate.error(ranks) <= self.bound:
                 return ranks
         return (0,) * len(candidate.limits)
 
 
 def _least(grid: GridLike, objective: Values, allowed: NDArray[np.bool_], then: Values) -> Ranks:
-    """Ranks where ``objective`` is least among those allowed, and ``then`` among equals; zeros if none is."""
+    """The allowed ranks with the least ``objective``, ties broken by ``then``; zeros if none are allowed."""
     if not allowed.any():
         return tuple(0 for _ in range(grid.ranks.shape[1]))
     best = allowed & (objective <= objective[allowed].min())

@@ -1,4 +1,4 @@
-"""What a user may write for ``ranks=``, turned into one rule or fixed ranks per layer name."""
+"""Parsing of ``ranks=`` to one rule or fixed ranks per layer name."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from decomp._util.naming import matches, some
 from decomp.ranks.rule import CandidateLike, FunctionRule, Ranks, Rule
 
 RankSpec = TypeAliasType("RankSpec", str | int | tuple[int, ...] | Rule | Callable[[CandidateLike], Ranks])
-"""Ranks of one layer or of all: the name of a rule, a rule, a function that is one, or fixed ranks."""
+"""Ranks of one layer or of all: the name of a rule, a rule, a function used as one, or fixed ranks."""
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Ranks that the user wrote. ``exact`` where they were written for one layer by its full name."""
+    """Ranks given by the user; ``exact`` if for one layer by its full name."""
 
     ranks: int | tuple[int, ...]
     exact: bool = False
@@ -24,36 +24,36 @@ class Fixed:
     def fit(
         self, limits: Ranks, preset: tuple[int | None, ...] = (), *, is_matrix: bool = True
     ) -> tuple[Ranks, bool]:
-        """Fill every component, clamp it at its limit, and say whether that lowered the ranks.
+        """The ranks of a layer, clamped to its limits, and whether that changed them.
 
-        An int fills every component that ``preset`` does not, and is meant as "at most"; a tuple means its
-        smallest entry for a matrix.
+        An int is an upper bound, and sets every component that ``preset`` does not. For a matrix a tuple means its
+        smallest entry.
 
         Raises:
-            ValueError: there are too many or too few entries, or a rank for one named layer is past its limit.
+            ValueError: there are too many or too few entries, or a rank for one named layer exceeds its limit.
         """
         if isinstance(self.ranks, int):
-            wanted = tuple(p or self.ranks for p in preset or (None,) * len(limits))
-            most = (max(limits),) * len(limits)
+            requested = tuple(p or self.ranks for p in preset or (None,) * len(limits))
+            bounds = (max(limits),) * len(limits)
         elif len(limits) == 1 and is_matrix:
-            wanted, most = (min(self.ranks),), limits
+            requested, bounds = (min(self.ranks),), limits
         else:
-            wanted, most = self.ranks, limits
-        if len(wanted) != len(limits):
+            requested, bounds = self.ranks, limits
+        if len(requested) != len(limits):
             raise ValueError(
-                f"ranks={self.ranks} has {len(wanted)} entries, {len(limits)} are needed: e.g. {limits}"
+                f"ranks={self.ranks} has {len(requested)} entries, {len(limits)} are needed: e.g. {limits}"
             )
-        if self.exact and any(rank > limit for rank, limit in zip(wanted, most, strict=True)):
-            raise ValueError(f"ranks={self.ranks} is past its largest ranks: write at most {limits}")
-        ranks = tuple(min(rank, limit) for rank, limit in zip(wanted, limits, strict=True))
-        return ranks, ranks != wanted
+        if self.exact and any(rank > limit for rank, limit in zip(requested, bounds, strict=True)):
+            raise ValueError(f"ranks={self.ranks} exceeds its largest ranks: write at most {limits}")
+        ranks = tuple(min(rank, limit) for rank, limit in zip(requested, limits, strict=True))
+        return ranks, ranks != requested
 
 
 def parse_spec(spec: Any, rules: Mapping[str, Rule], *, exact: bool = False) -> "Rule | Fixed":
     """Turn a rule's name, a rule, an int or a tuple into a rule or fixed ranks.
 
     Raises:
-        TypeError: the value is no rank; a bare float is refused because it can mean three things.
+        TypeError: the value is no rank; a float is refused because it is ambiguous.
         ValueError: the name is unknown or a rank is below 1.
     """
     if isinstance(spec, str):

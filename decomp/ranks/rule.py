@@ -1,4 +1,4 @@
-"""What a rank rule is: a function from what is known of one layer to its ranks."""
+"""The protocol of rank rules: functions from the spectra, costs and errors of a layer to its ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class SpectrumLike(Protocol):
 
 
 class GridLike(Protocol):
-    """Many ranks at once: row i of every array is about ``ranks[i]``, of shape (n, modes)."""
+    """Costs and errors at many ranks: row i of every array belongs to ``ranks[i]``, of shape (n, modes)."""
 
     @property
     def ranks(self) -> NDArray[Any]: ...
@@ -38,7 +38,7 @@ class GridLike(Protocol):
 
 
 class CandidateLike(Protocol):
-    """One layer under one method: what a rule may ask about it."""
+    """The attributes of a layer under one method that a rule can use."""
 
     @property
     def spectra(self) -> tuple[Any, ...]: ...
@@ -54,10 +54,10 @@ class CandidateLike(Protocol):
 
 
 class Rule(Protocol):
-    """A rank rule: from what is known of a layer to its ranks, one per spectrum.
+    """A rank rule: a function from a candidate to its ranks, one per mode.
 
-    A rank of 0 says that nothing of the weight is worth keeping, and ``nothing`` is the reason that the plan gives
-    then. A rule that ``reads_spectra`` is asked about the Tucker-2 of a layer whose own method has no spectra.
+    A rank of 0 means that the layer stays dense, and ``nothing`` is the reason in the plan. A rule with
+    ``reads_spectra`` is applied to the Tucker-2 of a layer if the method of the layer has no spectra.
     """
 
     @property
@@ -69,7 +69,7 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class FunctionRule:
-    """A function of the user's as a rule.
+    """A user's function as a rule.
 
     >>> FunctionRule(lambda candidate: (4,))(None)
     (4,)
@@ -80,7 +80,7 @@ class FunctionRule:
 
     @property
     def nothing(self) -> str:
-        return f"{self!r} keeps nothing of it"
+        return f"{self!r} returned rank 0"
 
     def __call__(self, candidate: CandidateLike, /) -> Ranks:
         return self.function(candidate)
@@ -90,7 +90,7 @@ class FunctionRule:
 
 
 def require_share(name: str, share: float, *, upper_included: bool = False) -> None:
-    """Refuse what is no share.
+    """Check that a value is a share.
 
     Raises:
         ValueError: ``share`` is not in (0, 1), or in (0, 1] where 1 is included.

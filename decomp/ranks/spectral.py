@@ -1,6 +1,6 @@
-"""Rules that read the spectrum of every unfolding and say how many of its components are kept.
+"""Rules that choose the rank of every unfolding from its singular values.
 
-``evbmf_rank`` is the formula behind ``vbmf``: the global analytic solution of empirical variational Bayesian
+``evbmf_rank`` is the formula of ``vbmf``: the global analytic solution of empirical variational Bayesian
 matrix factorization. Source: Nakajima, Sugiyama, Babacan and Tomioka 2013 (Global analytic solution of
 fully-observed variational Bayesian matrix factorization, JMLR 14), theorems 2 and 3, with the exact threshold of
 their 2015 analysis.
@@ -27,7 +27,7 @@ class vbmf:
     """The number of components above the noise, by global analytic EVBMF of every unfolding.
 
     The rank of a grouped convolution is the largest over its groups. 0 means noise: the layer stays dense.
-    ``weaken`` in (0, 1] goes only that share of the way down from the full rank: r = L - weaken (L - r_vbmf).
+    ``weaken`` in (0, 1] reduces the full rank L only by that share: r = L - weaken (L - r_vbmf).
 
     Source: Nakajima et al. 2013; used for Tucker-2 by Kim et al. 2016; weakened by Gusak et al. 2019 (MUSCO).
     """
@@ -49,12 +49,12 @@ class vbmf:
 
 @dataclass(frozen=True)
 class energy:
-    """The smallest rank that keeps this share of the squared singular values, in every unfolding.
+    """The smallest rank that retains this share of the squared singular values, in every unfolding.
 
     min {r: sum_{i <= r} sigma_i^2 >= share sum_i sigma_i^2}; for a matrix the relative error of the weight
-    is then at most sqrt(1 - share). ``share`` is in (0, 1]. With ``nuclear`` the singular values themselves
-    are added up, the other convention: the same share then keeps far more. With data the singular values are
-    those of the outputs.
+    is then at most sqrt(1 - share). ``share`` is in (0, 1]. With ``nuclear`` the share is one of the sum of the
+    singular values instead, another common convention, which gives far larger ranks for the same share. With data
+    the singular values are those of the outputs.
 
     >>> energy(0.9)
     energy(share=0.9, nuclear=False)
@@ -80,7 +80,7 @@ class energy:
 class gavish_donoho:
     """The singular values above the optimal hard threshold for unknown noise, omega(beta) x their median.
 
-    Source: Gavish and Donoho 2014, equations 11 and 4. It presumes that at least half of the spectrum is noise.
+    Source: Gavish and Donoho 2014, equations 11 and 4. It assumes that at least half of the spectrum is noise.
     """
 
     reads_spectra: ClassVar[bool] = True
@@ -124,7 +124,7 @@ class mdl:
 
 @dataclass(frozen=True)
 class stable_rank:
-    """The stable rank ||W||_F^2 / sigma_1^2 of every unfolding, rounded up: a low, smooth measure of the spectrum.
+    """The stable rank ||W||_F^2 / sigma_1^2 of every unfolding, rounded up; at most the rank.
 
     Source: Rudelson and Vershynin 2007; for ranks of networks Wang et al. 2023 (Cuttlefish).
     """
@@ -146,12 +146,12 @@ def gavish_donoho_factor(beta: float) -> float:
     >>> [round(gavish_donoho_factor(beta), 3) for beta in (1.0, 0.5, 0.25)]
     [2.858, 2.171, 1.837]
     """
-    from scipy.integrate import quad  # late: it would double the time that import decomp takes
+    from scipy.integrate import quad  # imported late: it would double the time of import decomp
 
     threshold = sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + sqrt(beta**2 + 14 * beta + 1)))
     low, high = (1 - sqrt(beta)) ** 2, (1 + sqrt(beta)) ** 2
 
-    # x = center - radius cos(angle) takes the square roots out of the density at both ends.
+    # The substitution x = center - radius cos(angle) removes the square roots of the density at both ends.
     center, radius = (low + high) / 2, (high - low) / 2
 
     def share_below(angle: float) -> float:
@@ -168,34 +168,34 @@ def gavish_donoho_factor(beta: float) -> float:
 
 
 def _above_rounding(values: Values, large: int) -> Values:
-    """Set what the Gram matrix cannot tell from zero to zero: sigma^2 below max(L, M) eps sigma_1^2."""
+    """Set singular values that are rounding errors to zero: sigma^2 below max(L, M) eps sigma_1^2."""
     return np.where(values > np.sqrt(large * np.finfo(np.float64).eps) * values[0], values, 0.0)
 
 
 def _per_mode(
     candidate: CandidateLike, rank: Callable[[Values, int, int], int], spectra: tuple[Any, ...] | None = None
 ) -> Ranks:
-    """The rank of every unfolding of the weight, or of other spectra, the largest over the groups; a mode whose
-    factor does not pay stays full.
+    """The rank of every unfolding of the weight, or of other spectra, the largest over the groups.
 
-    A factor pays where it lowers both parameters and MACs, or where the layer is cheaper only with it.
+    A mode whose factor does not pay stays full. A factor pays if it lowers both parameters and MACs, or if the
+    layer is cheaper only with it.
     """
-    found = tuple(
+    ranks = tuple(
         max(rank(values, spectrum.rows, spectrum.columns) for values in spectrum.values)
         for spectrum in (candidate.spectra if spectra is None else spectra)
     )
-    if 0 in found:
-        return found
-    kept = found
+    if 0 in ranks:
+        return ranks
+    paying = ranks
     for mode, limit in enumerate(candidate.limits):
-        full = (*kept[:mode], limit, *kept[mode + 1 :])
-        if not _cheaper(candidate, kept, full):
-            kept = full
-    return found if _cheaper(candidate, found) and not _cheaper(candidate, kept) else kept
+        full = (*paying[:mode], limit, *paying[mode + 1 :])
+        if not _cheaper(candidate, paying, full):
+            paying = full
+    return ranks if _cheaper(candidate, ranks) and not _cheaper(candidate, paying) else paying
 
 
 def _cheaper(candidate: CandidateLike, ranks: Ranks, than: Ranks | None = None) -> bool:
-    """Whether both costs are below those at other ranks, or below the dense layer's."""
+    """Whether both costs are below those at other ranks, or below those of the dense layer."""
     params = candidate.params_share(than) if than else 1.0
     macs = candidate.macs_share(than) if than else 1.0
     return candidate.params_share(ranks) < params and candidate.macs_share(ranks) < macs
@@ -261,7 +261,7 @@ def _noise_variance(energies: Values, alpha: float, threshold: float) -> float:
 
 
 def _stationary_points(energies: Values, alpha: float, kept: int, left: float, right: float) -> list[float]:
-    """Minima inside one interval: where the slope in log sigma^2 turns from negative to positive."""
+    """Minima inside one interval: where the derivative by log sigma^2 changes from negative to positive."""
     noise_energy, noise_count = energies[kept:].sum(), len(energies) - kept
 
     def slope(log_variance: float | Values) -> Values:
@@ -287,8 +287,8 @@ def _free_energy(energies: Values, alpha: float, threshold: float, variance: flo
 def _root(
     function: Callable[[float], float], low: float, high: float, xtol: float, rtol: float = ROUNDING
 ) -> float:
-    """The zero of a function between two places where its signs differ, by Brent's method."""
-    from scipy.optimize import brentq  # late: it takes longer than the rest of import decomp
+    """The root of a function in a bracket with opposite signs, by Brent's method."""
+    from scipy.optimize import brentq  # imported late: it takes longer than the rest of import decomp
 
     return float(brentq(function, low, high, xtol=xtol, rtol=rtol))
 

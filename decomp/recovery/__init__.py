@@ -1,1 +1,1 @@
-"""Accuracy won back in closed form: least squares, BatchNorm, layer after layer."""
+"""Recovery of accuracy without gradients: least squares, BatchNorm statistics, layer-by-layer decomposition."""

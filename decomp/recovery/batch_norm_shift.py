@@ -1,4 +1,4 @@
-"""What the BatchNorm behind a layer has to get, where it has moved since it stood behind the dense one."""
+"""Targets for a layer whose BatchNorm has other parameters or statistics than the one after the dense layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,55 +7,55 @@ import torch
 from torch import Tensor, nn
 
 from decomp.data.batches import Batches
-from decomp.network.forward import slope_of_norm
-from decomp.network.tracing import norms_behind
+from decomp.network.forward import norm_scale
+from decomp.network.tracing import following_norms
 
 
-class Frame:
-    """Outputs t of a layer that its BatchNorm turns into what the dense one makes of y: BN(t) = BN_dense(y).
+class BatchNormShift:
+    """The outputs t of a layer for which BN(t) = BN_dense(y), with y the output of the dense layer.
 
-    t = (s_d (y - mean_d) + beta_d - beta) / s + mean with s = gamma / sqrt(var + eps), channel by channel; t = y
-    where the BatchNorm has not moved, and in channels that it sets to a constant. A layer without a bias can have
-    one there: ``take``.
+    t = (s_d (y - mean_d) + beta_d - beta) / s + mean with s = gamma / sqrt(var + eps), channel by channel. t =
+    y where both BatchNorms are equal, and in channels with gamma = 0. The BatchNorm can also stand in for the
+    bias of a layer without one: :meth:`absorb`.
     """
 
     def __init__(self, norm: Any, norm_of_dense: Any) -> None:
         self._mean = norm.running_mean
         scale, beta = _affine(norm)
         scale_of_dense, beta_of_dense = _affine(norm_of_dense)
-        self._start = self._mean.detach().to(torch.float64).clone()
-        dead = scale == 0
-        ratio = scale_of_dense / torch.where(dead, 1.0, scale)
-        offset = (beta_of_dense - beta) / torch.where(dead, 1.0, scale)
-        offset = offset + self._start - ratio * norm_of_dense.running_mean.to(torch.float64)
-        self._ratio, self._offset = torch.where(dead, 1.0, ratio), torch.where(dead, 0.0, offset)
+        self._original_mean = self._mean.detach().to(torch.float64).clone()
+        is_constant = scale == 0
+        ratio = scale_of_dense / torch.where(is_constant, 1.0, scale)
+        offset = (beta_of_dense - beta) / torch.where(is_constant, 1.0, scale)
+        offset = offset + self._original_mean - ratio * norm_of_dense.running_mean.to(torch.float64)
+        self._ratio, self._offset = torch.where(is_constant, 1.0, ratio), torch.where(is_constant, 0.0, offset)
 
     def target(self, output: Tensor) -> Tensor:
-        """What the layer has to give for an output of the dense one, channels on axis 1."""
+        """The target t of the layer for an output y of the dense one, channels on axis 1."""
         shape = (-1, *(1,) * (output.dim() - 2))
         return output.to(torch.float64) * self._ratio.reshape(shape) + self._offset.reshape(shape)
 
-    def take(self, bias: Tensor) -> None:
-        """Let the norm add a bias to what the layer gives, counted from where the norm was."""
-        self._mean.copy_(self._start - bias.flatten())
+    def absorb(self, bias: Tensor) -> None:
+        """Set the running mean to its original value minus ``bias``, which adds the bias to the layer's output."""
+        self._mean.copy_(self._original_mean - bias.flatten())
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    scale = slope_of_norm(norm.running_var, norm.eps, norm.weight)
+    scale = norm_scale(norm.running_var, norm.eps, norm.weight)
     return scale, torch.zeros_like(scale) if norm.bias is None else norm.bias.detach().to(torch.float64)
 
 
-def frames_of(
+def batch_norm_shifts(
     small: nn.Module, dense: nn.Module, batches: Batches, pairs: Mapping[str, tuple[nn.Module, nn.Module]]
-) -> dict[str, "Frame"]:
-    """The frames of the layers that feed the same BatchNorm in both networks, as the first batch shows."""
+) -> dict[str, "BatchNormShift"]:
+    """The shift of each layer that the same BatchNorm follows in both networks, as seen on the first batch."""
     first = next(iter(batches))
-    ours, theirs = (
-        norms_behind(model, first, {name: pair[which] for name, pair in pairs.items()})
+    small_norms, dense_norms = (
+        following_norms(model, first, {name: pair[which] for name, pair in pairs.items()})
         for which, model in enumerate((small, dense))
     )
     return {
-        name: Frame(small.get_submodule(norm), dense.get_submodule(norm))
-        for name, norm in ours.items()
-        if theirs.get(name) == norm
+        name: BatchNormShift(small.get_submodule(norm), dense.get_submodule(norm))
+        for name, norm in small_norms.items()
+        if dense_norms.get(name) == norm
     }

@@ -1,4 +1,4 @@
-"""Least squares for what is left of an output after its ReLU: targets that move with the layer, fit by fit."""
+"""Least squares for the output after the ReLU (Zhang et al. 2016, section 3.2): alternating targets and fits."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from decomp.data.activations import Example
 from decomp.data.batches import CLOSED_FORM_SPLIT
-from decomp.network.forward import slope_of_norm
+from decomp.network.forward import norm_scale
 from decomp.network.tracing import Tail
 from decomp.recovery.least_squares import Refit, State
 
@@ -21,22 +21,22 @@ _RELUS = {functional.relu, functional.relu_, torch.relu, torch.relu_, Tensor.rel
 
 @dataclass(frozen=True)
 class Rectifier:
-    """r(y) = min(max(scale y + shift, 0), top) per output channel: a ReLU or ReLU6, behind a BatchNorm or not."""
+    """r(y) = min(max(scale y + shift, 0), top) per output channel: a ReLU or ReLU6, also after a BatchNorm."""
 
     top: float
     scale: Tensor | None = None
     shift: Tensor | None = None
 
-    def reads(self, output: Tensor, axes: int) -> bool:
-        """Whether what is scaled, axis 1, are the channels of a layer with so many spatial axes."""
+    def applies_to(self, output: Tensor, axes: int) -> bool:
+        """Whether axis 1, which the BatchNorm scales, holds the channels of a layer with so many spatial axes."""
         return self.scale is None or output.dim() == axes + 2
 
     def __call__(self, y: Tensor) -> Tensor:
-        """Of rows (groups, n, T)."""
+        """Apply r to rows (groups, n, T)."""
         return self._normed(y).clamp(0, self.top)
 
-    def aim(self, y: Tensor, goal: Tensor, weight: float) -> Tensor:
-        """What the outputs y should be for r of them to come closer to the goal, and not far from y."""
+    def targets(self, y: Tensor, goal: Tensor, weight: float) -> Tensor:
+        """The outputs t that minimize (goal - r(t))^2 + weight (s t - s y)^2 element by element, s the scale."""
         scale = torch.ones_like(y[:, :1]) if self.scale is None else self.scale.reshape(len(y), 1, -1)
         normed = self._normed(y)
         step = nearest(normed, goal, weight, self.top) - normed
@@ -65,7 +65,7 @@ def nearest(y: Tensor, goal: Tensor, weight: float, top: float = math.inf) -> Te
 
 
 def rectifier(tail: Tail, tail_of_dense: Tail) -> Rectifier | None:
-    """Read a tail that is a ReLU, directly or behind a BatchNorm in eval mode; None for any other.
+    """The rectifier that a tail computes: a ReLU, alone or after a BatchNorm in eval mode; None for others.
 
     The dense layer must be followed by the same ReLU.
     """
@@ -77,75 +77,75 @@ def rectifier(tail: Tail, tail_of_dense: Tail) -> Rectifier | None:
     norm = tail.steps[0]
     if len(tail.steps) > 2 or norm.func is not functional.batch_norm:
         return None
-    given = norm.arguments()
-    if given["training"] or given["running_mean"] is None:
+    options = norm.arguments()
+    if options["training"] or options["running_mean"] is None:
         return None
-    scale = slope_of_norm(given["running_var"], given["eps"], given["weight"])
-    beta = 0.0 if given["bias"] is None else given["bias"].detach().to(torch.float64)
-    return Rectifier(top, scale, beta - given["running_mean"].detach().to(torch.float64) * scale)
+    scale = norm_scale(options["running_var"], options["eps"], options["weight"])
+    beta = 0.0 if options["bias"] is None else options["bias"].detach().to(torch.float64)
+    return Rectifier(top, scale, beta - options["running_mean"].detach().to(torch.float64) * scale)
 
 
 def _top(tail: Tail) -> float | None:
-    """Where the ReLU at the end of a tail ends itself; None where there is no ReLU."""
+    """The upper bound of the ReLU at the end of a tail, inf for a plain one; None if the tail ends otherwise."""
     func = tail.steps[-1].func if tail.steps else None
     if func in _RELUS:
         return math.inf
     if func is functional.relu6:
         return 6.0
     if func is functional.hardtanh:
-        given = tail.steps[-1].arguments()
-        return float(given["max_val"]) if given["min_val"] == 0 else None
+        options = tail.steps[-1].arguments()
+        return float(options["max_val"]) if options["min_val"] == 0 else None
     return None
 
 
-class Rectified:
-    """The refit of one layer for what its ReLU gives.
+class ReluRefit:
+    """Refit of one layer that minimizes the error after its ReLU.
 
     Args:
-        refit: of the layer, with the moments of its inputs.
-        examples: its inputs and the outputs of the dense layer, as often as asked for.
-        after: the ReLU behind the layer, and the BatchNorm in between.
-        tail: what follows the dense layer.
+        refit: the linear refit of the layer, which holds the normal equations of its inputs.
+        examples: inputs of the layer and outputs of the dense one; iterated over once per pass.
+        relu: the ReLU after the layer, with the BatchNorm in between.
+        tail: the functions after the dense layer, which compute the goal.
     """
 
-    def __init__(self, refit: Refit, examples: Iterable[Example], after: Rectifier, tail: Tail) -> None:
-        self._refit, self._examples, self._after, self._tail = refit, examples, after, tail
+    def __init__(self, refit: Refit, examples: Iterable[Example], relu: Rectifier, tail: Tail) -> None:
+        self._refit, self._examples, self._relu, self._tail = refit, examples, relu, tail
 
     def apply(self, old: State) -> tuple[float, float]:
-        """Go on from the linear solution, leave the best state in the layer; its error and that of the old one."""
+        """Refit from the linear solution and set the best state; return the errors of ``old`` and of the best."""
         before, _ = self._pass(old, None)
         best, best_state, state = before, old, self._refit.state
         for weight in (*SCHEDULE, None):
-            error, solved = self._pass(state, weight)
+            error, next_state = self._pass(state, weight)
             if error < best:
                 best, best_state = error, state
-            state = solved
-        self._refit.put(best_state)
+            state = next_state
+        self._refit.set_state(best_state)
         return before, best
 
     def error(self) -> float:
-        """Relative error after the ReLU, as the layer is, on the batches held out (on all where none was)."""
+        """Relative error after the ReLU, on held-out batches, or on all if there are none."""
         return self._pass(self._refit.state, None)[0]
 
     def _pass(self, state: State, weight: float | None) -> tuple[float, State]:
-        """Measure a state; with a weight, solve for the targets that it leads to as well."""
-        equations = self._refit.equations.aimless()
+        """The error of a state after the ReLU; with a weight, also the next state, fitted to its targets."""
+        equations = self._refit.equations.without_targets()
         matrix, bias = state
-        lost = energy = 0.0
+        squared_error = energy = 0.0
         for example in self._examples:
-            held = CLOSED_FORM_SPLIT.held_out(example.batch)
-            measured = held or not self._refit.holds_out
+            held_out = CLOSED_FORM_SPLIT.held_out(example.batch)
+            measured = held_out or not self._refit.has_held_out
             if not measured and weight is None:
                 continue
             for z, goal in self._refit.rows(example.received, self._tail(example.targets[0])):
                 y = z @ matrix.mT if bias is None else z @ matrix.mT + bias[:, None]
                 if measured:
-                    lost += float((self._after(y) - goal).square().sum())
+                    squared_error += float((self._relu(y) - goal).square().sum())
                     energy += float(goal.square().sum())
-                if not held and weight is not None:
-                    equations.aim(z, self._after.aim(y, goal, weight))
-        error = math.sqrt(lost / energy) if energy else math.sqrt(lost)
+                if not held_out and weight is not None:
+                    equations.add_targets(z, self._relu.targets(y, goal, weight))
+        error = math.sqrt(squared_error / energy) if energy else math.sqrt(squared_error)
         if weight is None:
             return error, state
-        # Pulled towards the state that the targets were made for, not towards the old factor.
+        # The ridge is towards the state that the targets were computed for, not towards the original factor.
         return error, equations.solve(matrix, self._refit.ridge, centred=bias is not None)

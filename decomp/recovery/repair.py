@@ -15,19 +15,19 @@ from decomp._util.progress import bar
 from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
 from decomp.layers import Factorized
-from decomp.network.forward import Unfused, call, evaluating, floating, moving_norms, to_device_of
+from decomp.network.forward import Unfused, call, evaluating, floating, norms_with_running_stats, to_device_of
 from decomp.network.pairing import pairs_of
 from decomp.network.tracing import Tail
-from decomp.recovery.batch_norm_shift import frames_of
-from decomp.recovery.least_squares import OtherSize, Refit
-from decomp.recovery.relu import Rectified, Rectifier, rectifier
+from decomp.recovery.batch_norm_shift import batch_norm_shifts
+from decomp.recovery.least_squares import OutputSizeMismatch, Refit
+from decomp.recovery.relu import Rectifier, ReluRefit, rectifier
 
 
 @dataclass(frozen=True)
 class LayerRepair:
-    """Relative error of one layer's output on the batches held out, before and after the refit.
+    """Relative error of one layer's output on the held-out batches, before and after the refit.
 
-    Where the note says so, it is that of what the ReLU behind the layer gives.
+    The note says where the error is measured after the ReLU that follows the layer.
     """
 
     error_before: float
@@ -36,10 +36,9 @@ class LayerRepair:
 
 
 class RepairReport(ByLayer[LayerRepair]):
-    """What the repair did to each layer, in the order of execution; printed, a table.
+    """The errors of each layer before and after the repair, in the order of execution; prints as a table.
 
-    ``output_error_before`` and ``output_error_after`` are relative errors of what the network gives, on all
-    batches.
+    ``output_error_before`` and ``output_error_after`` are relative errors of the network's output on all batches.
     """
 
     def __init__(self, layers: Mapping[str, LayerRepair], before: float, after: float, note: str) -> None:
@@ -66,34 +65,34 @@ def repair(
 ) -> RepairReport:
     """Refit the last factor and the bias of every factorized layer of ``small``, in place, by least squares.
 
-    Layer by layer in the order of execution: with z what reaches the last factor in the compressed network, and y
-    the output of the dense layer in the dense one, A = (S_yz + rho A_0) (S_zz + rho I)^-1 and b = mean(y) - A
-    mean(z), with moments about the mean. The BatchNorm behind a layer without a bias takes b up; without either
-    there is none, and moments are about zero. rho, a share
-    of the mean diagonal of S_zz, is chosen on every fourth batch, which is held out of the fit, and the old
-    factor stays where none is better. Then the statistics of BatchNorm are estimated anew, and kept where they
-    lower the error of what the network gives. No labels and no gradients are needed.
+    Layer by layer in the order of execution, with z the input of the last factor in the compressed network and y
+    the output of the layer in the dense one: A = (S_yz + rho A_0) (S_zz + rho I)^-1 and b = mean(y) - A mean(z),
+    with central moments S. A layer without a bias adds b to the BatchNorm that follows; without either there is no
+    b, and moments are about zero. rho, a multiple of the mean diagonal of S_zz, is chosen on every fourth batch,
+    which is held out of the fit; the original factor A_0 stays if no rho is better. Then the BatchNorm statistics
+    are re-estimated, and restored unless the error of the network's output falls. No labels and no gradients are
+    needed.
 
-    With ``nonlinear``, a layer that a ReLU or ReLU6 r follows, directly or behind a BatchNorm, goes on from there
-    to minimize ||r(y) - r(A z + b)||^2: the fit is repeated for targets t that minimize, element by element,
-    (r(y) - r(t))^2 + lambda (t - A z - b)^2, five times with lambda 0.01 and five times with 1. The errors that
-    the report gives of it are those after norm and ReLU; of all states, the old factor and the linear fit among
-    them, the best on the batches held out is kept. The data is gone through a dozen times more for each such
-    layer, in memory where ``cache_bytes`` hold it all. Other layers get the linear fit.
+    With ``nonlinear``, a layer followed by a ReLU or ReLU6 r, directly or after a BatchNorm, is then refitted to
+    minimize ||r(y) - r(A z + b)||^2: the fit is repeated for targets t that minimize, element by element,
+    (r(y) - r(t))^2 + lambda (t - A z - b)^2, five times with lambda 0.01 and five times with 1. Of all states, the
+    original factor and the linear fit among them, the best on the held-out batches stays, and the report gives
+    errors after BatchNorm and ReLU. This takes a dozen more passes over the data per layer, in memory if it fits
+    into ``cache_bytes``. Other layers get the linear fit.
 
     Args:
-        small: what :func:`decomp.tucker` or another call returned.
-        dense: the model it was made from, in which nothing is changed.
-        data: an iterable of batches that can be gone through again.
-        inputs: what the model is called with, from a batch.
-        batch_norm: estimate the statistics of BatchNorm anew.
-        nonlinear: refit what a ReLU follows for what the ReLU gives.
-        cache_bytes: inputs and targets of a layer that are held in memory at once.
+        small: the compressed model, as :func:`decomp.tucker` or another call returns it.
+        dense: the model that it was made from; it is not changed.
+        data: batches, in an iterable that can be iterated over several times, in the same order.
+        inputs: returns the arguments of the model for a batch.
+        batch_norm: re-estimate the BatchNorm statistics.
+        nonlinear: minimize the error after the ReLU of layers that one follows.
+        cache_bytes: the most memory for the inputs and targets of a layer.
         progress: show a progress bar.
 
     Raises:
         ValueError: ``dense`` does not match ``small``, or the data is empty.
-        TypeError: the data can be gone through only once, or a batch does not fit the model.
+        TypeError: the data can be iterated over only once, or a batch does not fit the model.
 
     Source: Zhang et al. 2016, section 3.3 (targets of the dense network, inputs of the compressed one) and 3.2
     (nonlinear); He, Zhang and Sun 2017, section 3.1 (reconstruction by least squares).
@@ -111,7 +110,7 @@ def repair(
     with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
         before = _output_error(small, dense, batches)
         order = reached_tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
-        frames = frames_of(small, dense, batches, pairs)
+        norm_shifts = batch_norm_shifts(small, dense, batches, pairs)
         of_dense = reached_tails(dense, batches, {n: pair[1] for n, pair in pairs.items()}) if nonlinear else {}
         for name, tail in bar(progress, "repair", order.items()):
             if pairs[name][0].absorbs_outputs == "nothing":
@@ -119,9 +118,9 @@ def repair(
                 continue
             activations = Activations(small, dense, *pairs[name], replace(tail, steps=()), batches, cache_bytes)
             with naming(name):
-                behind = of_dense.get(name, Tail())
-                refit = Refit(pairs[name][0], frames.get(name))
-                reports[name] = _refit(pairs[name][0], refit, activations, rectifier(tail, behind), behind)
+                dense_tail = of_dense.get(name, Tail())
+                refit = Refit(pairs[name][0], norm_shifts.get(name))
+                reports[name] = _refit(pairs[name][0], refit, activations, rectifier(tail, dense_tail), dense_tail)
         after, note = _output_error(small, dense, batches), ""
         if batch_norm:
             after, note = _renormalized(small, dense, batches, after)
@@ -131,42 +130,42 @@ def repair(
 
 
 def _refit(
-    layer: Factorized, refit: Refit, activations: Activations, after: Rectifier | None, tail: Tail
+    layer: Factorized, refit: Refit, activations: Activations, relu: Rectifier | None, tail: Tail
 ) -> LayerRepair:
     examples = ExampleCache[Example](activations.windows)
     try:
         for example in examples:
             target = example.targets[0]
             refit.add(example.received, target, held_out=CLOSED_FORM_SPLIT.held_out(example.batch))
-            after = after if after is not None and after.reads(target, refit.axes) else None
+            relu = relu if relu is not None and relu.applies_to(target, refit.axes) else None
     except RoutedDifferently:
         return LayerRepair(math.nan, math.nan, "routed differently: not refitted")
-    except OtherSize:
+    except OutputSizeMismatch:
         return LayerRepair(math.nan, math.nan, "called with an output_size: not refitted")
-    rectified = Rectified(refit, examples, after, tail) if after is not None and refit.fits else None
+    relu_refit = ReluRefit(refit, examples, relu, tail) if relu is not None and refit.is_solvable else None
     if not any(parameter.requires_grad for parameter in layer.parameters()):
-        error = refit.error() if rectified is None else rectified.error()
+        error = refit.error() if relu_refit is None else relu_refit.error()
         return LayerRepair(error, error, "frozen: not refitted")
     before, old = refit.error(), refit.state
     error = refit.apply()
     note = ""
-    if rectified is not None:
-        before, error = rectified.apply(old)
+    if relu_refit is not None:
+        before, error = relu_refit.apply(old)
         note = "measured after its ReLU"
     return LayerRepair(before, error, note if error < before else "no gain: its factor was kept")
 
 
 def _output_error(small: nn.Module, dense: nn.Module, batches: Batches) -> float:
     """Relative error of all floating outputs of the network, over the whole data."""
-    lost, energy, empty = 0.0, 0.0, True
+    squared_error, energy, empty = 0.0, 0.0, True
     for batch in batches:
         empty = False
-        ours, theirs = (_outputs(model, batch) for model in (small, dense))
-        lost += sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True))
-        energy += sum(float(b.square().sum()) for b in theirs)
+        outputs, dense_outputs = (_outputs(model, batch) for model in (small, dense))
+        squared_error += sum(float((a - b).square().sum()) for a, b in zip(outputs, dense_outputs, strict=True))
+        energy += sum(float(b.square().sum()) for b in dense_outputs)
     if empty:
         raise ValueError("data is empty: at least one batch is needed")
-    return math.sqrt(lost / energy) if energy else math.sqrt(lost)
+    return math.sqrt(squared_error / energy) if energy else math.sqrt(squared_error)
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
@@ -174,11 +173,11 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: float) -> tuple[float, str]:
-    """Estimate BatchNorm statistics by one cumulative average over the data; undone where the error would rise."""
-    norms = list(moving_norms(small).values())
+    """Estimate BatchNorm statistics by a cumulative average over the data; undone unless the error falls."""
+    norms = list(norms_with_running_stats(small).values())
     if not norms:
         return before, ""
-    kept = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    original = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
@@ -187,23 +186,22 @@ def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: 
         for batch in batches:
             call(small, to_device_of(small, batch))
     except ValueError as error:
-        _put_back(norms, kept)
+        _restore(norms, original)
         return before, f"the statistics of BatchNorm were kept: {error}"
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum, norm.training = momentum, False
     reached = [norm for norm in norms if int(norm.num_batches_tracked or 0)]
-    _put_back(
-        [n for n in norms if n not in reached], [k for n, k in zip(norms, kept, strict=True) if n not in reached]
-    )
+    unreached = [pair for pair in zip(norms, original, strict=True) if pair[0] not in reached]
+    _restore([norm for norm, _ in unreached], [buffers for _, buffers in unreached])
     after = _output_error(small, dense, batches)
     if after < before:
         return after, f"{len(reached)} BatchNorm re-estimated"
-    _put_back(norms, kept)
+    _restore(norms, original)
     return before, f"no gain: the statistics of {len(reached)} BatchNorm were kept"
 
 
-def _put_back(norms: Sequence[nn.Module], kept: Sequence[Mapping[str, Tensor]]) -> None:
-    for norm, values in zip(norms, kept, strict=True):
+def _restore(norms: Sequence[nn.Module], original: Sequence[Mapping[str, Tensor]]) -> None:
+    for norm, values in zip(norms, original, strict=True):
         for name, value in values.items():
             getattr(norm, name).copy_(value)

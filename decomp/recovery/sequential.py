@@ -1,4 +1,4 @@
-"""Layer after layer: each decomposed for the inputs that it gets in the network compressed so far."""
+"""Sequential decomposition: every layer for the inputs that it receives in the network compressed so far."""
 
 import math
 from collections.abc import Callable
@@ -27,8 +27,8 @@ from decomp.planning.build import (
 )
 from decomp.planning.choice import Choice
 from decomp.planning.plan import CompressedModule, Plan
-from decomp.recovery.batch_norm_shift import Frame, frames_of
-from decomp.recovery.least_squares import OtherSize, Refit
+from decomp.recovery.batch_norm_shift import BatchNormShift, batch_norm_shifts
+from decomp.recovery.least_squares import OutputSizeMismatch, Refit
 
 CACHE_BYTES = 2**30
 NO_TAIL = Tail()
@@ -47,10 +47,11 @@ def apply_sequentially(
 ) -> CompressedModule:
     """Return ``model`` with the layers of ``plan`` replaced one after the other, in the order of execution.
 
-    Of each layer, with x^ what it gets in the network compressed so far and y what it gave in the dense one: the
+    For each layer, with x^ its input in the network compressed so far and y its output in the dense one: the
     weight is fitted to y ~= W^ x^ + b by least squares (ridge towards W, chosen on held-out batches), W^ is
-    decomposed for the moments of x^, and what is left of the mean of y goes into the bias, or into the BatchNorm
-    that follows. ``after_each(small, name)`` is called after each layer, before the next one sees its output.
+    decomposed for the moments of x^, and the remaining error of the mean of y is added to the bias, or to the
+    BatchNorm that follows. ``after_each(small, name)`` is called after each layer, before the next one is
+    decomposed.
 
     Source: Zhang et al. 2016, section 3.3 (asymmetric reconstruction).
     """
@@ -58,43 +59,43 @@ def apply_sequentially(
     small = surgery.swap(model, {}, inplace=False)
     batches = Batches.in_fixed_order(data, inputs)
     pairs = {name: (small.get_submodule(name), dense) for name, dense in replaced.items()}
-    settled: dict[str, Choice] = {}
+    final: dict[str, Choice] = {}
     with evaluating(model, small), Unfused(), torch.inference_mode(False), torch.no_grad():
         order = reached_tails(model, batches, replaced)
-        frames = frames_of(small, model, batches, pairs)
+        norm_shifts = batch_norm_shifts(small, model, batches, pairs)
         for name, tail in bar(progress, "decompose", order.items()):
             require_finite(name, replaced[name])
-            flow = Activations(small, model, *pairs[name], replace(tail, steps=()), batches, CACHE_BYTES)
-            step = _Step(*pairs[name], ExampleCache[Example](flow.windows), frames.get(name))
+            activations = Activations(small, model, *pairs[name], replace(tail, steps=()), batches, CACHE_BYTES)
+            step = _LayerStep(*pairs[name], ExampleCache[Example](activations.windows), norm_shifts.get(name))
             with naming(name):
-                layer, settled[name] = step.take(name, plan)
+                layer, final[name] = step.decompose(name, plan)
             small = surgery.swap(small, {name: layer}, inplace=bool(name))
             if after_each is not None:
                 after_each(small, name)
     unreached = {name: module for name, module in replaced.items() if name not in order}
     for name in order:
-        small.get_submodule(name).train(replaced[name].training)  # they were made in eval mode
+        small.get_submodule(name).train(replaced[name].training)  # they were built in eval mode
     rest = decomposed(unreached, plan, plan.method_of, plan.candidates, plan.statistics, False)
-    settled |= measured(plan, unreached, rest, plan.candidates, plan.statistics)
-    return plan.swap(small, rest, settled, inplace=True)
+    final |= measured(plan, unreached, rest, plan.candidates, plan.statistics)
+    return plan.swap(small, rest, final, inplace=True)
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One layer: ``own``, still dense, in the compressed network, and what it has to give."""
+class _LayerStep:
+    """One layer: ``own``, not decomposed yet, in the compressed network, ``dense`` in the dense one, its data."""
 
     own: nn.Module
     dense: nn.Module
     examples: ExampleCache[Example]
-    frame: Frame | None
+    norm_shift: BatchNormShift | None
 
-    def take(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
-        """The factorized layer, its bias or the BatchNorm behind it corrected, and what became of the choice."""
+    def decompose(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
+        """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
         calibrated = plan.statistics.get(name)
         try:
             self._refit()
             received = ((example.received, CLOSED_FORM_SPLIT.held_out(example.batch)) for example in self.examples)
-            moments = moments_of(self.own, received, calibrated, centred=self.frame is not None)
+            moments = moments_of(self.own, received, calibrated, centred=self.norm_shift is not None)
         except RoutedDifferently:
             dense = {name: self.dense}
             alone = decomposed(dense, plan, plan.method_of, plan.candidates, plan.statistics, False)
@@ -105,33 +106,34 @@ class _Step:
         return layer, replace(plan[name], error=error, output_error=self._centre(layer))
 
     def _refit(self) -> None:
-        """Fit the weight of the layer, and its bias, to the targets for the inputs that it gets."""
-        refit = Refit(self.own, self.frame)
+        """Fit the weight of the layer, and its bias, to the targets on the inputs that it receives."""
+        refit = Refit(self.own, self.norm_shift)
         try:
             for example in self.examples:
                 if not example.received.is_floating_point():
                     return
                 refit.add(example.received, example.targets[0], held_out=CLOSED_FORM_SPLIT.held_out(example.batch))
-        except OtherSize:
+        except OutputSizeMismatch:
             return
         refit.apply()
 
     def _centre(self, layer: Any) -> float:
-        """Correct the mean of the output, where something can; return the relative error that is left."""
+        """Correct the mean of the output by the bias or the BatchNorm; return the remaining relative error."""
         axes = len(getattr(layer, "kernel_size", ()))
         total: Any = 0.0
         squares = energy = 0.0
         count = 0
         for example in self.examples:
-            target = example.targets[0] if self.frame is None else self.frame.target(example.targets[0])
-            lost = rows_of(target - example.run(layer, NO_TAIL)[0], axes, 1)[0]
-            total, count = total + lost.sum(0), count + len(lost)
-            squares, energy = squares + float(lost.square().sum()), energy + float(target.double().square().sum())
+            target = example.targets[0] if self.norm_shift is None else self.norm_shift.target(example.targets[0])
+            difference = rows_of(target - example.run(layer, NO_TAIL)[0], axes, 1)[0]
+            total, count = total + difference.sum(0), count + len(difference)
+            squares += float(difference.square().sum())
+            energy += float(target.double().square().sum())
         mean = total / max(count, 1)
         if layer.bias is not None:
             layer.bias.add_(mean.to(layer.bias.dtype))
-        elif self.frame is not None:
-            self.frame.take(mean)
-        if layer.bias is not None or self.frame is not None:
+        elif self.norm_shift is not None:
+            self.norm_shift.absorb(mean)
+        if layer.bias is not None or self.norm_shift is not None:
             squares -= count * float(mean.square().sum())
         return math.sqrt(max(squares, 0.0) / energy) if energy else 0.0

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from decomp._util.naming import matches, some
 from decomp.training.checkpoint import name_of
 from decomp.training.distributed import ProcessGroup
 
@@ -80,10 +80,9 @@ def trained_parameters(model: nn.Module, train: ParameterSelector) -> set[str]:
         return {name for name in free if train(name, parameters[name])}
     globs = [train] if isinstance(train, str) else list(train)
     for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in parameters):
-            known = ", ".join(map(repr, list(parameters)[:6]))
-            raise ValueError(f"train={glob!r} matches no parameter; parameters are {known}, ...")
-    return {name for name in free if any(fnmatchcase(name, glob) for glob in globs)}
+        if not any(matches(name, glob) for name in parameters):
+            raise ValueError(f"train={glob!r} matches no parameter; parameters are {some(list(parameters))}")
+    return {name for name in free if any(matches(name, glob) for glob in globs)}
 
 
 class TrainingStopped(Exception):

@@ -1,4 +1,4 @@
-"""Alternating least squares for CP: damped at first, extrapolated after Nesterov, restarted where the error rises.
+"""Alternating least squares for CP, damped at first, with Nesterov extrapolation and restarts.
 
 Kolda & Bader 2009 (ALS); Phan, Tichavsky & Cichocki 2013 (products with the tensor shared by the modes); Navasca,
 De Lathauwer & Kindermann 2008 (damping); Mitchell, Ye & De Sterck 2020 (Nesterov steps with restarts).
@@ -37,15 +37,15 @@ class Problem:
         energy = tensor.flatten(1).double().square().sum(1)
         return Problem(slices.contiguous(), slices.mT.contiguous(), energy, tuple(tensor.shape[3:]))
 
-    def take(self, chosen: Tensor) -> "Problem":
+    def select(self, chosen: Tensor) -> "Problem":
         return Problem(self.rows[chosen], self.columns[chosen], self.energy[chosen], self.sizes)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """When a problem ends: three sweeps running lowered the root of its objective by less than ``tolerance``.
+    """When a problem has converged: three sweeps in a row lowered its root objective by less than ``tolerance``.
 
-    ``share`` times the squared error is the least damping.
+    The least damping is ``share`` times the squared error.
     """
 
     tolerance: float
@@ -54,9 +54,9 @@ class Rules:
 
 @dataclass(frozen=True)
 class Descent:
-    """Where every problem stands: its factors, those of the sweep before, and how it fares.
+    """The state of every problem: its factors, those of the previous sweep, and its convergence.
 
-    ``factors`` come in the order of the modes: unit columns, but for the last, which bears the weights.
+    ``factors`` come in the order of the modes: unit columns, except in the last, which holds the weights.
     ``squared_error`` and ``size``, the sum of squared term norms, are its objective with the ridge ``damping``;
     ``age`` counts sweeps since a restart, ``calm`` the small decreases in a row.
     """
@@ -74,7 +74,7 @@ class Descent:
         zero = torch.zeros_like(problem.energy)
         return Descent(factors, factors, problem.energy, zero, zero + damping, zero, zero)
 
-    def take(self, chosen: Tensor) -> "Descent":
+    def select(self, chosen: Tensor) -> "Descent":
         vectors = (self.squared_error, self.size, self.damping, self.age, self.calm)
         factors, before = ([factor[chosen] for factor in side] for side in (self.factors, self.before))
         return Descent(factors, before, *(vector[chosen] for vector in vectors))
@@ -83,11 +83,12 @@ class Descent:
 def minimise(
     problem: Problem, factors: list[Tensor], rules: Rules, max_sweeps: int, damping: Tensor | float
 ) -> tuple[list[Tensor], Tensor, int]:
-    """Factors, squared errors and the number of sweeps, from a start that gives all modes but the first.
+    """Factors, squared errors and the number of sweeps, from initial factors of all modes but the first.
 
-    The objective is ||K - K~||^2 + damping sum_r ||term r||^2. The damping decays from sweep to sweep, in at most
-    half of ``max_sweeps``, down to ``rules.share`` of the squared error: it keeps terms from cancelling each other
-    while they are far from the tensor, which leads to lower minima sooner, and from diverging at the end.
+    The objective is ||K - K~||^2 + damping sum_r ||term r||^2. The damping decays from sweep to sweep, in at
+    most half of ``max_sweeps``, down to ``rules.share`` of the squared error. Early on it keeps terms from
+    cancelling each other, which leads to lower minima in fewer sweeps; at the end it keeps them from
+    diverging.
     """
     decay = min(DECAY, LEAST_DAMPING ** (2 / max_sweeps))
     descent = Descent.start(problem, factors, damping)
@@ -103,12 +104,12 @@ def minimise(
             errors[places] = descent.squared_error
             if sweeps == max_sweeps or not bool(going.any()):
                 break
-            places, problem, descent = places[going], problem.take(going), descent.take(going)
+            places, problem, descent = places[going], problem.select(going), descent.select(going)
     return result, errors, sweeps
 
 
 def _advance(problem: Problem, descent: Descent, rules: Rules, decay: float) -> Descent:
-    """One sweep from the extrapolated factors; a problem whose objective rises goes back and restarts."""
+    """One sweep from the extrapolated factors; a problem whose objective rises is reset and restarted."""
     age, damping = descent.age, descent.damping
     step = (age / (age + 1)).clamp(max=LARGEST_STEP).to(descent.factors[0].dtype)[:, None, None]
     ahead = [torch.lerp(old, new, 1 + step) for new, old in zip(descent.factors, descent.before, strict=True)]
@@ -127,15 +128,15 @@ def _advance(problem: Problem, descent: Descent, rules: Rules, decay: float) -> 
     if bool(accepted.all()):
         return Descent(factors, descent.factors, squared_error, size, damping, age + 1, calm)
     mask = accepted[:, None, None]
-    kept = [torch.where(mask, new, old) for new, old in zip(factors, descent.factors, strict=True)]
-    before = [torch.where(mask, old, new) for old, new in zip(descent.factors, kept, strict=True)]
+    selected = [torch.where(mask, new, old) for new, old in zip(factors, descent.factors, strict=True)]
+    before = [torch.where(mask, old, new) for old, new in zip(descent.factors, selected, strict=True)]
     squared_error = torch.where(accepted, squared_error, descent.squared_error)
     size = torch.where(accepted, size, descent.size)
-    return Descent(kept, before, squared_error, size, damping, torch.where(accepted, age + 1, 0), calm)
+    return Descent(selected, before, squared_error, size, damping, torch.where(accepted, age + 1, 0), calm)
 
 
 def sweep(problem: Problem, factors: list[Tensor], ridge: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Update all factors once, with two products of the tensor; the squared error comes with the last update.
+    """Update all factors once, with two products of the tensor; the last update also gives the squared error.
 
     K x2 B gives A, then K x1 A gives B and all the small factors.
     """

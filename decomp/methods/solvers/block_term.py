@@ -32,10 +32,10 @@ class Blocks:
 def fit_block_term(tensor: Tensor, blocks: int, rank_out: int, rank_in: int) -> tuple[Blocks, float, float]:
     """G blocks of ranks (out, in, J) of one (T, S, J) tensor, their squared error, and their degeneracy.
 
-    Compressed by HOSVD to G times the ranks first, started by taking one block after the other off the rest,
-    then alternating least squares for all left factors, all right factors and all cores, at last with next to no
-    ridge. Left and right factors of each block are orthonormal in the result. Degeneracy is sum_g ||C_g||^2 /
-    ||K||^2: far above 1, blocks cancel.
+    The tensor is compressed by HOSVD to G times the ranks and initialized by deflation, one block after the
+    other. Alternating least squares then update all left factors, all right factors and all cores, in the last
+    sweeps with a very small ridge. Left and right factors of each block are orthonormal in the result.
+    Degeneracy is sum_g ||C_g||^2 / ||K||^2: far above 1, blocks cancel each other.
 
     >>> blocks, squared_error, degeneracy = fit_block_term(torch.randn(12, 10, 9, dtype=torch.float64), 2, 4, 3)
     >>> blocks.left.shape, blocks.core.shape, blocks.right.shape
@@ -45,27 +45,27 @@ def fit_block_term(tensor: Tensor, blocks: int, rank_out: int, rank_in: int) -> 
     left_basis = _leading(tensor, 0, min(tensor.shape[0], blocks * rank_out))
     right_basis = _leading(tensor, 1, min(tensor.shape[1], blocks * rank_in))
     small = torch.einsum("tsj,tx,sy->xyj", tensor, left_basis, right_basis)
-    found = _sweeps(small, _deflated(small, blocks, rank_out, rank_in), energy, MAX_SWEEPS, RIDGE)
-    found.left = torch.einsum("tx,xna->tna", left_basis, found.left)
-    found.right = torch.einsum("sy,ynb->snb", right_basis, found.right)
-    found = _sweeps(tensor, found, energy, LAST_SWEEPS, LAST_RIDGE)
-    squared_error = float((tensor - found.dense()).square().sum())
-    return found, squared_error, float(found.core.square().sum()) / energy if energy else 0.0
+    model = _sweeps(small, _deflated(small, blocks, rank_out, rank_in), energy, MAX_SWEEPS, RIDGE)
+    model.left = torch.einsum("tx,xna->tna", left_basis, model.left)
+    model.right = torch.einsum("sy,ynb->snb", right_basis, model.right)
+    model = _sweeps(tensor, model, energy, LAST_SWEEPS, LAST_RIDGE)
+    squared_error = float((tensor - model.dense()).square().sum())
+    return model, squared_error, float(model.core.square().sum()) / energy if energy else 0.0
 
 
-def _sweeps(tensor: Tensor, found: Blocks, energy: float, most: int, ridge: float) -> Blocks:
+def _sweeps(tensor: Tensor, model: Blocks, energy: float, most: int, ridge: float) -> Blocks:
     before = energy
     for _ in range(most):
-        found.left = _side(tensor, found.core, found.right)
-        found.left, found.core = _orthonormal(found.left, found.core)
-        turned = found.core.transpose(1, 2)
-        found.right = _side(tensor.transpose(0, 1), turned, found.left)
-        found.right, turned = _orthonormal(found.right, turned)
-        found.core, squared_error = _cores(tensor, found.left, turned.transpose(1, 2), found.right, ridge)
+        model.left = _side(tensor, model.core, model.right)
+        model.left, model.core = _orthonormal(model.left, model.core)
+        turned = model.core.transpose(1, 2)
+        model.right = _side(tensor.transpose(0, 1), turned, model.left)
+        model.right, turned = _orthonormal(model.right, turned)
+        model.core, squared_error = _cores(tensor, model.left, turned.transpose(1, 2), model.right, ridge)
         if before - squared_error <= TOLERANCE * energy:
             break
         before = squared_error
-    return found
+    return model
 
 
 def _side(tensor: Tensor, core: Tensor, other: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ def _side(tensor: Tensor, core: Tensor, other: Tensor) -> Tensor:
 
 
 def _cores(tensor: Tensor, left: Tensor, core: Tensor, right: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Conjugate gradients for all cores from where they are, and what is minimised: error^2 + ridge ||C||^2.
+    """Conjugate gradients for all cores, from the present ones; also the objective, error^2 + ridge ||C||^2.
 
-    The ridge keeps blocks from growing against each other on the way: with it they are found far more often, too.
+    The ridge keeps blocks from cancelling each other, and exact blocks are recovered far more often with it.
     The normal matrix (U_g^T U_h) (x) (V_g^T V_h) has an identity for every block on its diagonal.
     """
     target = torch.einsum("tsj,tna->nasj", tensor, left)
@@ -113,13 +113,13 @@ def _cores(tensor: Tensor, left: Tensor, core: Tensor, right: Tensor, ridge: flo
 
 
 def _orthonormal(factor: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the columns of each block orthonormal, and let its core take up the change."""
+    """Make the columns of each block orthonormal, and multiply its core by the change of basis."""
     basis, triangle = torch.linalg.qr(factor.transpose(0, 1))
     return basis.transpose(0, 1), torch.einsum("nad,ndbj->nabj", triangle, core)
 
 
 def _deflated(tensor: Tensor, blocks: int, rank_out: int, rank_in: int) -> Blocks:
-    """One Tucker-2 block after the other, each of what the ones before leave."""
+    """Deflation: one Tucker-2 block after the other, each of the residual of those before."""
     lefts, cores, rights = [], [], []
     for _ in range(blocks):
         right = _leading(tensor, 1, rank_in)

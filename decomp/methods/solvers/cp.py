@@ -43,10 +43,10 @@ def fit_cp(
 ) -> CP:
     """CP of every (n_1, ..., n_d) tensor of a batch at one rank, d from 2 to 5; factors are float64.
 
-    SVDs where these are exact, or all there is to it (d = 2); else the best of ``starts`` runs of alternating
-    least squares, each ended when three sweeps running lowered the relative error by less than ``tolerance``. With
-    ``correct`` a share of the squared error is spent on terms that do not cancel each other: degenerate models
-    explode in fine-tuning (Phan et al. 2020).
+    By SVDs of the slices if these are exact, or if d = 2; else the best of ``starts`` runs of alternating least
+    squares, each of which ends after three consecutive sweeps that lower the relative error by less than
+    ``tolerance``. With ``correct`` a slightly larger squared error is accepted for terms that do not cancel each
+    other, because degenerate models diverge in fine-tuning (Phan et al. 2020).
 
     >>> model = fit_cp(torch.randn(1, 8, 6, 9), 4)
     >>> [tuple(factor.shape) for factor in model.factors]
