@@ -49,6 +49,7 @@ class Checkpoint:
 def pack(state: Any) -> bytes:
     """The bytes of a safetensors file that holds a nested state: the tensors, and the rest as JSON in its header.
 
+    >>> import torch
     >>> unpack(pack({"betas": (0.9, 0.999), "step": {0: torch.tensor(3.0)}}))
     {'betas': (0.9, 0.999), 'step': {0: tensor(3.)}}
 
