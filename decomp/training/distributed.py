@@ -1,4 +1,4 @@
-"""The processes that train together, usually a single one: sums and means over them, devices, mixed precision."""
+"""The processes of a training run, usually a single one: sums and means over them, devices, mixed precision."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
