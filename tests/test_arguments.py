@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import decomp
-from decomp._util.arguments import arguments_of, takes
+from decomp._util.arguments import arguments_of, with_arguments
 from decomp.methods import FAMILIES, MethodOptions, default_options
 from decomp.planning.arguments import Application, BudgetArguments, Scope, Selection
 from decomp.planning.cost import COSTS, Bounds
@@ -64,7 +64,7 @@ def test_the_decorator_keeps_the_function_as_it_is():
     assert pickle.loads(pickle.dumps(decomp.tucker)) is decomp.tucker
     assert decomp.tucker.__module__ == "decomp.api"
     with pytest.raises(ValueError, match="a docstring without Args"):
-        takes(Bounds)(_undocumented)
+        with_arguments(Bounds)(_undocumented)
 
 
 def _undocumented(model, **bounds):
