@@ -260,7 +260,7 @@ def test_the_refitted_factor_is_the_least_squares_solution(name):
         refit.apply()
         after = float((small(x) - target).square().sum())
     last = list(small.children())[-1]
-    reaching = refit._reaching_last(x)
+    reaching = refit._input_of_last(x)
     unfold = patches_like(last)
     z = rows_of(reaching if unfold is None else unfold(reaching), 2, last.groups).detach()
     y = rows_of(target, 2, last.groups)
