@@ -318,7 +318,7 @@ def test_gradients_are_taken_and_none_is_left(monkeypatch):
 
     with pytest.raises(ValueError, match=r"no gradient, because the model runs under torch.no_grad.*loss=None"):
         decomp.calibrate(Closed(), [torch.randn(8, 12)], loss="output", progress=False)
-    with pytest.raises(ValueError, match="returns no float tensor"):
+    with pytest.raises(ValueError, match="the model returns no float tensor"):
         decomp.calibrate(nn.Sequential(net, Argmax()), [torch.randn(8, 12)], loss="output", progress=False)
 
 

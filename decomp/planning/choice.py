@@ -13,7 +13,7 @@ from decomp.layers.kernels import HUGGING_FACE_CONV1D, qualified_name
 from decomp.planning.cost import Cost
 
 Ranks = tuple[int, ...]
-DENSE = "dense"  # the method of a layer that stays as it is
+DENSE = "dense"  # the method of a layer that is not replaced
 COLUMNS = ("layer", "type", "method", "ranks", ">params", ">MACs", ">error", "why / note")
 
 

@@ -72,8 +72,8 @@ class energy:
         return _per_mode(candidate, self._rank, candidate.output_spectra)
 
     def _rank(self, values: Values, rows: int, columns: int) -> int:
-        kept = (_above_rounding(values, max(rows, columns)) if self.nuclear else values**2).cumsum()
-        return int(np.searchsorted(kept, self.share * kept[-1] * (1 - 1e-12)) + 1) if kept[-1] > 0 else 0
+        sums = (_above_rounding(values, max(rows, columns)) if self.nuclear else values**2).cumsum()
+        return int(np.searchsorted(sums, self.share * sums[-1] * (1 - 1e-12)) + 1) if sums[-1] > 0 else 0
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ class mdl:
         if not values[0] > 0:
             return 0
         eigenvalues = np.maximum(values**2, samples * np.finfo(np.float64).eps * values[0] ** 2)
-        kept = np.arange(count)
-        beyond = count - kept
+        ranks = np.arange(count)
+        beyond = count - ranks
         log_geometric = np.log(eigenvalues)[::-1].cumsum()[::-1] / beyond
         log_arithmetic = np.log(eigenvalues[::-1].cumsum()[::-1] / beyond)
         misfit = samples * beyond * (log_arithmetic - log_geometric)
-        return int((misfit + kept * (2 * count - kept) * np.log(samples) / 2).argmin())
+        return int((misfit + ranks * (2 * count - ranks) * np.log(samples) / 2).argmin())
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def evbmf_threshold(alpha: float) -> float:
 def _noise_variance(energies: Values, alpha: float, threshold: float) -> float:
     """Minimize the free energy over sigma^2, with ``energies`` gamma_h^2 / M.
 
-    Between two kinks gamma_h^2 / (M x_) the set of kept components is fixed and the energy is smooth; at a kink
+    Between two kinks gamma_h^2 / (M x_) the set of components above the noise is fixed and the energy is smooth; at a kink
     it is the lower of two branches, so that no minimum lies there. Every interval is searched by itself.
     """
     upper = energies.sum() / len(energies)
@@ -254,19 +254,19 @@ def _noise_variance(energies: Values, alpha: float, threshold: float) -> float:
     edges = np.unique(np.concatenate([[lower, upper], kinks[(kinks > lower) & (kinks < upper)]]))
     candidates = [upper, lower]
     for left, right in pairwise(edges):
-        kept = int((kinks > (left + right) / 2).sum())
-        candidates += _stationary_points(energies, alpha, kept, log(left), log(right))
+        rank = int((kinks > (left + right) / 2).sum())
+        candidates += _stationary_points(energies, alpha, rank, log(left), log(right))
     variance: float = min(candidates, key=lambda variance: _free_energy(energies, alpha, threshold, variance))
     return variance
 
 
-def _stationary_points(energies: Values, alpha: float, kept: int, left: float, right: float) -> list[float]:
+def _stationary_points(energies: Values, alpha: float, rank: int, left: float, right: float) -> list[float]:
     """Minima inside one interval: where the derivative by log sigma^2 changes from negative to positive."""
-    noise_energy, noise_count = energies[kept:].sum(), len(energies) - kept
+    noise_energy, noise_count = energies[rank:].sum(), len(energies) - rank
 
     def slope(log_variance: float | Values) -> Values:
         variance = np.exp(np.atleast_1d(log_variance))
-        tau = _tau(energies[:kept] / variance[:, None], alpha)
+        tau = _tau(energies[:rank] / variance[:, None], alpha)
         return np.asarray(noise_count - noise_energy / variance - alpha * (1 + 1 / tau).sum(1))
 
     probes = np.linspace(left, right, PROBES_PER_INTERVAL)

@@ -121,8 +121,8 @@ def _advance(problem: Problem, descent: Descent, rules: Rules, decay: float) -> 
     least = rules.share * squared_error
     decaying = damping > (rules.share * descent.squared_error).clamp(min=LEAST_DAMPING)
     accepted = (gain >= 0) | (age == 0) | decaying
-    settled = (gain < rules.tolerance) & ~decaying | (objective < FLOORS[factors[0].dtype])
-    calm = torch.where(accepted, torch.where(settled, descent.calm + 1, 0), descent.calm)
+    converged = (gain < rules.tolerance) & ~decaying | (objective < FLOORS[factors[0].dtype])
+    calm = torch.where(accepted, torch.where(converged, descent.calm + 1, 0), descent.calm)
     lower = damping * torch.where(gain < SLOW, FAST_DECAY, decay)
     damping = torch.where(lower > least.clamp(min=LEAST_DAMPING), lower, least.minimum(damping))
     if bool(accepted.all()):

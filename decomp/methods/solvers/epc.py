@@ -35,11 +35,11 @@ def correct(tensor: Tensor, factors: list[Tensor]) -> list[Tensor]:
         before, norms = norms, weights(mended).square().sum(1)
         if bool((before - norms <= GAIN * before).all()):
             break
-    kept = residual(chosen, mended) <= bound * (1 + ROUNDING)
-    places = degenerate.nonzero()[kept, 0]
+    accepted = residual(chosen, mended) <= bound * (1 + ROUNDING)
+    places = degenerate.nonzero()[accepted, 0]
     result = [factor.clone() for factor in factors]
     for factor, part in zip(result, mended, strict=True):
-        factor[places] = part[kept]
+        factor[places] = part[accepted]
     return result
 
 
