@@ -1,7 +1,8 @@
 """What every factorized layer has in common: a chain of factors, and the way back to the dense weight."""
 
+import copy
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
 import torch
@@ -14,6 +15,34 @@ Absorbs: TypeAlias = Literal["full", "diagonal", "nothing"]
 
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module)))
 _OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape", "input_first"))
+_PLAIN = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device)
+
+
+def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a module that not every module has: its options, and what was set on it."""
+    yield from ((name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a number, a string or the like, or a container of such: it leads to no tensor or module.
+
+    >>> is_plain((3, "same")), is_plain([nn.ReLU()])
+    (True, False)
+    """
+    if isinstance(value, dict):
+        return all(is_plain(key) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def copy_alone(layer: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Deep copy of a layer without the attributes that may lead out of it, to its parent for one."""
+    outside = {name: value for name, value in attributes_of(layer) if not is_plain(value) and value is not layer}
+    new = copy.deepcopy(layer, {**(memo or {}), **{id(value): None for value in outside.values()}})
+    for name in outside:
+        del vars(new)[name]
+    return new
 
 
 class Factorized(nn.Module):
@@ -21,8 +50,8 @@ class Factorized(nn.Module):
 
     The children carry the names of their roles (``reduce``, ``core``, ``expand``) and run in that order; only
     the last one has a bias. The attributes that code around a layer reads (``in_features``, ``stride``,
-    ``bias``, ..., and what else was set on it) are those of the dense layer. ``weight`` can be read, never set: it
-    multiplies the factors anew each time.
+    ``bias``, ..., and plain values that were set on it) are those of the dense layer; a swap copies the others.
+    ``weight`` can be read, never set: it multiplies the factors anew each time.
 
     ``absorbs_inputs`` says which matrices M the first factor can take up, K' = K M, and ``absorbs_outputs`` which
     the last one can, K' = M K: any, diagonal ones (every channel has filters of its own), or none.
@@ -42,9 +71,9 @@ class Factorized(nn.Module):
         self.dense_type = type(dense)
         self.dense_shape = tuple(dense.weight.shape)  # known without multiplying the factors
         self.input_first = is_input_first(dense)
-        for name, value in vars(dense).items():
-            if name not in _OF_EVERY_MODULE:
-                setattr(self, name, value)
+        for name, value in attributes_of(dense):
+            if is_plain(value):  # what may lead back to the dense model is copied with it, by the swap
+                setattr(self, name, copy.deepcopy(value))
         self.build(dense, device)
 
     @abstractmethod
@@ -167,9 +196,9 @@ class Factorized(nn.Module):
         """Build the ordinary layer that this one stands for, with the product of the factors as its weight."""
         with torch.device("meta"):
             dense: Any = self.empty_dense().to(next(self.parameters()).dtype).train(self.training)
-        for name, value in vars(self).items():
-            if name not in _OF_EVERY_MODULE and name not in _OF_FACTORIZED and not hasattr(dense, name):
-                setattr(dense, name, value)
+        for name, value in attributes_of(self):
+            if name not in _OF_FACTORIZED and not hasattr(dense, name) and is_plain(value):
+                setattr(dense, name, copy.deepcopy(value))
         factors = [parameter for name, parameter in self.named_parameters() if not name.endswith("bias")]
         widest: Tensor = max(factors, key=lambda parameter: parameter.numel())
         weight = self.dense_weight().detach().contiguous(memory_format=memory_format_of(widest))

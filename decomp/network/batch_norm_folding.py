@@ -1,6 +1,5 @@
 """BatchNorm taken up by the layer in front of it."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from decomp.layers import Factorized
+from decomp.layers.factorized import copy_alone
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, is_input_first
 from decomp.linalg import as_float64
 from decomp.network.flops import observe
@@ -123,7 +123,7 @@ def _folded(layer: nn.Module, norm: Any) -> nn.Module:
         )
     ]
     weight, bias = (torch.cat(each) for each in zip(*parts, strict=True))
-    new: Any = copy.deepcopy(layer)
+    new: Any = copy_alone(layer)
     # Over the old one, so that dtype, device and memory format stay.
     new.weight.copy_(weight)
     trained = next((tensor for tensor in (old.bias, norm.bias) if tensor is not None), old.weight).requires_grad

@@ -1,13 +1,15 @@
 """Swapping modules inside a model: which can be swapped, why the others can not, and the swap."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+
+from decomp.layers.factorized import attributes_of, is_plain
 
 _WRAPPERS = {
     "OptimizedModule": "give the model that torch.compile was called with, and compile the result",
@@ -134,8 +136,9 @@ def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
 def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn.Module:
     """Return ``model``, or a deep copy of it, with the named modules replaced under every name they go by.
 
-    The weights of replaced layers are never copied. Parents that would read a weight instead of calling the
-    layer are told to call it.
+    The weights of replaced layers are never copied. What was set on them is, with the model: a reference from a
+    replaced layer to its parent leads to the parent in the copy. Transformer encoders that would read the weight
+    of a factorized layer call it instead.
 
     Raises:
         ValueError: the model is itself the layer and ``inplace`` is true.
@@ -147,6 +150,8 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
         memo: dict[int, Any] = {id(module): new[name] for name, module in old.items()}
         try:
             model = copy.deepcopy(model, memo)
+            for name, module in old.items():
+                _take_attributes(new[name], module, lambda value: copy.deepcopy(value, memo))
         except Exception as error:
             raise TypeError(f"the model cannot be copied ({error}): inplace=True changes the one given") from error
     else:
@@ -156,12 +161,21 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
             )
         replacement = {id(module): new[name] for name, module in old.items()}
         _require_no_alias(model, replacement)
+        for name, module in old.items():
+            _take_attributes(new[name], module, lambda value: replacement.get(id(value), value))
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
                 if id(child) in replacement:
                     parent._modules[name] = replacement[id(child)]
     _call_children(model, {id(module) for module in new.values()})
     return model
+
+
+def _take_attributes(new: nn.Module, old: nn.Module, taken: Callable[[Any], Any]) -> None:
+    """Set on a new layer what was set on the old one, but for plain values, which it took when it was made."""
+    for name, value in attributes_of(old):
+        if not is_plain(value) and name not in vars(new) and not hasattr(type(new), name):
+            vars(new)[name] = taken(value)  # setattr would make a child of a module
 
 
 def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
