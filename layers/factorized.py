@@ -192,6 +192,7 @@ class Factorized(nn.Module):
         """Multiply the factors: the weight that this layer applies, in the layout of the dense layer."""
         return join_kernels(self.dense_kernels(), input_first=self.input_first)
 
+    @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """Build the ordinary layer that this one stands for, with the product of the factors as its weight."""
         with torch.device("meta"):

@@ -527,3 +527,48 @@ def test_hooks_and_flags_survive_a_forward_that_raises():
     assert model.layer.training
     assert not model.layer._forward_hooks
     assert not model.layer._forward_pre_hooks
+
+
+def made(model):
+    """Models by every way of making them, from one convolution, its BatchNorm and a linear layer."""
+    x = torch.randn(8, 6, 5, 5)
+    ranks = {"0": (3, 2), "4": 3}
+    for call in (decomp.tucker, decomp.svd):
+        yield call(model, ranks=2)
+    yield decomp.cp(model, ranks=3)
+    yield decomp.block_term(model, ranks=1, blocks=2)
+    yield decomp.compress(model, x, macs=0.6)
+    yield decomp.tucker(model, ranks=ranks, data=[x, x])
+    yield decomp.tucker(model, ranks=ranks, data=[x, x], sequential=True)
+    yield decomp.tucker(nn.Sequential(model[0]), ranks=2, inplace=True)
+    plan = decomp.plan(model, "monochromatic", ranks=2, layers="0")
+    yield plan.apply(model)
+    yield plan.build(model)
+    yield decomp.densify(plan.apply(model))
+    yield decomp.fold_batch_norm(model, x)
+
+
+def test_models_made_in_inference_mode_can_be_trained_and_repaired_afterwards():
+    """Their parameters would be inference tensors, which autograd takes nowhere."""
+
+    def dense():
+        layers = [nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 16)]
+        return nn.Sequential(*layers).eval()
+
+    with torch.inference_mode():
+        models = [*made(dense())]
+    model, x = dense(), torch.randn(8, 6, 5, 5)
+    with torch.inference_mode():
+        models += [*made(model)]
+        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+    with torch.no_grad():
+        models += [*made(model)]
+        assert not torch.is_grad_enabled()
+    for small in models:
+        assert not any(tensor.is_inference() for tensor in (*small.parameters(), *small.buffers()))
+        small.train()(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in small.parameters())
+    small = next(made(model))
+    decomp.repair(small, model, [x, x], progress=False)
+    decomp.finetune_layerwise(small, model, [x, x], steps=1, progress=False)

@@ -14,12 +14,21 @@ from decomp.linalg import as_float64
 from decomp.network.flops import observe
 from decomp.network.forward import BATCH_NORMS
 from decomp.network.selection import Selector, select
-from decomp.network.surgery import check_model, hooks_of, refusal, shared_parameters, swap, walk
+from decomp.network.surgery import (
+    check_model,
+    hooks_of,
+    outside_inference_mode,
+    refusal,
+    shared_parameters,
+    swap,
+    walk,
+)
 from decomp.network.tracing import norms_behind
 
 _LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 
 
+@outside_inference_mode()
 def fold_batch_norm(
     model: nn.Module,
     example_inputs: Any,

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -131,6 +132,14 @@ def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
             if not is_lazy(parameter) and parameter.numel():
                 names.setdefault(_memory(parameter), []).append(f"{aliases[0]}.{name}".lstrip("."))
     return {memory: found for memory, found in names.items() if len(found) > 1}
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Make ordinary parameters where the caller is in ``torch.inference_mode``: its own could never be trained."""
+    grad = torch.is_grad_enabled()  # leaving inference mode turns gradients on
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
 
 
 def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn.Module:

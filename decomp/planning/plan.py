@@ -255,6 +255,7 @@ class Plan(Mapping[str, Choice]):
             raise ValueError(f"{layers!r} matches no layer of the plan; it has {some(list(self))}")
         return names
 
+    @surgery.outside_inference_mode()
     def apply(self, model: nn.Module, *, inplace: bool = False, progress: bool | None = None) -> CompressedModule:
         """Decompose the weights of ``model`` and return the model with the factorized layers swapped in.
 
@@ -272,6 +273,7 @@ class Plan(Mapping[str, Choice]):
         correct_means(small, replaced, new, self._statistics)
         return small
 
+    @surgery.outside_inference_mode()
     def build(self, model: nn.Module, *, inplace: bool = False) -> CompressedModule:
         """Return ``model`` with untrained factorized layers: the structure for ``load_state_dict``, or to train.
 
