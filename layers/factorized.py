@@ -189,7 +189,11 @@ class Factorized(nn.Module):
         """Multiply the factors: one dense kernel (groups, T, S, *kernel) per group."""
 
     def dense_weight(self) -> Tensor:
-        """Multiply the factors: the weight that this layer applies, in the layout of the dense layer."""
+        """Multiply the factors: the weight that this layer applies, in the layout and dtype of the dense layer."""
+        device = next(self.parameters()).device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # it would give the product of float32 factors in bfloat16
+                return self.dense_weight()
         return join_kernels(self.dense_kernels(), input_first=self.input_first)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ class Bias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(length, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        return input + self.bias
+        return input + self.bias.to(input.dtype)  # under autocast the input has the lower precision
 
 
 class KroneckerLinear(Factorized):

@@ -235,6 +235,18 @@ def test_back_to_an_ordinary_layer(name):
         assert getattr(small, attribute) == getattr(dense, attribute)
 
 
+@pytest.mark.parametrize("name", [*SPATIAL, "svd", "kronecker"])
+def test_autocast_does_not_round_the_product_of_the_factors(name):
+    dense = nn.Conv2d(8, 12, 3) if name in SPATIAL else nn.Linear(8, 12)
+    small = METHODS[name].layer_of(dense).like(dense, small_ranks(name, dense))
+    with torch.autocast("cpu", torch.bfloat16):
+        again, weight = small.to_dense(), small.weight
+        assert small(torch.randn(2, 8, 9, 9) if name in SPATIAL else torch.randn(2, 8)).dtype is torch.bfloat16
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    assert torch.equal(again.weight, small.dense_weight())
+    assert torch.equal(weight, again.weight)
+
+
 @pytest.mark.parametrize("name", SPATIAL)
 def test_channels_last_and_unbatched_inputs(name):
     dense = nn.Conv2d(8, 12, 3).to(memory_format=torch.channels_last)
