@@ -10,13 +10,19 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from decomp.layers.factorized import attributes_of, is_plain
+from decomp.layers.factorized import Factorized, attributes_of, is_plain
 
 _WRAPPERS = {
     "OptimizedModule": "give the model that torch.compile was called with, and compile the result",
     "DistributedDataParallel": "give model.module, and wrap the result",
     "DataParallel": "give model.module, and wrap the result",
     "FullyShardedDataParallel": "decompose before sharding",
+}
+
+_FUSED = "decomp_fused_path"  # the attribute of an encoder that holds its settings from before the swap
+_UNFUSED: dict[type[nn.Module], dict[str, Any]] = {
+    nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
+    nn.TransformerEncoder: {"use_nested_tensor": False},  # nested tensors run on the fused path alone
 }
 
 
@@ -176,7 +182,7 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
             for name, child in parent._modules.items():
                 if id(child) in replacement:
                     parent._modules[name] = replacement[id(child)]
-    _call_children(model, {id(module) for module in new.values()})
+    _set_fused_paths(model)
     return model
 
 
@@ -197,17 +203,21 @@ def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> No
                 raise ValueError(f"{where} holds a layer that would be replaced: leave inplace=True out")
 
 
-def _call_children(model: nn.Module, new: set[int]) -> None:
-    """Turn off the fused path of transformer encoders that hold a new layer: it would read dense weights."""
+def _set_fused_paths(model: nn.Module) -> None:
+    """Turn off the fused path of transformer encoders that hold a factorized layer: it would read dense weights.
+
+    The old settings stay on the encoder, and come back when no factorized layer is left in it.
+    """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _holds(module, new):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and _holds(module, new):
-            module.use_nested_tensor = False  # nested tensors run on the fused path alone
-
-
-def _holds(module: nn.Module, wanted: set[int]) -> bool:
-    return any(id(child) in wanted for child in module.modules())
+        off = next((off for kind, off in _UNFUSED.items() if isinstance(module, kind)), None)
+        if off is None:
+            continue
+        if any(isinstance(child, Factorized) for child in module.modules()):
+            if not hasattr(module, _FUSED):
+                setattr(module, _FUSED, {name: getattr(module, name) for name in off})
+            vars(module).update(off)
+        elif hasattr(module, _FUSED):
+            vars(module).update(vars(module).pop(_FUSED))
 
 
 def _memory(parameter: nn.Parameter) -> int:
