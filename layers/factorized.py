@@ -51,7 +51,8 @@ class Factorized(nn.Module):
     The children carry the names of their roles (``reduce``, ``core``, ``expand``) and run in that order; only
     the last one has a bias. The attributes that code around a layer reads (``in_features``, ``stride``,
     ``bias``, ..., and plain values that were set on it) are those of the dense layer; a swap copies the others.
-    ``weight`` can be read, never set: it multiplies the factors anew each time.
+    ``weight`` can be read, never set: it multiplies the factors anew each time, and what is written into the
+    tensor that it returns (``nn.init.zeros_(layer.weight)``) is lost. Write to the factors.
 
     ``absorbs_inputs`` says which matrices M the first factor can take up, K' = K M, and ``absorbs_outputs`` which
     the last one can, K' = M K: any, diagonal ones (every channel has filters of its own), or none.
@@ -67,13 +68,13 @@ class Factorized(nn.Module):
 
     def __init__(self, dense: Any, ranks: tuple[int, ...], device: Any) -> None:
         super().__init__()
+        for name, value in attributes_of(dense):
+            if is_plain(value) and not hasattr(type(self), name):
+                setattr(self, name, copy.deepcopy(value))  # what leads elsewhere is copied by the swap
         self.ranks = ranks
         self.dense_type = type(dense)
         self.dense_shape = tuple(dense.weight.shape)  # known without multiplying the factors
         self.input_first = is_input_first(dense)
-        for name, value in attributes_of(dense):
-            if is_plain(value):  # what may lead back to the dense model is copied with it, by the swap
-                setattr(self, name, copy.deepcopy(value))
         self.build(dense, device)
 
     @abstractmethod
@@ -232,6 +233,38 @@ class Factorized(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return list(self.children())[-1].bias  # type: ignore[return-value]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._require_no_product(name)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._require_no_product(name.removesuffix("_orig"))  # torch.nn.utils.prune registers weight_orig
+        super().register_parameter(name, param)
+
+    def _require_no_product(self, name: str) -> None:
+        """Refuse to set what is computed from the factors: it would not reach them.
+
+        Raises:
+            AttributeError: says where to write instead.
+        """
+        if name not in ("weight", "bias"):
+            return
+        kind, (*_, last) = type(self).__name__, dict(self.named_children())
+        holds = "that of its last factor"
+        if name == "weight":
+            holds = "the product of its factors, multiplied at every read"
+        raise AttributeError(
+            f"{kind}.{name} cannot be set, pruned or fused: it is {holds}. Use the factors in its place "
+            f"(layer.{last}.{name}, prune.l1_unstructured(layer.{last}, {name!r}, 0.5), "
+            f"fuse_conv_bn_eval(layer.{last}, norm)), or the dense layer that decomp.densify gives"
+        )
+
+    def reset_parameters(self) -> None:
+        """Initialize every factor anew, as torch initializes a layer of its kind."""
+        for factor in self.children():
+            if hasattr(factor, "reset_parameters"):
+                cast(Any, factor).reset_parameters()
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         for factor in self.children():
