@@ -266,6 +266,17 @@ class Factorized(nn.Module):
             if hasattr(factor, "reset_parameters"):
                 cast(Any, factor).reset_parameters()
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` calls first.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"torch.jit.script does not take {type(self).__name__}: call torch.jit.trace or torch.export.export "
+            "with example inputs, or script what decomp.densify gives"
+        )
+
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         for factor in self.children():
             input = run_factor(factor, input, output_size)

@@ -305,6 +305,27 @@ def test_attributes_of_a_dense_layer_do_not_replace_those_of_the_factorized_one(
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_torch_fx_and_tracing_take_every_layer_at_every_batch_size(name):
+    small, x = structure(name)
+    more = torch.cat([x, x + 1])
+    model = nn.Sequential(small)
+    for graph in (torch.fx.symbolic_trace(model), torch.fx.symbolic_trace(small)):
+        torch.testing.assert_close(graph(more), small(more))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ALL)
+def test_torchscript_is_made_by_tracing_and_refused_by_script(name):
+    small, x = structure(name)
+    more = torch.cat([x, x + 1])
+    torch.testing.assert_close(torch.jit.trace(small, x)(more), small(more))
+    for model in (small, nn.Sequential(small)):
+        with pytest.raises(TypeError, match=rf"does not take {type(small).__name__}: call torch\.jit\.trace"):
+            torch.jit.script(model)
+    assert model[0] is small
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_autocast_does_not_round_the_product_of_the_factors(name):
     small, x = structure(name)
     with torch.autocast("cpu", torch.bfloat16):
