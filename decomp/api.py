@@ -304,6 +304,7 @@ def compress(
     return _apply(model, decided, arguments)
 
 
+@surgery.outside_inference_mode()
 def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Return the model with every factorized layer converted to a dense layer, the product of its factors.
 

@@ -1,7 +1,8 @@
 """The base class of factorized layers: a chain of factors, and its product, the dense weight."""
 
+import copy
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
 import torch
@@ -14,15 +15,45 @@ Absorbs: TypeAlias = Literal["full", "diagonal", "nothing"]
 
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module)))
 _OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape", "input_first"))
+_PLAIN = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device)
+
+
+def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a module that not every module has: its options, and what was set on it."""
+    yield from ((name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a number, a string or the like, or a container of such: it leads to no tensor or module.
+
+    >>> is_plain((3, "same")), is_plain([nn.ReLU()])
+    (True, False)
+    """
+    if isinstance(value, dict):
+        return all(is_plain(key) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def copy_alone(layer: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Deep copy of a layer without the attributes that may lead out of it, to its parent for one."""
+    outside = {name: value for name, value in attributes_of(layer) if not is_plain(value) and value is not layer}
+    new = copy.deepcopy(layer, {**(memo or {}), **{id(value): None for value in outside.values()}})
+    for name in outside:
+        del vars(new)[name]
+    return new
 
 
 class Factorized(nn.Module):
     """A chain of ordinary torch layers that replaces one dense layer.
 
     The children carry the names of their roles (``reduce``, ``core``, ``expand``) and run in that order; only
-    the last one has a bias. The attributes of the dense layer (``in_features``, ``stride``, ``bias``, ..., and any
-    that were added to it) are available under the same names. ``weight`` is read-only, the product of the factors,
-    computed at each access.
+    the last one has a bias. The attributes of the dense layer (``in_features``, ``stride``, ``bias``, ..., and
+    plain values that were added to it) are available under the same names. ``weight`` is read-only, the product of
+    the
+    factors, computed at each access: what is written into the tensor that it returns
+    (``nn.init.zeros_(layer.weight)``) is lost. Write to the factors.
 
     ``absorbs_inputs`` states which matrices M the first factor can absorb, K' = K M, and ``absorbs_outputs`` which
     the last one can, K' = M K: all, diagonal ones (if every channel has its own filters), or none.
@@ -38,13 +69,13 @@ class Factorized(nn.Module):
 
     def __init__(self, dense: Any, ranks: tuple[int, ...], device: Any) -> None:
         super().__init__()
+        for name, value in attributes_of(dense):
+            if is_plain(value) and not hasattr(type(self), name):
+                setattr(self, name, copy.deepcopy(value))  # what leads elsewhere is copied by the swap
         self.ranks = ranks
         self.dense_type = type(dense)
         self.dense_shape = tuple(dense.weight.shape)  # known without multiplying the factors
         self.input_first = is_input_first(dense)
-        for name, value in vars(dense).items():
-            if name not in _OF_EVERY_MODULE:
-                setattr(self, name, value)
         self.build(dense, device)
 
     @abstractmethod
@@ -159,16 +190,21 @@ class Factorized(nn.Module):
         """Multiply the factors: one dense kernel (groups, T, S, *kernel) per group."""
 
     def dense_weight(self) -> Tensor:
-        """Multiply the factors: the weight that this layer applies, in the layout of the dense layer."""
+        """Multiply the factors: the weight that this layer applies, in the layout and dtype of the dense layer."""
+        device = next(self.parameters()).device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # it would give the product of float32 factors in bfloat16
+                return self.dense_weight()
         return join_kernels(self.dense_kernels(), input_first=self.input_first)
 
+    @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """Build the dense layer that this one replaces, with the product of the factors as its weight."""
         with torch.device("meta"):
             dense: Any = self.empty_dense().to(next(self.parameters()).dtype).train(self.training)
-        for name, value in vars(self).items():
-            if name not in _OF_EVERY_MODULE and name not in _OF_FACTORIZED and not hasattr(dense, name):
-                setattr(dense, name, value)
+        for name, value in attributes_of(self):
+            if name not in _OF_FACTORIZED and not hasattr(dense, name) and is_plain(value):
+                setattr(dense, name, copy.deepcopy(value))
         factors = [parameter for name, parameter in self.named_parameters() if not name.endswith("bias")]
         widest: Tensor = max(factors, key=lambda parameter: parameter.numel())
         weight = self.dense_weight().detach().contiguous(memory_format=memory_format_of(widest))
@@ -197,6 +233,49 @@ class Factorized(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return list(self.children())[-1].bias  # type: ignore[return-value]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._require_no_product(name)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._require_no_product(name.removesuffix("_orig"))  # torch.nn.utils.prune registers weight_orig
+        super().register_parameter(name, param)
+
+    def _require_no_product(self, name: str) -> None:
+        """Refuse to set what is computed from the factors: it would not reach them.
+
+        Raises:
+            AttributeError: says where to write instead.
+        """
+        if name not in ("weight", "bias"):
+            return
+        kind, (*_, last) = type(self).__name__, dict(self.named_children())
+        holds = "that of its last factor"
+        if name == "weight":
+            holds = "the product of its factors, multiplied at every read"
+        raise AttributeError(
+            f"{kind}.{name} cannot be set, pruned or fused: it is {holds}. Use the factors in its place "
+            f"(layer.{last}.{name}, prune.l1_unstructured(layer.{last}, {name!r}, 0.5), "
+            f"fuse_conv_bn_eval(layer.{last}, norm)), or the dense layer that decomp.densify gives"
+        )
+
+    def reset_parameters(self) -> None:
+        """Initialize every factor anew, as torch initializes a layer of its kind."""
+        for factor in self.children():
+            if hasattr(factor, "reset_parameters"):
+                cast(Any, factor).reset_parameters()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` calls first.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"torch.jit.script does not take {type(self).__name__}: call torch.jit.trace or torch.export.export "
+            "with example inputs, or script what decomp.densify gives"
+        )
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         for factor in self.children():

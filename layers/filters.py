@@ -1,7 +1,6 @@
 """Few filters per input or output channel: depthwise convolutions and one 1x1 convolution."""
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -207,10 +206,10 @@ class SharedBankConv(_FiltersFirst):
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         axes = len(self.dense_shape) - 2
-        positions = input.shape[-axes:]
-        x = input.reshape(prod(input.shape[:-axes]), 1, *positions)
+        x = input.flatten(0, -axes - 1).unsqueeze(1)
         for role, child in self.named_children():
             if role.startswith("axis"):
                 x = run_factor(child, x, output_size)
-        x = x.reshape(*input.shape[: -axes - 1], self.expand.in_channels, *x.shape[-axes:])
+        # Sizes are added, not unpacked: torch.fx traces that.
+        x = x.reshape(input.shape[: -axes - 1] + (self.expand.in_channels,) + x.shape[-axes:])  # noqa: RUF005
         return self.expand(x)  # type: ignore[no-any-return]

@@ -16,10 +16,15 @@ class Bias(nn.Module):
 
     def __init__(self, length: int, device: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(length, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(length, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the bias to zero."""
+        nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return input + self.bias
+        return input + self.bias.to(input.dtype)  # under autocast the input has the lower precision
 
 
 class KroneckerLinear(Factorized):

@@ -70,7 +70,7 @@ class MonochromaticConv(Factorized):
 
     def fill(self, child: Any, kernel: Tensor | None, dense: Any, where: str) -> None:
         if isinstance(child, Channels) and kernel is not None:
-            child.index = kernel.to(dense.weight.device)
+            child.index = kernel.to(dense.weight.device, copy=True)
         else:
             super().fill(child, kernel, dense, where)
 

@@ -22,6 +22,7 @@ from layer_cases import (
     with_weight,
 )
 from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval, prune
 
 from decomp.layers import TuckerConv, group_kernels
 from decomp.methods import METHODS
@@ -236,6 +237,106 @@ def test_back_to_an_ordinary_layer(name):
     torch.testing.assert_close(again(x), small(x), rtol=1e-4, atol=1e-5)
     for attribute in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
         assert getattr(small, attribute) == getattr(dense, attribute)
+
+
+def structure(name):
+    """An untrained factorized layer of a method, and an input for it."""
+    dense = nn.Conv2d(8, 12, 3) if name in SPATIAL else nn.Linear(8, 12)
+    x = torch.randn(2, 8, 9, 9) if name in SPATIAL else torch.randn(2, 8)
+    return METHODS[name].layer_of(dense).like(dense, small_ranks(name, dense)), x
+
+
+ALL = [*SPATIAL, "svd", "kronecker"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_weight_and_bias_cannot_be_set_pruned_or_fused_as_a_whole(name):
+    small, _ = structure(name)
+    last = list(dict(small.named_children()))[-1]
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    norm = nn.BatchNorm2d(12).eval()
+    for call in (
+        lambda: setattr(small, "weight", nn.Parameter(torch.zeros(small.dense_shape))),
+        lambda: setattr(small, "weight", torch.zeros(small.dense_shape)),
+        lambda: small.register_parameter("weight", None),
+        lambda: prune.l1_unstructured(small, "weight", 0.5),
+        lambda: fuse_conv_bn_eval(copy.deepcopy(small).eval(), norm),
+    ):
+        with pytest.raises(AttributeError, match=rf"{type(small).__name__}\.weight cannot be set.*layer\.{last}"):
+            call()
+    for call in (
+        lambda: setattr(small, "bias", None),
+        lambda: setattr(small, "bias", nn.Parameter(torch.zeros(12))),
+        lambda: prune.l1_unstructured(small, "bias", 0.5),
+    ):
+        with pytest.raises(AttributeError, match=rf"\.bias cannot be set.*its last factor.*layer\.{last}\.bias"):
+            call()
+    assert {key: value.tolist() for key, value in small.state_dict().items()} == {
+        key: value.tolist() for key, value in before.items()
+    }
+
+
+def test_what_the_error_says_to_do_instead_works():
+    small, x = structure("tucker")
+    norm = nn.BatchNorm2d(12).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    fused = copy.deepcopy(small).eval()
+    fused.expand = fuse_conv_bn_eval(fused.expand, norm)
+    torch.testing.assert_close(fused(x), norm(small(x)))
+    prune.l1_unstructured(small.expand, "weight", 0.5)
+    assert int((small.expand.weight == 0).sum()) == small.expand.weight.numel() // 2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_reset_parameters_initializes_every_factor_anew(name):
+    small, _ = structure(name)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.fill_(7.0)
+    small.reset_parameters()
+    assert not any((parameter == 7.0).any() for parameter in small.parameters())
+
+
+def test_attributes_of_a_dense_layer_do_not_replace_those_of_the_factorized_one():
+    dense = nn.Linear(8, 12)
+    del dense.bias
+    vars(dense).update(bias=None, ranks=(9, 9), method="mine", expand="much", tag=[1])
+    small = factorized("svd", dense, (3,))
+    assert (small.bias, small.ranks, small.method, small.tag) == (None, (3,), "svd", [1])
+    assert isinstance(small.expand, nn.Linear)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_torch_fx_and_tracing_take_every_layer_at_every_batch_size(name):
+    small, x = structure(name)
+    more = torch.cat([x, x + 1])
+    model = nn.Sequential(small)
+    for graph in (torch.fx.symbolic_trace(model), torch.fx.symbolic_trace(small)):
+        torch.testing.assert_close(graph(more), small(more))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ALL)
+def test_torchscript_is_made_by_tracing_and_refused_by_script(name):
+    small, x = structure(name)
+    more = torch.cat([x, x + 1])
+    torch.testing.assert_close(torch.jit.trace(small, x)(more), small(more))
+    for model in (small, nn.Sequential(small)):
+        with pytest.raises(TypeError, match=rf"does not take {type(small).__name__}: call torch\.jit\.trace"):
+            torch.jit.script(model)
+    assert model[0] is small
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_autocast_does_not_round_the_product_of_the_factors(name):
+    small, x = structure(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, weight = small.to_dense(), small.weight
+        assert small(x).dtype is torch.bfloat16
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    assert torch.equal(again.weight, small.dense_weight())
+    assert torch.equal(weight, again.weight)
 
 
 @pytest.mark.parametrize("name", SPATIAL)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import re
 import threading
 import weakref
@@ -71,10 +72,6 @@ def test_shared_objects_are_seen_wherever_they_are():
 
 
 @pytest.mark.parametrize("wrap", [lambda parent: [parent], lambda parent: parent], ids=["in a list", "as it is"])
-@pytest.mark.xfail(
-    strict=True,
-    reason="attributes of a dense layer are set by reference on the factorized one; modules become its children",
-)
 def test_attributes_of_a_replaced_layer_are_copied_with_the_model(wrap):
     """A way back to the parent must lead to the copy: else the dense model is kept alive, and pickled too."""
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
@@ -89,6 +86,51 @@ def test_attributes_of_a_replaced_layer_are_copied_with_the_model(wrap):
     del model
     gc.collect()
     assert alive() is None
+
+
+def test_a_way_back_to_the_parent_does_not_put_the_dense_model_into_the_file():
+    def size_of_file(keep_parent):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+        if keep_parent:
+            vars(model[0])["parent"] = model
+        small = decomp.tucker(model, ranks=4)
+        assert pickle.loads(pickle.dumps(small))[0].ranks == (4,)
+        return len(pickle.dumps(small))
+
+    assert size_of_file(keep_parent=True) <= size_of_file(keep_parent=False) + 100
+
+
+def test_planning_does_not_copy_the_model_for_every_layer_that_leads_to_it():
+    class Counted(nn.Module):
+        copies = 0
+
+        def __deepcopy__(self, memo):
+            Counted.copies += 1
+            return Counted()
+
+    model = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), Counted())
+    vars(model[0])["parent"] = model
+    decomp.plan(model, ranks=4)
+    assert Counted.copies == 0
+    x = torch.randn(4, 32)
+    folded = decomp.fold_batch_norm(model[:2].eval(), x)
+    assert vars(folded[0])["parent"][0] is folded[0]
+    assert Counted.copies == 1
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_way_back_to_the_parent_goes_there_and_back_again(inplace):
+    """A reference to the layer itself leads to the layer that stands for it, and densify keeps all of them."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    vars(model[0]).update(parent=model, myself=model[0], options=[1, 2])
+    for change in (
+        lambda m: decomp.tucker(m, ranks=4, inplace=inplace),
+        lambda m: decomp.densify(m, inplace=inplace),
+    ):
+        model = change(model)
+        assert (vars(model[0])["parent"], vars(model[0])["myself"]) == (model, model[0])
+        assert model[0].options == [1, 2]
 
 
 def test_inplace_changes_the_model_itself():
@@ -485,3 +527,48 @@ def test_hooks_and_flags_survive_a_forward_that_raises():
     assert model.layer.training
     assert not model.layer._forward_hooks
     assert not model.layer._forward_pre_hooks
+
+
+def made(model):
+    """Models by every way of making them, from one convolution, its BatchNorm and a linear layer."""
+    x = torch.randn(8, 6, 5, 5)
+    ranks = {"0": (3, 2), "4": 3}
+    for call in (decomp.tucker, decomp.svd):
+        yield call(model, ranks=2)
+    yield decomp.cp(model, ranks=3)
+    yield decomp.block_term(model, ranks=1, blocks=2)
+    yield decomp.compress(model, x, macs=0.6)
+    yield decomp.tucker(model, ranks=ranks, data=[x, x])
+    yield decomp.tucker(model, ranks=ranks, data=[x, x], sequential=True)
+    yield decomp.tucker(nn.Sequential(model[0]), ranks=2, inplace=True)
+    plan = decomp.plan(model, "monochromatic", ranks=2, layers="0")
+    yield plan.apply(model)
+    yield plan.build(model)
+    yield decomp.densify(plan.apply(model))
+    yield decomp.fold_batch_norm(model, x)
+
+
+def test_models_made_in_inference_mode_can_be_trained_and_repaired_afterwards():
+    """Their parameters would be inference tensors, which autograd takes nowhere."""
+
+    def dense():
+        layers = [nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 16)]
+        return nn.Sequential(*layers).eval()
+
+    with torch.inference_mode():
+        models = [*made(dense())]
+    model, x = dense(), torch.randn(8, 6, 5, 5)
+    with torch.inference_mode():
+        models += [*made(model)]
+        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+    with torch.no_grad():
+        models += [*made(model)]
+        assert not torch.is_grad_enabled()
+    for small in models:
+        assert not any(tensor.is_inference() for tensor in (*small.parameters(), *small.buffers()))
+        small.train()(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in small.parameters())
+    small = next(made(model))
+    decomp.repair(small, model, [x, x], progress=False)
+    decomp.finetune_layerwise(small, model, [x, x], steps=1, progress=False)

@@ -1,5 +1,7 @@
 """Transformers of Hugging Face and of torch: factorized, in every mode, with what is tied left tied."""
 
+import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -99,6 +101,7 @@ def test_an_embedding_that_renormalizes_stays_dense():
     assert decomp.plan(model, ranks=4, layers=nn.Embedding)["0"].reason == "max_norm= changes its rows in forward"
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch says so of its own fused path
 @pytest.mark.parametrize("context", CONTEXTS, ids=["grad", "no_grad", "inference"])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_transformer_encoder_of_torch_runs_factorized_in_every_mode(context, training):
@@ -119,3 +122,27 @@ def test_the_transformer_encoder_of_torch_runs_factorized_in_every_mode(context,
             atol=1e-5,
         )
     assert calls
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch says so of its own fused path
+@pytest.mark.parametrize("inplace", [False, True])
+def test_densify_puts_transformer_encoders_back_on_the_fused_path_of_torch(inplace):
+    def settings(model):
+        return model.use_nested_tensor, [layer.activation_relu_or_gelu for layer in model.layers]
+
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, activation="gelu", batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    assert settings(model) == (True, [2, 2])
+    small = decomp.svd(model, ranks=8, layers="layers.0.*")
+    assert settings(small) == (False, [0, 2])
+    small = decomp.svd(small, ranks=8, layers="layers.1.linear1")
+    assert settings(small) == (False, [0, 0])
+    small = copy.deepcopy(pickle.loads(pickle.dumps(small)))
+    dense = decomp.densify(small, inplace=inplace)
+    assert settings(dense) == (True, [2, 2])
+    assert settings(small) == (settings(dense) if inplace else (False, [0, 0]))
+    assert vars(dense).keys() == vars(model).keys()
+    x, mask = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        fused = dense(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(fused[~mask], dense.train()(x, src_key_padding_mask=mask)[~mask])

@@ -1,6 +1,5 @@
 """Folding of BatchNorm into the layer before it."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -9,17 +8,27 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from decomp.layers import Factorized
+from decomp.layers.factorized import copy_alone
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, is_input_first
 from decomp.linalg import as_float64
 from decomp.network.flops import observe
 from decomp.network.forward import BATCH_NORMS
 from decomp.network.selection import Selector, select
-from decomp.network.surgery import check_model, hooks_of, refusal, shared_parameters, swap, walk
+from decomp.network.surgery import (
+    check_model,
+    hooks_of,
+    outside_inference_mode,
+    refusal,
+    shared_parameters,
+    swap,
+    walk,
+)
 from decomp.network.tracing import following_norms
 
 _LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 
 
+@outside_inference_mode()
 def fold_batch_norm(
     model: nn.Module,
     example_inputs: Any,
@@ -123,7 +132,7 @@ def _folded(layer: nn.Module, norm: Any) -> nn.Module:
         )
     ]
     weight, bias = (torch.cat(each) for each in zip(*parts, strict=True))
-    new: Any = copy.deepcopy(layer)
+    new: Any = copy_alone(layer)
     # Copied into the old weight, which preserves dtype, device and memory format.
     new.weight.copy_(weight)
     trained = next((tensor for tensor in (old.bias, norm.bias) if tensor is not None), old.weight).requires_grad

@@ -1,7 +1,8 @@
 """Replacement of modules inside a model, and the reasons why some cannot be replaced."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,11 +10,19 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from decomp.layers.factorized import Factorized, attributes_of, is_plain
+
 _WRAPPERS = {
     "OptimizedModule": "give the model that torch.compile was called with, and compile the result",
     "DistributedDataParallel": "give model.module, and wrap the result",
     "DataParallel": "give model.module, and wrap the result",
     "FullyShardedDataParallel": "decompose before sharding",
+}
+
+_FUSED = "decomp_fused_path"  # the attribute of an encoder that holds its settings from before the swap
+_UNFUSED: dict[type[nn.Module], dict[str, Any]] = {
+    nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
+    nn.TransformerEncoder: {"use_nested_tensor": False},  # nested tensors run on the fused path alone
 }
 
 
@@ -131,11 +140,20 @@ def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
     return {memory: shared for memory, shared in names.items() if len(shared) > 1}
 
 
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Make ordinary parameters where the caller is in ``torch.inference_mode``: its own could never be trained."""
+    grad = torch.is_grad_enabled()  # leaving inference mode turns gradients on
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
+
+
 def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn.Module:
     """Return ``model``, or a deep copy of it, with the named modules replaced, under all their names.
 
-    The weights of replaced layers are never copied. Fused paths that would read the weight of a replaced layer
-    instead of calling it are disabled.
+    The weights of replaced layers are never copied. Other attributes that were set on them are copied with the
+    model: a reference from a replaced layer to its parent leads to the parent in the copy. Fused paths that would
+    read the weight of a replaced layer instead of calling it are disabled.
 
     Raises:
         ValueError: the model is itself the layer and ``inplace`` is true.
@@ -147,6 +165,8 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
         memo: dict[int, Any] = {id(module): new[name] for name, module in old.items()}
         try:
             model = copy.deepcopy(model, memo)
+            for name, module in old.items():
+                _take_attributes(new[name], module, lambda value: copy.deepcopy(value, memo))
         except Exception as error:
             raise TypeError(
                 f"the model cannot be copied ({error}): write inplace=True to change the given model"
@@ -158,12 +178,21 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
             )
         replacement = {id(module): new[name] for name, module in old.items()}
         _require_no_alias(model, replacement)
+        for name, module in old.items():
+            _take_attributes(new[name], module, lambda value: replacement.get(id(value), value))
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
                 if id(child) in replacement:
                     parent._modules[name] = replacement[id(child)]
-    _call_children(model, {id(module) for module in new.values()})
+    _set_fused_paths(model)
     return model
+
+
+def _take_attributes(new: nn.Module, old: nn.Module, taken: Callable[[Any], Any]) -> None:
+    """Set on a new layer what was set on the old one, but for plain values, which it took when it was made."""
+    for name, value in attributes_of(old):
+        if not is_plain(value) and name not in vars(new) and not hasattr(type(new), name):
+            vars(new)[name] = taken(value)  # setattr would make a child of a module
 
 
 def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
@@ -176,17 +205,21 @@ def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> No
                 raise ValueError(f"{where} holds a layer that would be replaced: leave inplace=True out")
 
 
-def _call_children(model: nn.Module, new: set[int]) -> None:
-    """Disable the fused path of transformer encoders with a new layer, because it reads dense weights."""
+def _set_fused_paths(model: nn.Module) -> None:
+    """Turn off the fused path of transformer encoders that hold a factorized layer: it would read dense weights.
+
+    The old settings stay on the encoder, and come back when no factorized layer is left in it.
+    """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _holds(module, new):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder) and _holds(module, new):
-            module.use_nested_tensor = False  # nested tensors run on the fused path alone
-
-
-def _holds(module: nn.Module, ids: set[int]) -> bool:
-    return any(id(child) in ids for child in module.modules())
+        off = next((off for kind, off in _UNFUSED.items() if isinstance(module, kind)), None)
+        if off is None:
+            continue
+        if any(isinstance(child, Factorized) for child in module.modules()):
+            if not hasattr(module, _FUSED):
+                setattr(module, _FUSED, {name: getattr(module, name) for name in off})
+            vars(module).update(off)
+        elif hasattr(module, _FUSED):
+            vars(module).update(vars(module).pop(_FUSED))
 
 
 def _memory(parameter: nn.Parameter) -> int:

@@ -1,6 +1,5 @@
 """Costs of layers and models: the table of the kinds of cost, and the cost of a layer at any ranks."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -17,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from decomp._util import tables
 from decomp._util.arguments import Argument
 from decomp.layers import Factorized, group_kernels
+from decomp.layers.factorized import copy_alone
 from decomp.network.flops import Call, MacCounter
 
 Ranks = tuple[int, ...]
@@ -130,7 +130,7 @@ def on_meta(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in module.parameters()
     }
-    return copy.deepcopy(module, memo)
+    return copy_alone(module, memo)
 
 
 def large_input_shape(dense: nn.Module) -> tuple[int, ...]:

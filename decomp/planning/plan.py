@@ -262,6 +262,7 @@ class Plan(Mapping[str, Choice]):
             raise ValueError(f"{layers!r} matches no layer of the plan; it has {some(list(self))}")
         return names
 
+    @surgery.outside_inference_mode()
     def apply(self, model: nn.Module, *, inplace: bool = False, progress: bool | None = None) -> CompressedModule:
         """Decompose the layers of ``model`` and return a model with the factorized layers in their place.
 
@@ -280,6 +281,7 @@ class Plan(Mapping[str, Choice]):
         correct_means(small, replaced, new, self._statistics)
         return small
 
+    @surgery.outside_inference_mode()
     def build(self, model: nn.Module, *, inplace: bool = False) -> CompressedModule:
         """Return ``model`` with untrained factorized layers, for ``load_state_dict`` or training from scratch.
 

@@ -36,6 +36,7 @@ NO_TAIL = Tail()
 AfterEach = Callable[[nn.Module, str], None]
 
 
+@surgery.outside_inference_mode()
 def apply_sequentially(
     model: nn.Module,
     plan: Plan,
