@@ -19,7 +19,7 @@ from decomp.digits import Digits, load_digits, train
 
 BUDGETS = (0.5, 0.25, 0.125)
 METHODS = {"tucker": ("svd", "tucker"), "svd": ("svd", "svd_channel"), "spatial": ("svd", "svd_spatial")}
-STEPS = ("plain", "data-aware", "asymmetric", "+ repair", "+ layer-wise", "+ end to end")
+STEPS = ("plain", "data-aware", "sequential", "+ repair", "+ layer-wise", "+ end to end")
 
 
 def recover(

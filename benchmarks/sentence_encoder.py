@@ -173,7 +173,7 @@ def main() -> None:
     plan = decomp.plan(model, params=half(model), data=statistics, **given)
     note("from data, by what the embeddings feel", plan.apply(model, progress=False))
     small = decomp.svd(model, plan, data=known, sequential=True, progress=False)
-    note("asymmetric", small)
+    note("sequential", small)
     tuning: dict[str, Any] = {"accelerator": Accelerator(mixed_precision="bf16"), "progress": False}
     blocks: dict[str, Any] = {"blocks": "encoder.layer.*", "steps": steps, "held_out": 0.05, "patience": None}
     decomp.finetune_layerwise(small, model, data, lr=1e-3, **blocks, **tuning)

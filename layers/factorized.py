@@ -51,8 +51,7 @@ class Factorized(nn.Module):
     The children carry the names of their roles (``reduce``, ``core``, ``expand``) and run in that order; only
     the last one has a bias. The attributes of the dense layer (``in_features``, ``stride``, ``bias``, ..., and
     plain values that were added to it) are available under the same names. ``weight`` is read-only, the product of
-    the
-    factors, computed at each access: what is written into the tensor that it returns
+    the factors, computed at each access: what is written into the tensor that it returns
     (``nn.init.zeros_(layer.weight)``) is lost. Write to the factors.
 
     ``absorbs_inputs`` states which matrices M the first factor can absorb, K' = K M, and ``absorbs_outputs`` which

@@ -146,8 +146,7 @@ class Tradeoff:
         Args:
             max_drop: in units of the score; without ``evaluate=`` the largest output error.
             cost: what cheapest refers to: "macs", "params", "bytes" or "seconds"; by default what the budgets were
-                shares
-                of.
+                shares of.
 
         Raises:
             ValueError: no point is that good; the message says how good the best one is.

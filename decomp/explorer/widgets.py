@@ -94,8 +94,7 @@ class Explorer:
 
         Args:
             shares: one of ``macs=``, ``params=``, ``bytes=``, ``seconds=``: the share of the dense model's cost,
-                in
-                (0, 1].
+                in (0, 1].
 
         Raises:
             ValueError: there is not exactly one budget, it is out of range, or its cost is not known here.
