@@ -85,7 +85,7 @@ def test_a_model_without_macs_is_measured_by_its_parameters():
     assert curve.points[0].macs == decomp.profile(curve.points[0].plan.apply(net), tokens).total.macs
     with pytest.raises(ValueError, match="the dense model has no MACs"):
         curve.plot(cost="macs")
-    with pytest.raises(ValueError, match="write a budget of params="):
+    with pytest.raises(ValueError, match="for a model without them write a budget of params="):
         decomp.tradeoff(net, tokens, budgets=(0.5,), layers="*", progress=False)
 
 

@@ -244,8 +244,8 @@ def evbmf_threshold(alpha: float) -> float:
 def _noise_variance(energies: Values, alpha: float, threshold: float) -> float:
     """Minimize the free energy over sigma^2, with ``energies`` gamma_h^2 / M.
 
-    Between two kinks gamma_h^2 / (M x_) the set of components above the noise is fixed and the energy is smooth;
-    at a kink it is the lower of two branches, so that no minimum lies there. Every interval is searched by itself.
+    Between two kinks gamma_h^2 / (M x_) the set of components above the noise is fixed and the energy is smooth.
+    At a kink it is the lower of two branches: no minimum lies there. Each interval is searched separately.
     """
     upper = energies.sum() / len(energies)
     most = ceil(len(energies) / (1 + alpha)) - 1
