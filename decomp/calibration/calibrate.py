@@ -76,7 +76,7 @@ def calibrate(
     example = None
     slope = None if loss is None else Slope(loss)
     own = callable(loss)  # a loss of the caller's takes the batch as it is, labels and all
-    batches = Batches(data, None if own else inputs)
+    batches = Batches.in_fixed_order(data, None if own else inputs)
     with evaluating(model), Unfused(), torch.inference_mode(False):
         for count, batch in bar(progress, "calibrate", batches.numbered()):
             with naming_batch(count, batch):
