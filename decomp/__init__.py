@@ -1,6 +1,7 @@
 """Low-rank and tensor decomposition that makes trained PyTorch models smaller and faster."""
 
 from decomp import layers, losses, plots, ranks
+from decomp._util.version import installed_version
 from decomp.analysis.compare import compare
 from decomp.analysis.profile import profile
 from decomp.analysis.tradeoff import tradeoff
@@ -14,9 +15,12 @@ from decomp.recovery.repair import repair
 from decomp.training.end_to_end import finetune
 from decomp.training.layerwise import finetune_layerwise
 
+__version__ = installed_version()
+
 __all__ = [
     "Plan",
     "Statistics",
+    "__version__",
     "block_term",
     "calibrate",
     "compare",

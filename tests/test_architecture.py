@@ -31,7 +31,7 @@ ALLOWED = {
     "plots": {"analysis"},
     "digits": {"_util"},
     "demo": {"_util", "analysis", "api", "digits", "planning", "ranks", "training"},
-    "cli": {"demo"},
+    "cli": {"_util", "demo"},
     "__main__": {"cli"},
 }
 

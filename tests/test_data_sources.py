@@ -1,5 +1,6 @@
 """Data as users have it: padding, workers, samplers with a generator, images of several sizes."""
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -7,12 +8,22 @@ import pytest
 import torch
 from networks import plant_spectra
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 from transformers import BertConfig, BertModel
 
 import decomp
 from decomp.calibration.unfold import patches_like
-from decomp.data.batches import Batches
+from decomp.data.batches import Batches, random_state, set_random_state
+from decomp.training.checkpoint import pack, unpack
 
 
 def bert():
@@ -144,14 +155,59 @@ def shuffled(kind, rows):
         return DataLoader(data, shuffle=True, generator=generator, **options)
     if kind == "a sampler":
         return DataLoader(data, sampler=RandomSampler(data), **options)
-    return DataLoader(data, sampler=RandomSampler(data, generator=generator), **options)
+    if kind == "a sampler by a generator":
+        return DataLoader(data, sampler=RandomSampler(data, generator=generator), **options)
+    if kind == "a batch sampler by a generator":
+        sampler = SubsetRandomSampler(range(64), generator=generator)
+        return DataLoader(data, batch_sampler=BatchSampler(sampler, 8, drop_last=False))
+    if kind == "a dataset that shuffles":
+        return DataLoader(Shuffling(rows, np.random.default_rng(1)), **options)
+    return DataLoader(data, sampler=Permuting(64, RANDOM[kind]()), **options)
 
 
-OF_A_SAMPLER = pytest.param(
-    "a sampler by a generator",
-    marks=pytest.mark.xfail(strict=True, reason="the generator of a sampler is not put back before every pass"),
-)
-KINDS = ["shuffle", "shuffle by a generator", "a sampler", OF_A_SAMPLER]
+class Permuting(Sampler):
+    """A sampler of one's own, with whatever random generator."""
+
+    def __init__(self, count, source):
+        self.count, self._source = count, source
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        order = list(range(self.count))
+        self._source.shuffle(order)
+        return iter(order)
+
+
+class Shuffling(IterableDataset):
+    def __init__(self, rows, source):
+        self.rows, self.source = rows, source
+
+    def __iter__(self):
+        return iter([(self.rows[place],) for place in self.source.permutation(len(self.rows))])
+
+
+RANDOM = {
+    "Python's generator": lambda: random.Random(1),
+    "NumPy's earlier generator": lambda: np.random.RandomState(1),
+    "NumPy's PCG64": lambda: np.random.default_rng(1),
+    "NumPy's MT19937": lambda: np.random.Generator(np.random.MT19937(1)),
+    "NumPy's Philox": lambda: np.random.Generator(np.random.Philox(1)),
+    "NumPy's SFC64": lambda: np.random.Generator(np.random.SFC64(1)),
+}
+SAMPLERS = ["shuffle", "shuffle by a generator", "a sampler", "a sampler by a generator"]
+KINDS = [*SAMPLERS, "a batch sampler by a generator", "a dataset that shuffles", *RANDOM]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_random_state_of_data_survives_a_checkpoint(kind):
+    loader = shuffled(kind, torch.arange(64))
+    state = random_state(loader)
+    first = torch.cat([batch for (batch,) in loader])
+    set_random_state(unpack(pack(state)), loader)
+    assert torch.equal(torch.cat([batch for (batch,) in loader]), first)
+    assert not torch.equal(torch.cat([batch for (batch,) in loader]), first)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,11 +8,12 @@ import time
 from functools import partial
 from pathlib import Path
 
+import mutants
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from finetune_job import main
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 import decomp
@@ -169,3 +170,105 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path, monkeypat
     assert any(path.name != "run.json" for path in tmp_path.iterdir()), "another process may be about to write it"
     Checkpoint(tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A run of a tiny network that was cut off in its second layer, and the weights that it ends with."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    dense = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 8))
+    options = {"steps": 4, "checkpoint_every": 1, "progress": False}
+    small, whole = decomp.tucker(dense, ranks=2), decomp.tucker(dense, ranks=2)
+    decomp.finetune_layerwise(whole, dense, DATA, **options)
+    step, count = torch.optim.Adam.step, 0
+
+    def dying(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count > 6:
+            raise Interrupted
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", dying)
+        with pytest.raises(Interrupted):
+            decomp.finetune_layerwise(small, dense, DATA, checkpoint=folder, **options)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(files) == ["current.safetensors", "data.safetensors", "layer-000.safetensors", "run.json"]
+    return dense, options, files, whole.state_dict()
+
+
+def resumed(checkpoint, folder, files):
+    """The network after resuming from these files, and the message of the ValueError where they are refused."""
+    dense, options, _, _ = checkpoint
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    small = decomp.tucker(dense, ranks=2)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    try:
+        decomp.finetune_layerwise(small, dense, DATA, checkpoint=folder, **options)
+    except ValueError as error:
+        assert alike(small.state_dict(), before), "a refused checkpoint must not have changed the model"
+        return small, str(error)
+    return small, ""
+
+
+def alike(one, two):
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def check_damaged(checkpoint, folder, count, seed):
+    _, _, whole, expected = checkpoint
+    draw, refused = random.Random(seed), 0
+    for _ in range(count):
+        name = draw.choice(sorted(whole))
+        small, message = resumed(checkpoint, folder, {**whole, name: mutants.in_the_bytes(whole[name], draw)})
+        if message:
+            refused += 1
+            of_another_run = f"checkpoint={str(folder)!r} belongs to another run, by its run.json ("
+            damaged = f"checkpoint: the file {str(folder / name)!r} is damaged"
+            assert message.startswith((damaged, of_another_run) if name == "run.json" else damaged)
+        else:
+            assert alike(small.state_dict(), expected)
+    assert refused > 0.8 * count
+
+
+def test_damaged_checkpoints_are_refused_by_their_file_and_leave_the_model_alone(checkpoint, tmp_path):
+    check_damaged(checkpoint, tmp_path, 200, seed=0)
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_checkpoints(checkpoint, tmp_path):
+    check_damaged(checkpoint, tmp_path, 4000, seed=1)
+
+
+def test_a_flipped_bit_of_a_weight_is_noticed(checkpoint, tmp_path):
+    whole = checkpoint[2]
+    for name in ("layer-000.safetensors", "current.safetensors"):
+        flipped = bytearray(whole[name])
+        flipped[-2] ^= 1  # the tensors are at the end
+        _, message = resumed(checkpoint, tmp_path, {**whole, name: bytes(flipped)})
+        assert f"the file {str(tmp_path / name)!r} is damaged" in message
+        assert "checksum" in message
+        assert "remove the folder to start from the beginning" in message
+
+
+def test_whole_files_of_something_else_are_refused(checkpoint, tmp_path):
+    whole = checkpoint[2]
+    foreign = {
+        "of torch": save({"weight": torch.ones(3)}),
+        "of another run": pack({"layer": {}, "report": {}}, "another run layer-000"),
+        "of another name": whole["current.safetensors"],
+        "empty": b"",
+        "huge header": (2**63).to_bytes(8, "little") + b"{}",
+    }
+    for content in foreign.values():
+        _, message = resumed(checkpoint, tmp_path, {**whole, "layer-000.safetensors": content})
+        assert f"{str(tmp_path / 'layer-000.safetensors')!r} is damaged, or belongs to another run" in message
+    for content in (b"", b"[]", b"[" * 100_000, b'"x"', b"\xff"):
+        _, message = resumed(checkpoint, tmp_path, {**whole, "run.json": content})
+        assert f"{str(tmp_path / 'run.json')!r} is damaged" in message
+    small, message = resumed(checkpoint, tmp_path, whole)
+    assert not message
+    assert alike(small.state_dict(), checkpoint[3])

@@ -1,15 +1,18 @@
 """Tables and numbers as text."""
 
+import random
 from collections.abc import Sequence
 from io import StringIO
 
 
 def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] = ()) -> str:
     """Render a table as plain text, never wrapped; columns whose name starts with ``>`` are right-aligned."""
+    state = random.getstate()  # rich draws a random number while it is imported
     from rich import box  # imported late: only printing needs it
     from rich.console import Console
     from rich.table import Table
 
+    random.setstate(state)
     table = Table(title=title or None, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         footer = total[index] if total else ""

@@ -55,7 +55,7 @@ class Scorer:
                 "inputs= says what the model is called with from a batch of data=: give data= as well"
             )
         self._dense, self._evaluate = dense, evaluate
-        self._batches: Iterable[Any] = [example_inputs] if data is None else Batches(data, inputs)
+        self._batches: Iterable[Any] = [example_inputs] if data is None else Batches.in_fixed_order(data, inputs)
         self.name = "output error" if evaluate is None else "score"
 
     @property

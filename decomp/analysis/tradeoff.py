@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from decomp import api
 from decomp._util import tables
 from decomp._util.io import digest, write_atomically
 from decomp._util.progress import bar
+from decomp._util.schema import Value
 from decomp.analysis import plots
 from decomp.analysis.scores import Evaluate, Scorer
 from decomp.calibration.calibrate import Statistics
@@ -23,7 +25,7 @@ from decomp.planning.budget import OutOfReach
 from decomp.planning.choice import DENSE
 from decomp.planning.cost import COSTS, COUNTED
 from decomp.planning.latency import latency
-from decomp.planning.plan import Plan
+from decomp.planning.plan import Plan, read_plan
 from decomp.planning.survey import Survey, survey
 from decomp.ranks import RULES, Rule, parse_spec
 
@@ -81,22 +83,28 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         """Return the point as JSON can hold it."""
         values = {key: value for key, value in vars(self).items() if key != "plan"}
-        return values | {"plan": json.loads(self.plan.to_json()) if self.plan else None}
+        return values | {"plan": None if self.plan is None else json.loads(self.plan.to_json())}
 
     @classmethod
-    def from_dict(cls, entry: Mapping[str, Any]) -> "Point":
+    def read(cls, value: Value) -> "Point":
         """Read back what :meth:`to_dict` returned.
 
         Args:
-            entry: the point as read from JSON.
+            value: the point as read from JSON.
 
         Raises:
-            KeyError: there is no entry ``"plan"``.
-            TypeError: another field is missing or unknown.
-            ValueError: the plan is not a plan.
+            ValueError: a field is unknown, missing, of another type or out of range; the message names it.
         """
-        plan = entry["plan"]
-        return cls(**{**entry, "plan": Plan.from_json(json.dumps(plan)) if plan else None})
+        entry = value.record("line", "label", "costs", "score", "plan", "note")
+        costs = entry["costs"].record("params", "macs", "seconds", optional=COSTS)
+        return cls(
+            line=entry["line"].text(),
+            label=entry["label"].text(),
+            costs={kind: cost.number(least=0) for kind, cost in costs.items()},
+            score=entry["score"].number(finite=False),
+            plan=None if entry["plan"].is_null else read_plan(entry["plan"]),
+            note=entry["note"].text(),
+        )
 
 
 @dataclass(frozen=True)
@@ -431,14 +439,20 @@ class PointStore:
         if store.path is None or not store.path.exists():
             return store
         try:
-            data = json.loads(store.path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise ValueError(f"format {data['format']!r}, {FORMAT!r} is needed")
-            points, earlier = [Point.from_dict(entry) for entry in data["points"]], data["head"]
-            store.dense = Point.from_dict(data["dense"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"path={str(path)!r} holds no trade-off of decomp: {error}") from error
-        different = [key for key in identity if earlier.get(key, "") != identity[key]]
+            entry = Value.parse(store.path.read_bytes()).record("format", "head", "dense", "points")
+            entry["format"].one_of([FORMAT])
+            head = entry["head"].record(optional=identity)
+            points = [Point.read(point) for point in entry["points"].items()]
+            twice = [key for key, count in Counter(point.key for point in points).items() if count > 1]
+            if twice:
+                raise ValueError(f"points: {' '.join(twice[0])!r} is there twice")
+            store.dense = Point.read(entry["dense"])
+        except ValueError as error:
+            raise ValueError(
+                f"path={str(path)!r} holds no trade-off of decomp: {error}; remove the file, or write another path"
+            ) from None
+        earlier = {key: value.value for key, value in head.items()}
+        different = [key for key in identity if repr(earlier.get(key, "")) != repr(identity[key])]
         if different:
             raise ValueError(
                 f"path={str(path)!r} holds points with another {' and '.join(different)}: write another path"

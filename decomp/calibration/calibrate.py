@@ -80,7 +80,7 @@ def calibrate(
     example = None
     scalar = None if loss is None else SensitivityScalar(loss)
     is_function = callable(loss)  # it is called with the whole batch, labels included
-    batches = Batches(data, None if is_function else inputs)
+    batches = Batches.in_fixed_order(data, None if is_function else inputs)
     with evaluating(model), Unfused(), torch.inference_mode(False):
         for count, batch in bar(progress, "calibrate", batches.numbered()):
             with naming_batch(count, batch):

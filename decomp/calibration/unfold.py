@@ -23,9 +23,9 @@ def patches_like(dense: Any) -> nn.Module | None:
         return None
     taps = math.prod(kernel_size)
     channels = dense.in_channels
-    patches: Any = spatial_like(
-        dense, channels, channels * taps, bias=False, device=dense.weight.device, groups=channels
-    )
+    # By way of the meta device: to initialize a convolution would draw random numbers, which are the caller's.
+    empty: Any = spatial_like(dense, channels, channels * taps, bias=False, device="meta", groups=channels)
+    patches: Any = empty.to_empty(device=dense.weight.device)
     units = torch.eye(taps, dtype=dense.weight.dtype, device=dense.weight.device).reshape(taps, 1, *kernel_size)
     with torch.no_grad():
         kernels = units.expand(channels, *units.shape)

@@ -1,10 +1,12 @@
-"""The command line: ``decomp demo``."""
+"""The command line: ``decomp demo``, ``decomp --version``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+from decomp._util.version import installed_version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows ``decomp``; by default ``sys.argv[1:]``.
 
     Raises:
-        SystemExit: the arguments are unknown or missing, or ask for help.
+        SystemExit: the arguments are unknown or missing, or ask for help or the version.
 
     >>> try:
     ...     main(["demo", "--help"])
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0
     """
     parser = argparse.ArgumentParser("decomp", description="Make trained PyTorch models smaller and faster.")
+    parser.add_argument("--version", action="version", version=f"decomp {installed_version()}")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser("demo", help="compress a small network that reads handwritten digits (a minute)")
     demo.add_argument("--seed", type=int, default=0, help="seed of data, network and training (default 0)")

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from decomp.network.forward import describe
 
 Part = Callable[[int], bool]
 
 _NO_TENSOR = (str, bytes, int, float, complex, np.ndarray, np.generic, type(None))
+_HOLDERS = ("sampler", "batch_sampler", "dataset", "loader", "dataloader")  # of whatever class they are
 _FORMS = "a batch must be a tensor, a tuple, a list or a mapping of tensors"
 
 
@@ -179,19 +182,22 @@ CLOSED_FORM_SPLIT = BatchSplit(every=4, first=3)
 """The split of everything that is fitted in closed form: calibration, repair, layer after layer."""
 
 
+Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
 def random_state(data: Any = None) -> dict[str, Any]:
-    """The states of torch's, Python's and numpy's generators, and of the ``generator`` of a DataLoader."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
+    """The states of torch's, Python's and NumPy's global generators, and of those that the data keep.
+
+    The latter are the attributes of a DataLoader, and of its samplers and datasets, that are generators of torch,
+    Python or NumPy; they are known by their place, ``"sampler.generator"`` for example.
+    """
+    return {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "numpy": _as_plain(np.random.get_state(legacy=True)),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "data": {place: _state_of(generator) for place, generator in _generators(data).items()},
     }
-    generator = getattr(data, "generator", None)
-    if isinstance(generator, torch.Generator):
-        state["generator"] = generator.get_state()
-    return state
 
 
 def set_random_state(state: dict[str, Any], data: Any = None) -> None:
@@ -201,8 +207,51 @@ def set_random_state(state: dict[str, Any], data: Any = None) -> None:
     np.random.set_state(state["numpy"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-    if "generator" in state:
-        data.generator.set_state(state["generator"])
+    for place, generator in _generators(data).items():
+        if place in state["data"]:
+            _set_state_of(generator, state["data"][place])
+
+
+def _generators(data: Any) -> dict[str, Generator]:
+    """The generators that the data keep, each once, by the names of the attributes that lead to them."""
+    found: dict[str, Generator] = {}
+    waiting, seen = [("", data)], {id(data)}
+    for place, holder in waiting:
+        for name, value in getattr(holder, "__dict__", {}).items():
+            if id(value) in seen:
+                continue
+            if isinstance(value, Generator) and not isinstance(value, random.SystemRandom):
+                found[f"{place}{name}"] = value
+            elif not (isinstance(value, Sampler | Dataset | DataLoader) or name in _HOLDERS):
+                continue
+            else:
+                waiting.append((f"{place}{name}.", value))
+            seen.add(id(value))
+    return found
+
+
+def _state_of(generator: Generator) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return _as_plain(generator.get_state(legacy=True))
+    return _as_plain(generator.bit_generator.state)
+
+
+def _set_state_of(generator: Generator, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def _as_plain(state: Any) -> Any:
+    """A state of NumPy with lists in place of its arrays, as a checkpoint can hold it."""
+    return tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, np.ndarray | np.generic) else leaf, state)
 
 
 class OwnRandomness:

@@ -1,7 +1,7 @@
 """A budget for the whole network: methods and ranks of all layers are chosen together."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil, inf
 from numbers import Integral, Real
 from typing import Any, cast
@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decomp._util.naming import some
+from decomp._util.schema import Value
 from decomp.methods import AUTO
 from decomp.planning.allocation import BudgetTooSmall, Front, allocate, allocate_minmax, allocate_quickly
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Choice
-from decomp.planning.cost import COUNTED, Bounds
+from decomp.planning.cost import COSTS, COUNTED, Bounds
 from decomp.ranks import Ranks
 
 Values = NDArray[np.float64]
@@ -66,6 +67,21 @@ class Budget:
             number = cast(float, value)
             return cls(kind, int(number) if kind in COUNTED and not is_share else float(number))
         return None
+
+    @classmethod
+    def read(cls, value: Value) -> "Budget":
+        """Read a budget from JSON.
+
+        Raises:
+            ValueError: a field is unknown, missing, of another type or out of range; the message names it.
+        """
+        entry = value.record("kind", "value")
+        kind, amount = entry["kind"].one_of(COSTS), entry["value"].number()
+        try:
+            return cast("Budget", cls.of(cast(Bounds, {kind: amount})))
+        except ValueError:
+            needed = "a share in (0, 1), or an integer above 0" if kind in COUNTED else "a number above 0"
+            raise entry["value"].error(needed) from None
 
     @property
     def is_share(self) -> bool:
@@ -130,13 +146,24 @@ class Request:
 
     def to_dict(self) -> dict[str, Any]:
         """The request as a dict for JSON."""
-        return asdict(self)
+        return asdict(self) | {"methods": list(self.methods)}
 
     @classmethod
-    def from_dict(cls, entry: Mapping[str, Any]) -> "Request":
-        """Read a request from the dict of :meth:`to_dict`."""
-        budget = None if entry["budget"] is None else Budget(**entry["budget"])
-        return cls(**{**entry, "budget": budget, "methods": tuple(entry["methods"])})
+    def read(cls, value: Value) -> "Request":
+        """Read a request from the JSON of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a field is unknown, missing, of another type or out of range; the message names it.
+        """
+        entry = value.record(*(field.name for field in fields(cls)))
+        budget, weights = entry["budget"], entry["weights"]
+        return cls(
+            budget=None if budget.is_null else Budget.read(budget),
+            methods=tuple(name.text() for name in entry["methods"].items()),
+            objective=entry["objective"].one_of(["auto", *sorted(OBJECTIVES)]),
+            multiple_of=entry["multiple_of"].integer(least=1),
+            weights=None if weights.is_null else {n: w.number(least=0) for n, w in weights.entries().items()},
+        )
 
 
 def _losses(candidate: Candidate, squared: Values, objective: str) -> Values:

@@ -127,10 +127,16 @@ def decomposed(
 def structures(
     dense: Mapping[str, nn.Module], choices: Mapping[str, Choice], method_of: MethodOf
 ) -> dict[str, Factorized]:
-    """The factorized layers as chosen, with torch's default initialization."""
-    return {
-        name: _layer(method_of(name), module).like(module, choices[name].ranks) for name, module in dense.items()
-    }
+    """The factorized layers as chosen, with torch's default initialization.
+
+    Torch's random generators are left as they were.
+    """
+    devices = {cast(Tensor, module.weight).device for module in dense.values()}
+    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        return {
+            name: _layer(method_of(name), module).like(module, choices[name].ranks)
+            for name, module in dense.items()
+        }
 
 
 def _layer(method: Method, module: nn.Module) -> type[Factorized]:

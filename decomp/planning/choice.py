@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from decomp._util import tables
+from decomp._util.schema import Value
 from decomp.layers import Factorized
 from decomp.layers.kernels import HUGGING_FACE_CONV1D, qualified_name
-from decomp.planning.cost import Cost
+from decomp.planning.cost import COUNTED, Cost
 
 Ranks = tuple[int, ...]
 DENSE = "dense"  # the method of a layer that is not replaced
@@ -74,18 +75,26 @@ class Choice:
         )
 
     @classmethod
-    def from_dict(cls, entry: Mapping[str, Any]) -> "Choice":
+    def read(cls, value: Value) -> "Choice":
         """Read a choice from JSON written from ``dataclasses.asdict``.
 
         Raises:
-            ValueError: a field is unknown or missing.
+            ValueError: a field is unknown, missing or of another type; the message names it.
         """
-        unknown = set(entry) ^ {field.name for field in fields(cls)}
-        if unknown:
-            raise ValueError(f"unknown or missing fields {sorted(unknown)}")
-        ranks, shape = tuple(map(int, entry["ranks"])), tuple(map(int, entry["shape"]))
-        costs = {kind: Change(*change) for kind, change in entry["costs"].items()}
-        return cls(**{**entry, "ranks": ranks, "shape": shape, "costs": costs})
+        entry = value.record(*(field.name for field in fields(cls)))
+        costs = entry["costs"].record("params", "macs", optional=COUNTED)
+        output_error = entry["output_error"]
+        return cls(
+            layer=entry["layer"].text(),
+            shape=tuple(size.integer(least=0) for size in entry["shape"].items()),
+            method=entry["method"].text(),
+            ranks=tuple(rank.integer() for rank in entry["ranks"].items()),  # compared with the layer when used
+            costs={kind: _read_change(kind, change) for kind, change in costs.items()},
+            error=entry["error"].number(least=0),
+            reason=entry["reason"].text(),
+            note=entry["note"].text(),
+            output_error=None if output_error.is_null else output_error.number(least=0),
+        )
 
     def row(self, name: str) -> tuple[str, ...]:
         """The choice as a row of a table with the columns ``COLUMNS``."""
@@ -94,6 +103,14 @@ class Choice:
         if self.ranks and self.output_error is not None:
             error += f" / {self.output_error:.3f}"
         return (name or "(the model)", self.layer, self.method, ranks, *costs, error, self.reason or self.note)
+
+
+def _read_change(kind: str, value: Value) -> Change:
+    """The change of a counted cost; only MACs may be shares."""
+    before, after = value.items(2)
+    if kind == "macs":
+        return Change(before.number(least=0), after.number(least=0))
+    return Change(before.integer(least=0), after.integer(least=0))
 
 
 def _change(change: Change, *, replaced: bool) -> str:

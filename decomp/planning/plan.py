@@ -10,6 +10,7 @@ from torch import nn
 from decomp._util import tables
 from decomp._util.arguments import with_arguments
 from decomp._util.naming import matches, some
+from decomp._util.schema import Value
 from decomp.calibration.moments import Moments
 from decomp.methods import METHODS, Method
 from decomp.network import surgery
@@ -307,20 +308,12 @@ class Plan(Mapping[str, Choice]):
         """Read a plan, which can be applied and built; ``decomp.plan(model, ranks=plan)`` makes it editable.
 
         Raises:
-            ValueError: the text is not a plan.
+            ValueError: the text is not a plan; the message names the field.
         """
         try:
-            data = json.loads(text)
-            if data["format"] == EARLIER_FORMAT:
-                data = _of_earlier_format(data)
-            if data["format"] != FORMAT:
-                raise ValueError(f"format {data['format']!r}, {FORMAT!r} is needed")
-            choices = {name: Choice.from_dict(entry) for name, entry in data["layers"].items()}
-            seconds = None if data["seconds"] is None else Change(*data["seconds"])
-            request, uncounted = Request.from_dict(data["request"]), data["uncounted"]
-            return cls(choices, Cost(data["before"]), seconds=seconds, request=request, uncounted=uncounted)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"not a plan of decomp in JSON: {error}") from error
+            return read_plan(Value.parse(text))
+        except ValueError as error:
+            raise ValueError(f"not a plan of decomp in JSON: {error}") from None
 
     def method_of(self, name: str) -> Method:
         """The method of a layer that this plan replaces.
@@ -381,10 +374,35 @@ class Plan(Mapping[str, Choice]):
             yield f"{COSTS[kind].label} {' => '.join(map(COSTS[kind].write, change))}"
 
 
-def _of_earlier_format(data: Mapping[str, Any]) -> dict[str, Any]:
+def read_plan(value: Value) -> Plan:
+    """Read a plan from the JSON that :meth:`Plan.to_json` wrote.
+
+    Raises:
+        ValueError: a field is unknown, missing, of another type or out of range; the message names it.
+    """
+    version = value.entries().get("format", Value(None, "format")).one_of([FORMAT, EARLIER_FORMAT])
+    entry = (_of_earlier_format(value) if version == EARLIER_FORMAT else value).record(
+        "format", "before", "seconds", "request", "uncounted", "layers"
+    )
+    before = entry["before"].record("params", optional=COUNTED)
+    seconds = None
+    if not entry["seconds"].is_null:
+        measured_before, predicted = entry["seconds"].items(2)
+        seconds = Change(measured_before.number(least=0), predicted.number())
+    return Plan(
+        {name: Choice.read(layer) for name, layer in entry["layers"].entries().items()},
+        Cost({kind: count.integer(least=0) for kind, count in before.items()}),
+        seconds=seconds,
+        request=Request.read(entry["request"]),
+        uncounted={name: calls.integer(least=1) for name, calls in entry["uncounted"].entries().items()},
+    )
+
+
+def _of_earlier_format(value: Value) -> Value:
     """Convert a plan of the first format to the present one."""
-    layers = {}
-    for name, entry in data["layers"].items():
-        fields = {key: value for key, value in entry.items() if key not in ("params", "macs")}
-        layers[name] = {**fields, "costs": {"params": entry["params"], "macs": entry["macs"]}}
-    return {**data, "format": FORMAT, "layers": layers, "request": Request().to_dict(), "uncounted": {}}
+    entry, layers = value.record("format", "before", "seconds", "layers"), {}
+    for name, layer in entry["layers"].entries().items():
+        found = {key: inner.value for key, inner in layer.entries().items()}
+        costs = {kind: found.pop(kind, None) for kind in ("params", "macs")}
+        layers[name] = {**found, "costs": costs}
+    return Value({**value.value, "layers": layers, "request": Request().to_dict(), "uncounted": {}}, value.field)

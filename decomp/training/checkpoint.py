@@ -1,7 +1,7 @@
-"""Checkpoints in a folder: each file is written whole, and none holds code."""
+"""Checkpoints in a folder: each file is written whole, has a checksum, and holds no code."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from decomp._util.io import digest, remove_unfinished, write_atomically
+from decomp._util.schema import Value
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Checkpoint:
@@ -20,7 +21,7 @@ class Checkpoint:
     dicts, lists, tuples, numbers, strings and tensors. Only the process with ``writes`` writes.
 
     Raises:
-        ValueError: the folder is that of another run; the message names what differs.
+        ValueError: the folder is that of another run (the message names what differs), or ``run.json`` is damaged.
     """
 
     def __init__(self, folder: str | Path, identity: dict[str, Any], *, writes: bool = True) -> None:
@@ -29,25 +30,60 @@ class Checkpoint:
         identity = json.loads(json.dumps({"format": FORMAT, **identity}))
         path = self._folder / "run.json"
         if path.exists():
-            _compare(self._folder, json.loads(path.read_text(encoding="utf-8")), identity)
+            saved = _read_identity(path)
+            _compare(self._folder, saved, identity)
+            identity = saved  # 1 and 1.0 are the same run, with another text
+        self._run = json.dumps(identity, sort_keys=True)
         if writes:
             remove_unfinished(self._folder)
             if not path.exists():
                 write_atomically(path, json.dumps(identity, indent=1).encode())
 
     def load(self, name: str) -> Any:
-        """The state of that name, or None where there is none."""
+        """The state of that name, or None where there is none.
+
+        Raises:
+            ValueError: the file is damaged, or of another run or name.
+        """
         path = self._folder / f"{name}.safetensors"
-        return unpack(path.read_bytes()) if path.exists() else None
+        if not path.exists():
+            return None
+        content = path.read_bytes()
+        try:
+            return unpack(content, f"{self._run} {name}")
+        except Exception as error:  # safetensors and json raise what they like on bytes that are not theirs
+            raise _damaged(path, error) from error
+
+    def require_sound(self, names: Iterable[str]) -> None:
+        """Refuse damaged files before anything is changed by one of the others."""
+        for name in names:
+            self.load(name)
 
     def save(self, name: str, state: Any) -> None:
         """Save a state under a name; the file of before stays until the new one is whole."""
         if self._writes:
-            write_atomically(self._folder / f"{name}.safetensors", pack(state))
+            write_atomically(self._folder / f"{name}.safetensors", pack(state, f"{self._run} {name}"))
 
 
-def pack(state: Any) -> bytes:
+def _read_identity(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    try:
+        return {name: value.value for name, value in Value.parse(content).entries().items()}
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"checkpoint: the file {str(path)!r} is damaged, or belongs to another run ({error}): bring it back from "
+        "a backup, or remove the folder to start from the beginning"
+    )
+
+
+def pack(state: Any, owner: str = "") -> bytes:
     """The bytes of a safetensors file that holds a nested state: the tensors, and the rest as JSON in its header.
+
+    The header also holds a checksum of the state and of ``owner``, the run and name that the file belongs to.
 
     >>> import torch
     >>> unpack(pack({"betas": (0.9, 0.999), "step": {0: torch.tensor(3.0)}}))
@@ -75,14 +111,26 @@ def pack(state: Any) -> bytes:
         )
 
     header = json.dumps(plain(state, "state"))
-    return save(tensors, {"state": header})
+    return save(tensors, {"state": header, "checksum": _checksum(tensors, header, owner)})
 
 
-def unpack(content: bytes) -> Any:
-    """The state that :func:`pack` packed."""
+def _checksum(tensors: Mapping[str, Tensor], header: str, owner: str) -> str:
+    described = [(json.dumps([name, str(t.dtype), list(t.shape)]), t) for name, t in sorted(tensors.items())]
+    return digest([json.dumps([owner, header]), described])
+
+
+def unpack(content: bytes, owner: str = "") -> Any:
+    """The state that :func:`pack` packed.
+
+    Raises:
+        ValueError: the checksum is not that of the content and the owner.
+        Exception: what safetensors and json raise on other bytes.
+    """
     length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])["__metadata__"]["state"]
-    tensors = load(content)
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    header, tensors = metadata["state"], load(content)
+    if metadata["checksum"] != _checksum(tensors, header, owner):
+        raise ValueError("its checksum is that of another content")
 
     def nested(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -123,6 +171,6 @@ def _compare(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     if differing:
         which = "; ".join(f"{key}: {saved.get(key)} there, {now.get(key)} now" for key in differing)
         raise ValueError(
-            f"checkpoint={str(folder)!r} belongs to another run ({which}): "
+            f"checkpoint={str(folder)!r} belongs to another run, by its run.json ({which}): "
             "call with the same models and arguments as then, or name another folder"
         )

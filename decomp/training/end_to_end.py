@@ -186,7 +186,7 @@ def _objective(loss: Loss | None, teacher: nn.Module | None, inputs: Callable[[A
 
 def _steps_of(epochs: int, data: Iterable[Any], group: ProcessGroup) -> int:
     """The steps of some epochs: a process has its share of the batches, and a step takes several of them."""
-    batches = Batches(data).count()
+    batches = Batches.in_fixed_order(data, None).count()
     return epochs * math.ceil(batches / (group.size * group.accumulation_steps))
 
 
@@ -216,7 +216,7 @@ class EndToEndRun:
         self._small, self._objective, self._loop, self._group = small, objective, loop, group
         self._frozen_norm_steps = frozen_norm_steps
         self._split = BatchSplit(None, rank=group.rank, size=group.size)
-        self._validate = None if validate is None else Batches(validate)
+        self._validate = None if validate is None else Batches.in_fixed_order(validate, None)
         self._source = OwnRandomness(data, group.gather(random_state(data))[0], same_order=False)
         self._batches = Batches(self._source)
         self._stream = ExampleStream[tuple[int, Any]](self._windows)

@@ -217,14 +217,16 @@ def _train_layers(
 ) -> dict[str, LayerReport]:
     """Train layer by layer; a layer that an earlier run has finished is loaded from its checkpoint."""
     reports = {}
+    files = [f"layer-{place:03d}" for place in range(len(trainers))]
+    if saved is not None:
+        saved.require_sound(["current", *files])
     with bar(progress, "fine-tune", total=steps * len(trainers)) as steps_bar:
-        for place, (name, trainer) in enumerate(trainers.items()):
+        for file, (name, trainer) in zip(files, trainers.items(), strict=True):
 
             def advance(steps: int, loss: float, name: str = name) -> None:
                 steps_bar.set_postfix(layer=name, loss=f"{loss:.3g}", refresh=False)
                 steps_bar.update(steps)
 
-            file = f"layer-{place:03d}"
             finished = None if saved is None else saved.load(file)
             with naming(name):
                 if finished is not None:

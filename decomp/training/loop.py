@@ -134,21 +134,23 @@ class TrainingLoop:
             save: called after every ``checkpoint_every`` steps and at the end.
             on_step: called with the loss of each step.
         """
-        while self.steps_done < self._settings.steps and not self.note:
-            value = self._step(loss)
-            if not math.isfinite(value):
-                self.note = self.note or f"NaN in step {self.steps_done + 1}: back to the last good state"
-                break
-            self.steps_done += 1
-            self._recent_losses.append(value)
-            on_step(value)
-            if self.steps_done % self._settings.interval == 0 or self.steps_done == self._settings.steps:
-                self._evaluate(evaluate)
-            if self.steps_done % self._settings.checkpoint_every == 0:
-                save()
-        self._restore(self._best)
-        self._optimizer.zero_grad()
-        save()
+        try:
+            while self.steps_done < self._settings.steps and not self.note:
+                value = self._step(loss)
+                if not math.isfinite(value):
+                    self.note = self.note or f"NaN in step {self.steps_done + 1}: back to the last good state"
+                    break
+                self.steps_done += 1
+                self._recent_losses.append(value)
+                on_step(value)
+                if self.steps_done % self._settings.interval == 0 or self.steps_done == self._settings.steps:
+                    self._evaluate(evaluate)
+                if self.steps_done % self._settings.checkpoint_every == 0:
+                    save()
+            self._restore(self._best)
+            save()
+        finally:
+            self._optimizer.zero_grad()
 
     def _step(self, loss: Callable[[], Tensor]) -> float:
         """Take one step on all processes and return their mean loss; where that is not finite, take none."""
@@ -180,8 +182,7 @@ class TrainingLoop:
         self.losses.append(sum(self._recent_losses) / len(self._recent_losses))
         self._recent_losses.clear()
         error = self.losses[-1] if evaluate is None else evaluate()
-        finite = all(bool(torch.isfinite(tensor).all()) for tensor in self._parameters)
-        if not finite or not math.isfinite(error):
+        if self._overflowed() or not math.isfinite(error):
             self.note = f"NaN in step {self.steps_done}: back to the last good state"
         elif evaluate is None or error < self.best_error:
             self.best_error, self._best, self._evaluations_without_gain = error, self._snapshot(), 0
@@ -191,6 +192,13 @@ class TrainingLoop:
             if patience_ended and self.steps_done < self._settings.steps:
                 steps = self._evaluations_without_gain * self._settings.interval
                 self.note = f"stopped early: no gain in {steps} steps"
+
+    def _overflowed(self) -> bool:
+        """Whether a parameter or a running statistic is no longer finite; masks may hold infinities all along."""
+        return any(
+            not bool(torch.isfinite(tensor).all()) and bool(torch.isfinite(self._best[name]).all())
+            for name, tensor in self._tensors.items()
+        )
 
     def _average_buffers(self) -> None:
         """Running statistics have seen other batches on each process: take their means."""
