@@ -66,6 +66,8 @@ class KroneckerLinear(Factorized):
     @classmethod
     def factor_kernels(cls, dense: nn.Module, factors: Any) -> Mapping[str, Tensor]:
         left, right = factors
+        # Kernels are (groups, T, S). B stands with the rank as its groups, which become rows of the weight; the
+        # ranks of A are columns of one group.
         return {"reduce": right, "expand": left.transpose(0, 1).flatten(1)[None]}
 
     @classmethod

@@ -35,6 +35,12 @@ def test_grouped_products_count_every_row_once(dtype):
     rows, experts = torch.randn(16, 32, dtype=dtype), torch.randn(4, 32, 48, dtype=dtype)
     ends = torch.tensor([4, 4, 12, 16], dtype=torch.int32)
     assert counted(lambda: torch._grouped_mm(rows, experts, offs=ends)) == (16 * 32 * 48, {})
+    batch = torch.randn(4, 16, 32).to(dtype)
+    assert counted(lambda: torch._grouped_mm(batch, experts)) == (4 * 16 * 32 * 48, {})
+    columns = torch.tensor([16, 16, 32, 48], dtype=torch.int32)
+    assert counted(lambda: torch._grouped_mm(batch, experts[0], offs=columns)) == (16 * 32 * 48, {})
+    inner = torch.tensor([8, 16, 24, 32], dtype=torch.int32)
+    assert counted(lambda: torch._grouped_mm(rows, experts[0], offs=inner)) == (16 * 32 * 48, {})
 
 
 def test_attention_bilinear_and_vectors():
@@ -81,6 +87,12 @@ def test_what_is_not_counted_is_named():
     again = decomp.Plan.from_json(plan.to_json())
     assert again.uncounted == plan.uncounted == {"aten._fft_r2c": 1}
     assert "not counted" in decomp.compare(plan.apply(model), model, x).summary
+
+
+def test_names_that_only_contain_the_name_of_a_product_are_no_products():
+    images = torch.rand(1, 2, 4, 4)
+    assert counted(lambda: nn.functional.interpolate(images.lgamma(), scale_factor=2, mode="bilinear")) == (0, {})
+    assert counted(lambda: torch.vdot(images.flatten(), images.flatten())) == (0, {"aten.vdot": 1})
 
 
 class Sliced(nn.Module):

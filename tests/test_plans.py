@@ -118,8 +118,9 @@ def test_without_the_data_a_plan_from_a_file_warns_and_promises_no_output_error(
     again = decomp.Plan.from_json(plan.to_json())
     with pytest.warns(
         UserWarning, match=r"layer '0' was planned from data.*decomp\.plan\(model, ranks=plan, data="
-    ):
+    ) as issued:
         blind = again.apply(model)
+    assert issued[0].filename == __file__
     plain = decomp.plan(model, "svd", ranks=12).apply(model)
     assert torch.equal(blind[0].dense_weight(), plain[0].dense_weight())
     assert blind.decomp_plan["0"].output_error is None

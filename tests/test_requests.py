@@ -1,7 +1,9 @@
 """A plan keeps what it was asked for; bytes are a cost like the others."""
 
 import json
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from networks import plant_spectra
@@ -67,6 +69,55 @@ def test_methods_of_a_request_are_chosen_among_again_after_json(model, image):
         assert dict(editable.with_budget(macs=share)) == dict(plan.with_budget(macs=share))
 
 
+@pytest.mark.parametrize("dense_share", [0.99, 0.6])
+def test_layers_that_were_dense_are_decomposed_by_the_methods_of_the_request_alone(dense_share):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 36))
+    plan = decomp.plan(model, params=dense_share, methods=["kronecker"])
+    assert any(not choice.ranks for choice in plan.values())
+    for earlier in (plan, decomp.Plan.from_json(plan.to_json())):
+        again = decomp.plan(model, ranks=earlier).with_budget(params=0.3)
+        assert {choice.method for choice in again.values()} == {"kronecker"}
+        assert dict(again) == dict(plan.with_budget(params=0.3))
+
+
+def test_a_layer_that_no_method_of_the_request_supports_says_so_again():
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.Flatten(), nn.Linear(32, 16))
+    plan = decomp.plan(model, params=0.9, methods=["kronecker"])
+    again = decomp.plan(model, ranks=plan)
+    assert again["0"].reason == plan["0"].reason == "none of ['kronecker'] supports this layer"
+    assert dict(again) == dict(plan)
+
+
+def test_numbers_of_numpy_are_taken_and_written_to_json(model, image):
+    wish = {"multiple_of": np.int64(8), "weights": {"4": np.float32(3.0)}}
+    plan = decomp.plan(model, macs=0.5, example_inputs=image, **wish)
+    assert decomp.Plan.from_json(plan.to_json()).request == Request(
+        Budget("macs", 0.5), ("svd", "tucker"), "auto", 8, {"4": 3.0}
+    )
+
+
+def test_a_layer_kept_dense_stays_so_in_files_and_new_plans(model, image):
+    pinned = decomp.plan(model, macs=0.5, example_inputs=image).keep_dense("2")
+    read = decomp.Plan.from_json(pinned.to_json())
+    for plan in (pinned, decomp.plan(model, ranks=read, example_inputs=image)):
+        spent = plan.with_budget(macs=0.7)
+        assert (spent["2"].ranks, spent["2"].kept_dense) == ((), True)
+
+
+def test_a_layer_that_cannot_be_decomposed_keeps_its_reason_when_kept_dense():
+    model = nn.Sequential(nn.Linear(16, 12), nn.Bilinear(3, 4, 5), nn.Embedding(20, 12))
+    plan = decomp.plan(model, ranks=2)
+    kept = plan.keep_dense("*")
+    assert kept["0"].reason == "kept dense on request"
+    assert [kept[name].reason for name in "12"] == [plan[name].reason for name in "12"]
+
+
+def test_a_pickled_plan_keeps_its_predicted_seconds(model, image):
+    plan = decomp.plan(model, seconds=10.0, example_inputs=image).with_ranks("*", 4)
+    assert pickle.loads(pickle.dumps(plan)).seconds == plan.seconds
+
+
 def test_plans_of_the_first_format_are_read(model, image):
     plan = decomp.plan(model, ranks=8, example_inputs=image)
     data = json.loads(plan.to_json())
@@ -74,6 +125,7 @@ def test_plans_of_the_first_format_are_read(model, image):
     earlier |= {"seconds": None, "layers": {}}
     for name, entry in data["layers"].items():
         costs = entry.pop("costs")
+        del entry["kept_dense"]
         earlier["layers"][name] = entry | {kind: costs[kind] for kind in ("params", "macs")}
     read = decomp.Plan.from_json(json.dumps(earlier))
     assert (read.params, read.macs, read.bytes) == (plan.params, plan.macs, None)

@@ -4,9 +4,10 @@ import functools
 import inspect
 import re
 import textwrap
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+from decomp._util.warn import warn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -67,7 +68,7 @@ def with_arguments(group: type[Any], *, renamed: dict[str, str] | None = None) -
 def _rename(function: str, keywords: dict[str, Any], old: str, new: str) -> None:
     if new in keywords:
         raise TypeError(f"{function}: {old}= is the old name of {new}=: write {new}= alone")
-    warnings.warn(f"{function}: {old}= is now {new}=", DeprecationWarning, stacklevel=3)
+    warn(f"{function}: {old}= is now {new}=", DeprecationWarning)
     keywords[new] = keywords.pop(old)
 
 

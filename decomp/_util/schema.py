@@ -78,6 +78,12 @@ class Value:
             raise self.error("a string")
         return self.value
 
+    def boolean(self) -> bool:
+        """True or false."""
+        if not isinstance(self.value, bool):
+            raise self.error("true or false")
+        return self.value
+
     def one_of(self, allowed: Collection[str]) -> str:
         """A string out of some."""
         if self.text() not in allowed:

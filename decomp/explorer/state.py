@@ -18,7 +18,7 @@ from decomp.planning.budget import CachedFronts, Request, fixed_cost
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import DENSE, Change, Choice
 from decomp.planning.cost import COSTS, COUNTED
-from decomp.planning.plan import KEPT_DENSE, Plan
+from decomp.planning.plan import Plan
 from decomp.planning.planner import NothingToDecompose
 from decomp.ranks import Fixed, Ranks, energy
 
@@ -264,7 +264,7 @@ class Exploration:
         self.held.add(name)
         self._requested.pop(name, None)
         if method == DENSE:
-            self.plan = self.plan.choosing({name: (candidate, candidate.choose((), KEPT_DENSE))})
+            self.plan = self.plan.choosing({name: (candidate, candidate.choose((), "").keep_dense(True))})
             return
         grid, cost = candidate.grid, current.macs if current.macs.before else current.params
         target = cost.after / cost.before if current.ranks else 0.5

@@ -30,7 +30,8 @@ def rearranged(kernels: Tensor) -> Tensor:
 
 def limits(kernels: Tensor) -> Ranks:
     """The largest rank: that of the rearranged matrix."""
-    return (min(rearranged(kernels).shape[1:]),)
+    t1, s1, t2, s2 = split_sizes(*kernels.shape[1:3])
+    return (min(t1 * s1, t2 * s2),)
 
 
 def analyse(kernels: Tensor) -> Analysis:

@@ -1,6 +1,7 @@
 """Calls and MACs of the layers of a model in one forward pass, and weights that are read outside their layer."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ class _WatchUncounted(TorchDispatchMode):
         if packet not in self._registry:
             name = str(packet)
             foreign = getattr(func, "namespace", "aten") not in _OPERATORS_OF_TORCH
-            if foreign or any(part in name for part in _MULTIPLYING):
+            if foreign or _MULTIPLYING.search(name):
                 self.operators[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -197,8 +198,13 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
 
 
 def _grouped_mm_flops(left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Every row of the left side is multiplied by one of the matrices; or the groups share out the inner side."""
-    return int(2 * math.prod(left) * right[-1])
+    """Every row of the left side is multiplied by one of the matrices.
+
+    Shapes are (rows, K) x (groups, K, N) and (groups, M, K) x (groups, K, N). If the right side is one matrix, the
+    groups divide its columns, (groups, M, K) x (K, N), or the inner dimension of both sides, (M, K) x (K, N).
+    """
+    rows = left[-2:] if len(right) == 2 else left
+    return int(2 * math.prod(rows) * right[-1])
 
 
 def _rnn_layer_flops(
@@ -242,7 +248,8 @@ _FORMULAS = {
     _aten.addmv: _added_product_flops,
 }
 _OPERATORS_OF_TORCH = {"aten", "prim", "prims", "higher_order"}
-_MULTIPLYING = (
-    *("mm", "matmul", "linear", "conv", "attention", "rnn", "lstm", "gru", "trilinear", "bilinear", "cdist"),
-    *("fft_", "embedding_bag", "einsum", "tensordot", "encoder_layer"),
+# Whole words, so that lgamma, upsample_bilinear2d and convert_element_type do not count as products.
+_MULTIPLYING = re.compile(
+    r"(?<![a-z])(?:\w*mm(?![a-z])|conv(?:olution|_|\d)|(?:matmul|linear|bilinear|trilinear|vdot|cdist|einsum|tensordot"
+    r"|attention|rnn|lstm|gru|encoder_layer|embedding_bag|fft)(?![a-z0-9]))"
 )

@@ -1,10 +1,13 @@
-"""A budget for the whole network: methods and ranks of all layers are chosen together."""
+"""A budget for the whole network: methods and ranks of all layers are chosen together.
+
+Which kinds of cost there are, and how each is counted, is in ``cost.py``.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import ceil, inf
 from numbers import Integral, Real
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +122,11 @@ class Request:
         for name, weight in (self.weights or {}).items():
             if not isinstance(weight, Real) or not 0 <= weight < inf:
                 raise ValueError(f"weights: {name!r} has {weight!r}; write a finite number of at least 0")
+        # Numbers of NumPy are taken as well, and JSON knows none of them.
+        object.__setattr__(self, "multiple_of", int(self.multiple_of))
+        if self.weights is not None:
+            weights = {name: float(weight) for name, weight in self.weights.items()}
+            object.__setattr__(self, "weights", weights)
 
     def resolved(self, layers: Mapping[str, Sequence[Candidate]]) -> "Request":
         """The request with "auto" replaced by the objective that it means for these layers.
@@ -208,18 +216,17 @@ def spend(
     request = request.resolved(layers)
     objective = OBJECTIVES[request.objective]
     fronts: list[Front] = []
-    tables: list[list[tuple[Candidate, Ranks, float, float]]] = []
+    options_of_layers: list[list[_Option]] = []
     for name, candidates in layers.items():
         weight = 1.0 if request.weights is None else request.weights.get(name, 1.0)
-        table: list[tuple[Candidate, Ranks, float, float]]
-        table = [(candidates[0], (), candidates[0].dense_cost(budget.kind), 0.0)]
+        options = [_Option(candidates[0], (), candidates[0].dense_cost(budget.kind), 0.0)]
         for candidate in candidates:
             ranks, costs, squared = candidate.front(budget.kind, request.multiple_of)
             losses = weight * _losses(candidate, squared, request.objective)
             rows = zip(ranks, costs.tolist(), losses.tolist(), strict=True)
-            table += [(candidate, row_ranks, cost, loss) for row_ranks, cost, loss in rows]
-        tables.append(table)
-        fronts.append(Front.of(np.array([row[2] for row in table]), np.array([row[3] for row in table])))
+            options += [_Option(candidate, *row) for row in rows]
+        options_of_layers.append(options)
+        fronts.append(Front.of(np.array([o.cost for o in options]), np.array([o.loss for o in options])))
     bound = budget.absolute(total)
     try:
         chosen = objective.allocate(fronts, bound - fixed)
@@ -231,8 +238,17 @@ def spend(
             f"{budget.kind}={budget.value!r} cannot be reached: the least is {reached} "
             f"({fixed:.3g} of it in parts that are not decomposed)"
         ) from None
-    rows_chosen = [table[place] for table, place in zip(tables, chosen, strict=True)]
-    return {name: (row[0], row[1]) for name, row in zip(layers, rows_chosen, strict=True)}
+    found = [options[place] for options, place in zip(options_of_layers, chosen, strict=True)]
+    return {name: (option.candidate, option.ranks) for name, option in zip(layers, found, strict=True)}
+
+
+class _Option(NamedTuple):
+    """A candidate at some ranks, none for a dense layer, with its cost and its loss."""
+
+    candidate: Candidate
+    ranks: Ranks
+    cost: float
+    loss: float
 
 
 class CachedFronts:

@@ -1,6 +1,5 @@
 """Factorized layers from choices, with decomposed weights or untrained."""
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from decomp._util.io import digest
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
+from decomp._util.warn import warn
 from decomp.calibration.moments import Moments
 from decomp.calibration.whitening import mean_error, output_error, output_factors
 from decomp.layers import Factorized, group_kernels
@@ -107,10 +107,9 @@ def decomposed(
     new = {}
     missing = [name for name in dense if choices[name].output_error is not None and name not in statistics]
     if missing:
-        warnings.warn(
+        warn(
             f"layer {missing[0]!r} was planned from data, but plans from a file or a model hold no statistics: it "
-            "is decomposed by its weight alone. Plan again with data: decomp.plan(model, ranks=plan, data=...)",
-            stacklevel=3,
+            "is decomposed by its weight alone. Plan again with data: decomp.plan(model, ranks=plan, data=...)"
         )
     for name, module in bar(progress, "decompose", dense.items()):
         require_finite(name, module)

@@ -62,16 +62,16 @@ def undominated(
     dense_cost: float,
     limits: Sequence[int],
     multiple_of: int,
-    fixed: Sequence[bool],
+    is_preset: Sequence[bool],
 ) -> NDArray[np.int64]:
     """The Pareto-optimal rows in cost and error, among those that pay and cost less than the dense layer.
 
-    Ranks are multiples of ``multiple_of``, or full, or ``fixed``.
+    Ranks are multiples of ``multiple_of``, or full, or preset by the method.
     """
     allowed = grid.pays & (costs < dense_cost)
     for mode, limit in enumerate(limits):
         ranks = grid.ranks[:, mode]
-        allowed &= (ranks % multiple_of == 0) | (ranks == limit) | fixed[mode]
+        allowed &= (ranks % multiple_of == 0) | (ranks == limit) | is_preset[mode]
     places = np.flatnonzero(allowed)
     return places[Front.of(costs[places], grid.error[places] ** 2).places] if len(places) else places
 
@@ -94,7 +94,7 @@ class Candidate:
     price: Price
     absolute_macs: bool
     stopwatch: Stopwatch | None = None
-    reference: "Callable[[], Candidate] | None" = None
+    tucker_reference: "Callable[[], Candidate] | None" = None
     importance: float | None = None
     digest: str = ""
 
@@ -125,27 +125,30 @@ class Candidate:
                 analysis = method.analyse(outputs)
             stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
         # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses.
-        reference = None
+        tucker_reference = None
         if not analysis.spectra:
-            reference = cache(partial(cls._reference, Unchanged(kernels), name, module, calls))
+            tucker_reference = cache(partial(cls._tucker_reference, Unchanged(kernels), name, module, calls))
+        importance = None if moments is None else moments.importance
         return cls(
-            name,
-            describe(module),
-            tuple(module.weight.shape),  # type: ignore[arg-type]
-            method,
-            limits,
-            weight_analysis,
-            analysis,
-            price,
-            calls is not None,
-            stopwatch,
-            reference,
-            None if moments is None or moments.importance is None else moments.importance * analysis.energy,
-            digest(kernels),
+            name=name,
+            layer=describe(module),
+            shape=tuple(module.weight.shape),  # type: ignore[arg-type]
+            method=method,
+            limits=limits,
+            weight_analysis=weight_analysis,
+            analysis=analysis,
+            price=price,
+            absolute_macs=calls is not None,
+            stopwatch=stopwatch,
+            tucker_reference=tucker_reference,
+            importance=None if importance is None else importance * analysis.energy,
+            digest=digest(kernels),
         )
 
     @classmethod
-    def _reference(cls, kernels: Unchanged, name: str, module: nn.Module, calls: list[Call] | None) -> "Candidate":
+    def _tucker_reference(
+        cls, kernels: Unchanged, name: str, module: nn.Module, calls: list[Call] | None
+    ) -> "Candidate":
         kernels()
         return cls.of(name, module, spectral_reference(module), calls)
 
@@ -192,8 +195,8 @@ class Candidate:
             grid = self.grid
             counted = grid.costs.get(kind)
             costs = self._stopwatch(grid.costs["macs"]) if counted is None else counted.astype(np.float64)
-            fixed = tuple(preset is not None for preset in self._preset)
-            places = undominated(grid, costs, self.dense_cost(kind), self.limits, multiple_of, fixed)
+            is_preset = tuple(preset is not None for preset in self._preset)
+            places = undominated(grid, costs, self.dense_cost(kind), self.limits, multiple_of, is_preset)
             ranks = [tuple(row) for row in grid.ranks[places].tolist()]
             self._fronts[key] = (ranks, costs[places], grid.error[places] ** 2)
         return self._fronts[key]
@@ -237,8 +240,8 @@ class Candidate:
         if isinstance(request, Fixed):
             ranks, note = self._fitted(request)
             return self._unless_worse(ranks, note)
-        if self.reference is not None and request.reads_spectra:
-            return self._no_more_expensive_than(self.reference(), request)
+        if self.tucker_reference is not None and request.reads_spectra:
+            return self._no_more_expensive_than(self.tucker_reference(), request)
         given = request(self)
         try:
             ranks = tuple(map(index, given))

@@ -15,6 +15,7 @@ from decomp.planning.cost import COUNTED, Cost
 
 Ranks = tuple[int, ...]
 DENSE = "dense"  # the method of a layer that is not replaced
+KEPT_DENSE = "kept dense on request"
 COLUMNS = ("layer", "type", "method", "ranks", ">params", ">MACs", ">error", "why / note")
 
 
@@ -33,7 +34,8 @@ class Choice:
     those of the layer by kind, before and after: "params", "bytes" and "macs", which are multiply-adds on the
     example inputs (ints) or a share of the dense layer's (floats). ``error`` is the planned relative error of the
     weight, and ``output_error`` that of the output about its mean, None without data. The plan of an applied model
-    holds the measured errors instead. ``note`` describes adjustments, such as clamped ranks.
+    holds the measured errors instead. ``note`` describes adjustments, such as clamped ranks. ``kept_dense`` means
+    that the user asked for a dense layer, which budgets then do not change.
     """
 
     layer: str
@@ -45,6 +47,12 @@ class Choice:
     reason: str = ""
     note: str = ""
     output_error: float | None = None
+    kept_dense: bool = False
+
+    @property
+    def was_factorized(self) -> bool:
+        """Whether the layer was factorized before the plan was made."""
+        return bool(self.ranks and self.reason)
 
     @property
     def params(self) -> Change:
@@ -74,6 +82,14 @@ class Choice:
             output_error=None if self.output_error is None else 0.0,
         )
 
+    def keep_dense(self, decomposable: bool) -> "Choice":
+        """Return the choice that leaves this layer dense because the user asked for it.
+
+        A layer that is not ``decomposable`` anyway keeps the reason for that.
+        """
+        reason = KEPT_DENSE if decomposable or self.ranks else self.reason
+        return replace(self.as_dense(reason), kept_dense=True)
+
     @classmethod
     def read(cls, value: Value) -> "Choice":
         """Read a choice from JSON written from ``dataclasses.asdict``.
@@ -94,6 +110,7 @@ class Choice:
             reason=entry["reason"].text(),
             note=entry["note"].text(),
             output_error=None if output_error.is_null else output_error.number(least=0),
+            kept_dense=entry["kept_dense"].boolean(),
         )
 
     def row(self, name: str) -> tuple[str, ...]:

@@ -26,14 +26,12 @@ from decomp.planning.build import (
     structures,
 )
 from decomp.planning.candidate import Candidate
-from decomp.planning.choice import COLUMNS, Change, Choice
+from decomp.planning.choice import COLUMNS, KEPT_DENSE, Change, Choice
 from decomp.planning.cost import COSTS, COUNTED, Bounds, Cost
 from decomp.ranks import RULES, RankSpec, parse_spec
 
 FORMAT = "decomp-plan-2"
 EARLIER_FORMAT = "decomp-plan-1"  # with params and macs as separate fields of a layer, and without a request
-KEPT_DENSE = "kept dense on request"
-NO_REQUEST = Request()
 PLAN = "decomp_plan"  # the attribute of a compressed model that holds its plan
 
 
@@ -74,7 +72,7 @@ class Plan(Mapping[str, Choice]):
         )
         self._before = before
         self._seconds = seconds
-        self.request = request or NO_REQUEST
+        self.request = request or Request()
         self.uncounted = dict(uncounted or {})
 
     def _with(
@@ -101,7 +99,8 @@ class Plan(Mapping[str, Choice]):
     def __getstate__(self) -> dict[str, object]:
         """Pickle the decision without the spectra, which make it editable, and the statistics of the data."""
         own = {name: method for name, method in self._methods.items() if method.name not in METHODS}
-        return vars(self) | {"_candidates": {}, "_statistics": {}, "_methods": own}
+        emptied: dict[str, object] = {"_candidates": {}, "_statistics": {}, "_methods": own}
+        return vars(self) | emptied | {"_seconds": self.seconds}
 
     def __getitem__(self, name: str) -> Choice:
         return self._choices[name]
@@ -116,6 +115,11 @@ class Plan(Mapping[str, Choice]):
     def candidates(self) -> Mapping[str, Sequence[Candidate]]:
         """The candidates of each layer, the chosen method's first; empty for a plan from a file or a model."""
         return self._candidates
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """The method of each layer that was analysed; for a plan from a file or a model, of the user's methods."""
+        return self._methods
 
     @property
     def statistics(self) -> Mapping[str, Moments]:
@@ -208,7 +212,7 @@ class Plan(Mapping[str, Choice]):
         given = {"objective": objective, "multiple_of": multiple_of, "weights": weights}
         changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         request = replace(self.request, budget=Budget.of(bounds), **changed)
-        free = {name: each for name, each in self._candidates.items() if self[name].reason != KEPT_DENSE}
+        free = {name: each for name, each in self._candidates.items() if not self[name].kept_dense}
         budget = request.budget
         if budget is None or not free:
             kinds = ", ".join(f"{kind}=" for kind in COSTS)
@@ -246,16 +250,16 @@ class Plan(Mapping[str, Choice]):
         return self._with({name: choice for name, (_, choice) in chosen.items()}, first, request)
 
     def keep_dense(self, layers: str) -> "Plan":
-        """Return the plan with the layers that match a glob left dense.
+        """Return the plan with the layers that match a glob left dense, also by :meth:`with_budget`.
 
         Raises:
             ValueError: nothing matches, or a layer is factorized already.
         """
         names = self._matching(layers)
-        factorized = [name for name in names if self[name].ranks and self[name].reason == ALREADY_FACTORIZED]
+        factorized = [name for name in names if self[name].was_factorized]
         if factorized:
             raise ValueError(f"layer {factorized[0]!r} is {ALREADY_FACTORIZED}: it cannot be kept dense")
-        return self._with({name: self[name].as_dense(KEPT_DENSE) for name in names})
+        return self._with({name: self[name].keep_dense(name in self._candidates) for name in names})
 
     def _matching(self, layers: str) -> list[str]:
         names = [name for name in self if matches(name, layers)]
@@ -404,5 +408,5 @@ def _of_earlier_format(value: Value) -> Value:
     for name, layer in entry["layers"].entries().items():
         found = {key: inner.value for key, inner in layer.entries().items()}
         costs = {kind: found.pop(kind, None) for kind in ("params", "macs")}
-        layers[name] = {**found, "costs": costs}
+        layers[name] = {**found, "costs": costs, "kept_dense": found.get("reason") == KEPT_DENSE}
     return Value({**value.value, "layers": layers, "request": Request().to_dict(), "uncounted": {}}, value.field)

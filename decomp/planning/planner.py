@@ -1,6 +1,7 @@
 """Making a plan: by rank rules, each layer separately, or by a budget, all layers together."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -33,15 +34,25 @@ def make_plan(
     earlier = ranks if isinstance(ranks, Plan) else None
     named = method_named(method, options)
 
-    def method_of(name: str, module: nn.Module) -> Method:
-        """The method that an earlier plan chose, else the named one, or svd if that does not support the layer."""
-        planned = earlier is not None and name in earlier and bool(earlier[name].ranks)
-        return earlier.method_of(name) if earlier is not None and planned else method_for(named, module)
+    earlier_methods = [] if earlier is None else _methods_of_budget(earlier)
+
+    def methods_of(name: str, module: nn.Module) -> list[Method]:
+        """The methods of a layer, the one of its choice first.
+
+        They are the one that an earlier plan chose, and those of its budget. Without these it is the named one, or
+        svd if that does not support the layer.
+        """
+        is_chosen = earlier is not None and name in earlier and bool(earlier[name].ranks)
+        chosen = [earlier.method_of(name)] if earlier is not None and is_chosen else []
+        others = [method for method in earlier_methods if method not in chosen and not method.why_not(module)]
+        return [*chosen, *others] or ([] if earlier_methods else [method_for(named, module)])
+
+    def why_not(name: str, module: nn.Module) -> str:
+        methods = methods_of(name, module)
+        return methods[0].why_not(module) if methods else _unsupported(earlier_methods)
 
     statistics = _statistics(model, scope)
-    surveyed = _survey(
-        model, [named], lambda name, module: method_of(name, module).why_not(module), statistics, scope
-    )
+    surveyed = _survey(model, [named, *earlier_methods], why_not, statistics, scope)
     if earlier is not None:
         earlier.require_fit({name: layer.module for name, layer in surveyed.layers.items()})
         planned_ranks = {name: choice.ranks for name, choice in earlier.items() if choice.ranks}
@@ -51,11 +62,14 @@ def make_plan(
     candidates: dict[str, list[Candidate]] = {}
     for name, module in bar(scope["progress"], "analyse", surveyed.decomposable.items()):
         moments = statistics.get(name)
-        candidate = Candidate.of(name, module, method_of(name, module), surveyed.calls(name), moments=moments)
-        candidates[name] = [candidate, *_others(earlier, candidate, module, surveyed, moments)]
-        choices[name] = candidate.decide(request_of(name))
-        if earlier is not None and not choices[name].ranks and name in earlier:
-            choices[name] = choices[name].as_dense(earlier[name].reason or choices[name].reason)
+        calls = surveyed.calls(name)
+        candidates[name] = [
+            Candidate.of(name, module, method, calls, moments=moments) for method in methods_of(name, module)
+        ]
+        choices[name] = candidates[name][0].decide(request_of(name))
+        if earlier is not None and name in earlier and not choices[name].ranks:
+            dense = choices[name].as_dense(earlier[name].reason or choices[name].reason)
+            choices[name] = replace(dense, kept_dense=earlier[name].kept_dense)
     return Plan(
         {name: choices[name] for name in surveyed.layers},
         surveyed.cost,
@@ -84,7 +98,7 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         return [method for method in allowed if not method.why_not(module)]
 
     def why_not(name: str, module: nn.Module) -> str:
-        return "" if fitting(module) else f"none of {[method.name for method in allowed]} supports this layer"
+        return "" if fitting(module) else _unsupported(allowed)
 
     statistics = _statistics(model, scope)
     surveyed = _survey(model, allowed, why_not, statistics, scope)
@@ -147,15 +161,19 @@ def _survey(
     return survey(model, kinds_of(*methods), why_not, scope["layers"], scope["exclude"], example)
 
 
-def _others(
-    earlier: Plan | None, first: Candidate, module: nn.Module, surveyed: Survey, moments: Moments | None
-) -> list[Candidate]:
-    """Candidates of the other methods of an earlier plan's budget, so that it can be changed again."""
-    if earlier is None or earlier.request.budget is None:
+def _methods_of_budget(earlier: Plan) -> list[Method]:
+    """The methods that the budget of an earlier plan chooses from; none for a plan without a budget.
+
+    Methods of the user that no layer took are left out: the plan holds only their names.
+    """
+    if earlier.request.budget is None:
         return []
-    rows = [METHODS[name] for name in earlier.request.methods if name in METHODS and name != first.method.name]
-    fitting = [row for row in rows if not row.why_not(module)]
-    return [Candidate.of(first.name, module, row, surveyed.calls(first.name), moments=moments) for row in fitting]
+    known = METHODS | {method.name: method for method in earlier.methods.values()}
+    return [known[name] for name in earlier.request.methods if name in known]
+
+
+def _unsupported(methods: Sequence[Method]) -> str:
+    return f"none of {[method.name for method in methods]} supports this layer"
 
 
 def _require_same_model(statistics: Statistics, model: nn.Module) -> None:
