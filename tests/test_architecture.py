@@ -29,6 +29,7 @@ ALLOWED = {
     },
     "losses": {"training"},
     "plots": {"analysis"},
+    "adapters": {"layers"},
     "digits": {"_util"},
     "demo": {"_util", "analysis", "api", "digits", "planning", "ranks", "training"},
     "cli": {"demo"},

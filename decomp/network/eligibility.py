@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from decomp.layers import Factorized
-from decomp.layers.kernels import qualified_name
+from decomp.layers.kernels import kind_of, qualified_name
 from decomp.network import surgery
 from decomp.network.selection import Selector, select
 
@@ -61,23 +62,28 @@ def _layers_of(model: nn.Module, kinds: Iterable[Any], why_not: WhyNot) -> dict[
     kinds = set(kinds)
     types = tuple(kind for kind in kinds if isinstance(kind, type))
     shared = surgery.shared_parameters(model)
+    adapted = surgery.modules_of_adapters(model)
     entries: dict[str, Eligibility] = {}
-    for name, module in surgery.walk(model, (Factorized, *NEVER)):
+    # The tensors of a parametrization belong to the layer that is parametrized, which has a row of its own.
+    for name, module in surgery.walk(model, (Factorized, *NEVER, parametrize.ParametrizationList)):
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
         never = next((reason for kind, reason in NEVER.items() if isinstance(module, kind)), "")
         if never:
             entries[name] = Eligibility(module, never)
         elif isinstance(module, Factorized):
             entries[name] = Eligibility(module, ALREADY_FACTORIZED)
         elif isinstance(module, types) or qualified_name(type(module)) in kinds:
-            reason = surgery.refusal(module, shared) or _subclass(module, types)
+            reason = adapted.get(id(module)) or surgery.refusal(module, shared) or _subclass(module, types)
             entries[name] = Eligibility(module, reason or _depthwise(module) or why_not(name, module))
         elif any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(False) if not is_lazy(p)):
-            entries[name] = Eligibility(module, f"no method supports {type(module).__name__}")
+            reason = adapted.get(id(module)) or f"no method supports {type(module).__name__}"
+            entries[name] = Eligibility(module, reason)
     return entries
 
 
 def _subclass(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str:
-    if type(module) in types or not isinstance(module, types):
+    if kind_of(module) in types or not isinstance(module, types):
         return ""
     kind = next(kind for kind in types if isinstance(module, kind))
     return f"{type(module).__name__}, a subclass of {kind.__name__}: its forward may differ"
