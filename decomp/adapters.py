@@ -71,7 +71,9 @@ def _lora_layer() -> type[nn.Module]:
             super().update_layer(adapter_name, *args, **kwargs)
             if adapter_name in getattr(self, "lora_variant", {}):
                 kind = type(self.lora_variant[adapter_name]).__name__
-                raise ValueError(f"adapter {adapter_name!r} is a {kind}: plain LoRA alone runs on factorized layers")
+                raise ValueError(
+                    f"adapter {adapter_name!r} is a {kind}: plain LoRA alone runs on factorized layers"
+                )
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             raise ValueError(
@@ -120,7 +122,9 @@ def _merged(layer: Any, left: Tensor, right: Tensor, bias: Tensor | None) -> nn.
             dense.bias += bias.to(dense.bias.dtype)
         if (layer.ranks[0] + len(right)) * (outputs + inputs) < outputs * inputs:
             factors = group_kernels(layer.expand)[0], group_kernels(layer.reduce)[0]
-            return SVDLinear.from_factors(dense, (torch.cat([factors[0], left], 1), torch.cat([factors[1], right])))
+            return SVDLinear.from_factors(
+                dense, (torch.cat([factors[0], left], 1), torch.cat([factors[1], right]))
+            )
     elif bias is not None:
         dense.bias += bias.to(dense.bias.dtype)
     delta = (left @ right).to(dense.weight.dtype)

@@ -122,7 +122,9 @@ def test_merging_makes_the_layer_dense_where_that_is_no_more_expensive(make, tar
     adapted = output(model)
     merged = model.merge_and_unload()
     kinds = {type(m) for n, m in merged.named_modules() if n.split(".")[-1] in targets}
-    assert kinds == {type(dict(make().named_modules())[n]) for n, _ in merged.named_modules() if n.endswith(targets[0])}
+    assert kinds == {
+        type(dict(make().named_modules())[n]) for n, _ in merged.named_modules() if n.endswith(targets[0])
+    }
     torch.testing.assert_close(output(merged), adapted, rtol=1e-4, atol=1e-4)
 
 

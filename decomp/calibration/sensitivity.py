@@ -57,9 +57,8 @@ def sensitivity(
     Source: Theis et al. 2018 (Fisher); measured as in ASVD (Yuan et al. 2023), section 3.3.
     """
     chosen = eligible(model, kinds_of(), layers, exclude)
-    source = Batches(
-        data, inputs if loss is None else None
-    )  # a loss is called with the whole batch, labels included
+    # A loss is called with the whole batch, labels included.
+    source = Batches(data, inputs if loss is None else None, one_pass=True)
     used = [to_device_of(model, batch) for batch in islice(iter(source), batches)]
     if not used:
         raise ValueError("data is empty: at least one batch is needed")

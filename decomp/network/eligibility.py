@@ -27,10 +27,14 @@ ASK_FOR_EMBEDDINGS = "an embedding is decomposed only when asked for: layers=tor
 
 @dataclass(frozen=True)
 class Eligibility:
-    """A layer, and the reason why it cannot be decomposed; an empty string if it can."""
+    """A layer, and the reason why it cannot be decomposed; an empty string if it can.
+
+    ``names`` are all its names: a layer that is shared has several, of which the first is its key.
+    """
 
     module: nn.Module
     reason: str = ""
+    names: tuple[str, ...] = ()
 
 
 def eligibility(
@@ -47,7 +51,10 @@ def eligibility(
         exclude: which of these to leave out.
     """
     surgery.check_model(model)
-    return _selected(_layers_of(model, kinds, why_not), layers, exclude)
+    names = {aliases[0]: tuple(aliases) for _, aliases in surgery.names_of(model)}
+    entries = _layers_of(model, kinds, why_not)
+    named = {name: replace(entry, names=names[name]) for name, entry in entries.items()}
+    return _selected(named, layers, exclude)
 
 
 def eligible(
@@ -98,16 +105,17 @@ def _depthwise(module: nn.Module) -> str:
 
 def _selected(entries: dict[str, Eligibility], layers: Selector, exclude: Selector) -> dict[str, Eligibility]:
     """Give the layers that ``layers=`` does not select or ``exclude=`` selects a reason."""
-    modules = {name: entry.module for name, entry in entries.items()}
+    modules = {name: entry.module for entry in entries.values() for name in entry.names}
+    first = {name: key for key, entry in entries.items() for name in entry.names}
     if layers is None:
         embeddings = {n for n, e in entries.items() if isinstance(e.module, nn.Embedding) and not e.reason}
         entries = {n: replace(e, reason=ASK_FOR_EMBEDDINGS) if n in embeddings else e for n, e in entries.items()}
     else:
-        chosen = select(layers, modules, "layers")
+        chosen = {first[name] for name in select(layers, modules, "layers")}
         entries = {
             n: e if n in chosen or e.reason else replace(e, reason="not among layers=") for n, e in entries.items()
         }
     if exclude is not None and exclude != ():
-        banned = select(exclude, modules, "exclude")
+        banned = {first[name] for name in select(exclude, modules, "exclude")}
         entries = {n: replace(e, reason="excluded") if n in banned else e for n, e in entries.items()}
     return entries

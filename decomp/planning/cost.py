@@ -85,7 +85,8 @@ def bytes_of(tensor: torch.Tensor) -> int:
     """Bytes of a tensor; of one that wraps others, quantized values and their scales for one, those of its parts."""
     if is_traceable_wrapper_subclass(tensor):
         parts, _ = tensor.__tensor_flatten__()
-        return sum(bytes_of(getattr(tensor, part)) for part in parts)
+        inner = (getattr(tensor, part) for part in parts)
+        return sum(bytes_of(part) for part in inner if isinstance(part, torch.Tensor))
     return tensor.numel() * tensor.element_size()
 
 
