@@ -10,6 +10,8 @@ from decomp.calibration.calibrate import Statistics, calibrate
 from decomp.calibration.sensitivity import sensitivity
 from decomp.explorer.launch import explore
 from decomp.network.batch_norm_folding import fold_batch_norm
+from decomp.planning.budget import OutOfReach
+from decomp.planning.build import NothingToDecompose
 from decomp.planning.plan import Plan
 from decomp.recovery.repair import repair
 from decomp.training.end_to_end import finetune
@@ -18,6 +20,8 @@ from decomp.training.layerwise import finetune_layerwise
 __version__ = installed_version()
 
 __all__ = [
+    "NothingToDecompose",
+    "OutOfReach",
     "Plan",
     "Statistics",
     "__version__",

@@ -13,15 +13,23 @@ from typing_extensions import TypeAliasType
 
 from decomp._util.arguments import arguments_of, with_arguments
 from decomp.calibration.calibrate import Statistics
+from decomp.data.batches import require_passes
 from decomp.layers import Factorized
 from decomp.methods import Method, MethodOptions, Solver, default_options
 from decomp.network import surgery
 from decomp.network.forward import Batch
-from decomp.planning.arguments import BudgetArguments, CallArguments, CompressArguments, PlanArguments, Scope
+from decomp.planning.arguments import (
+    BudgetArguments,
+    CallArguments,
+    CompressArguments,
+    PlanArguments,
+    RankLimits,
+    Scope,
+)
 from decomp.planning.budget import Budget
 from decomp.planning.cost import COSTS, Bounds
 from decomp.planning.plan import PLAN, CompressedModule, Plan
-from decomp.planning.planner import make_budget_plan, make_plan
+from decomp.planning.planner import make_budget_plan, make_plan, with_macs
 from decomp.ranks import RankSpec
 from decomp.recovery.sequential import apply_sequentially
 from decomp.training.layerwise import FinetuneReport, LayerReport, finetune_layerwise
@@ -256,11 +264,13 @@ def plan(
     budget, scope = Budget.of(_part(arguments, Bounds)), _part(arguments, Scope)
     spending = _part(arguments, BudgetArguments)
     if budget is None:
-        changed = [name for name, each in arguments_of(BudgetArguments).items() if spending[name] != each.default]
+        limits = _part(arguments, RankLimits)
+        own = {name: each for name, each in arguments_of(BudgetArguments).items() if name not in limits}
+        changed = [name for name, each in own.items() if spending[name] != each.default]
         if changed:
             names, kinds = (", ".join(f"{name}=" for name in each) for each in (changed, COSTS))
             raise ValueError(f"{names} need a budget: write one of {kinds} as well")
-        return make_plan(model, method, options, ranks, scope)
+        return make_plan(model, method, options, ranks, limits, scope)
     if (method, ranks, options) != ("tucker", "vbmf", {}):
         raise ValueError(
             "a budget chooses methods and ranks itself: leave method, ranks and options out, write methods="
@@ -296,6 +306,7 @@ def compress(
     >>> small.decomp_plan.params.after <= 0.5 * small.decomp_plan.params.before
     True
     """
+    _require_batches(arguments)
     if Budget.of(_part(arguments, Bounds)) is None:
         kinds = ", ".join(f"{kind}=" for kind in COSTS)
         raise ValueError(f"compress needs a budget: one of {kinds}, e.g. macs=0.5")
@@ -343,28 +354,35 @@ def _decompose(
     model: nn.Module, method: str, options: Mapping[str, Any], ranks: Ranks, arguments: CallArguments
 ) -> CompressedModule:
     """Plan by a method and its options, unless ``ranks`` is a plan already, and apply."""
+    _require_batches(arguments)
+    limits, scope = _part(arguments, RankLimits), _part(arguments, Scope)
     if not isinstance(ranks, Plan):
-        return _apply(model, make_plan(model, method, options, ranks, _part(arguments, Scope)), arguments)
-    chooses = arguments["layers"] is not None or arguments["exclude"] not in ((), [], None)
-    if chooses or arguments.get("example_inputs") is not None:
-        raise ValueError("a Plan already determines the layers: leave layers=, exclude= and example_inputs= out")
+        return _apply(model, make_plan(model, method, options, ranks, limits, scope), arguments)
+    if arguments["layers"] is not None or arguments["exclude"] not in ((), [], None):
+        raise ValueError("a Plan already determines the layers: leave layers= and exclude= out")
+    for name, each in arguments_of(RankLimits).items():
+        if limits[name] != each.default:
+            raise ValueError(f"a Plan already determines the ranks: give {name}= to decomp.plan instead")
     if arguments["data"] is not None and arguments["finetune"] is False and not arguments["sequential"]:
         raise ValueError("a Plan already determines the statistics: give data= to decomp.plan instead")
     defaults = default_options(method)
     changed = [name for name, value in options.items() if value != defaults[name]]
     if changed:
         raise ValueError(f"a Plan already determines the methods: leave {changed[0]}= out")
+    if arguments["example_inputs"] is not None:
+        ranks = with_macs(ranks, model, arguments["example_inputs"])
     return _apply(model, ranks, arguments)
 
 
-def _apply(model: nn.Module, decided: Plan, arguments: CallArguments | CompressArguments) -> CompressedModule:
-    """Apply the plan; with ``finetune`` train the factors layer by layer against the dense ``model``.
+def _require_batches(arguments: CallArguments | CompressArguments) -> None:
+    """Check what fine-tuning and the decomposition layer after layer need, before anything is computed.
 
     Raises:
         ValueError: ``finetune`` or ``sequential`` without batches, or with ``inplace``.
+        TypeError: they need several passes, and the data has one only.
     """
-    finetune, data, progress = arguments["finetune"], arguments["data"], arguments["progress"]
-    needing = {"finetune": finetune is not False, "sequential": arguments["sequential"]}
+    data = arguments["data"]
+    needing = {"finetune": arguments["finetune"] is not False, "sequential": arguments["sequential"]}
     for option in (name for name, given in needing.items() if given):
         if data is None or isinstance(data, Statistics):
             raise ValueError(
@@ -373,12 +391,18 @@ def _apply(model: nn.Module, decided: Plan, arguments: CallArguments | CompressA
             )
         if arguments["inplace"]:
             raise ValueError(f"{option}= needs the dense model, which inplace=True changes: leave one of them out")
+        require_passes(data)
+
+
+def _apply(model: nn.Module, decided: Plan, arguments: CallArguments | CompressArguments) -> CompressedModule:
+    """Apply the plan; with ``finetune`` train the factors layer by layer against the dense ``model``."""
+    finetune, data, progress = arguments["finetune"], arguments["data"], arguments["progress"]
     settings: dict[str, Any] = {"inputs": arguments["inputs"], "progress": progress}
     settings |= dict(finetune) if isinstance(finetune, Mapping) else {}
     if arguments["sequential"]:
-        return _layer_after_layer(model, decided, data, settings, train=needing["finetune"])
+        return _layer_after_layer(model, decided, data, settings, train=finetune is not False)
     small = decided.apply(model, inplace=arguments["inplace"], progress=progress)
-    if needing["finetune"]:
+    if finetune is not False:
         setattr(small, REPORT, finetune_layerwise(small, model, cast(Any, data), **settings))
     return small
 

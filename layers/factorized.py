@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from decomp.layers.kernels import is_input_first, join_kernels, memory_format_of
+from decomp.layers.kernels import is_input_first, join_kernels, kind_of, memory_format_of
 
 Absorbs: TypeAlias = Literal["full", "diagonal", "nothing"]
 """Which matrices before or after a layer can be multiplied into its factors, with no factor added."""
@@ -72,7 +72,7 @@ class Factorized(nn.Module):
             if is_plain(value) and not hasattr(type(self), name):
                 setattr(self, name, copy.deepcopy(value))  # what leads elsewhere is copied by the swap
         self.ranks = ranks
-        self.dense_type = type(dense)
+        self.dense_type = kind_of(dense)
         self.dense_shape = tuple(dense.weight.shape)  # known without multiplying the factors
         self.input_first = is_input_first(dense)
         self.build(dense, device)
@@ -234,8 +234,17 @@ class Factorized(nn.Module):
         return list(self.children())[-1].bias  # type: ignore[return-value]
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and self._equals(name, value):
+            return  # libraries that wrap and unwrap layers set what they have read
         self._require_no_product(name)
         super().__setattr__(name, value)
+
+    def _equals(self, name: str, value: Any) -> bool:
+        """Whether ``weight`` or ``bias`` is this value already."""
+        own = getattr(self, name)
+        if own is value or own is None or not isinstance(value, Tensor):
+            return own is value
+        return own.shape == value.shape and bool(torch.equal(own, value))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self._require_no_product(name.removesuffix("_orig"))  # torch.nn.utils.prune registers weight_orig

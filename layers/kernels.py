@@ -16,6 +16,7 @@ TRANSPOSED_CONVOLUTIONS: tuple[type[ConvNd], ...] = (
     nn.ConvTranspose3d,
 )
 HUGGING_FACE_CONV1D = "transformers.pytorch_utils.Conv1D"
+_COMPUTING = ("forward", "_conv_forward", "_output_padding", "__call__", "__getattr__", "__getattribute__")
 
 
 def group_kernels(dense: nn.Module) -> Tensor:
@@ -52,6 +53,26 @@ def is_input_first(dense: nn.Module) -> bool:
     """
     is_transposed = isinstance(dense, nn.Embedding) or qualified_name(type(dense)) == HUGGING_FACE_CONV1D
     return is_transposed or bool(getattr(dense, "transposed", False))
+
+
+def kind_of(dense: nn.Module) -> type[nn.Module]:
+    """The type of torch whose computation a layer performs: its own, but for subclasses of convolutions.
+
+    A subclass that overrides neither ``forward`` nor ``_conv_forward`` computes what torch's convolution does, and
+    differs in its constructor alone: Conv3DSimple of torchvision is an ``nn.Conv3d``.
+
+    >>> class Conv3x3(nn.Conv2d):
+    ...     def __init__(self, inputs, outputs):
+    ...         super().__init__(inputs, outputs, 3)
+    >>> kind_of(Conv3x3(4, 8)), kind_of(nn.Linear(4, 8))
+    (<class 'torch.nn.modules.conv.Conv2d'>, <class 'torch.nn.modules.linear.Linear'>)
+    """
+    kind = type(dense)
+    for base in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
+        if kind is not base and issubclass(kind, base):
+            inherited = all(getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING)
+            return base if inherited else kind
+    return kind
 
 
 def qualified_name(kind: type) -> str:
@@ -105,7 +126,7 @@ def spatial_like(
     }
     if dense.transposed:
         options["output_padding"] = along(dense.output_padding, 0)
-    build = cast(type[nn.Conv2d], type(dense))
+    build = cast(type[nn.Conv2d], kind_of(dense))
     return build(inputs, outputs, cast(tuple[int, int], along(dense.kernel_size, 1)), **options)  # type: ignore[arg-type]
 
 

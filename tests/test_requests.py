@@ -158,5 +158,5 @@ def test_the_budget_is_refused_as_a_whole(model):
         decomp.compress(model, bytes=1.5)
     with pytest.raises(ValueError, match="bytes=3 cannot be reached: the least is"):
         decomp.compress(model, bytes=3)
-    with pytest.raises(ValueError, match=r"multiple_of= need a budget: write one of macs=, params=, bytes="):
-        decomp.plan(model, multiple_of=8)
+    with pytest.raises(ValueError, match=r"objective= need a budget: write one of macs=, params=, bytes="):
+        decomp.plan(model, objective="sum")

@@ -11,7 +11,7 @@ from decomp.layers import Factorized
 from decomp.network import surgery
 from decomp.network.flops import ForwardPass, observe, uncounted_note
 from decomp.planning.choice import describe
-from decomp.planning.cost import count_params
+from decomp.planning.cost import bytes_of, count_params
 from decomp.planning.latency import latency, layer_seconds
 
 ELSEWHERE = "(elsewhere)"  # the row of what runs outside of any layer
@@ -141,4 +141,4 @@ def _label(layer: nn.Module) -> str:
 
 def _bytes(module: nn.Module) -> int:
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}  # shared ones once
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(map(bytes_of, tensors.values()))

@@ -52,7 +52,8 @@ def calibrate(
 
     Args:
         model: the dense model.
-        data: batches as the model is called with; labels are not needed.
+        data: batches as the model is called with; labels are not needed. They are gone through once: a generator
+            will do.
         inputs: returns the arguments of the model for a batch: ``lambda batch: batch[0]`` for (input, label)
             pairs.
         loss: also measure the sensitivity of the network to errors in each layer, to first order, by one backward
@@ -80,7 +81,7 @@ def calibrate(
     example = None
     scalar = None if loss is None else SensitivityScalar(loss)
     is_function = callable(loss)  # it is called with the whole batch, labels included
-    batches = Batches.in_fixed_order(data, None if is_function else inputs)
+    batches = Batches.in_fixed_order(data, None if is_function else inputs, one_pass=True)
     with evaluating(model), Unfused(), torch.inference_mode(False):
         for count, batch in bar(progress, "calibrate", batches.numbered()):
             with naming_batch(count, batch):

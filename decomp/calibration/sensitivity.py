@@ -58,7 +58,7 @@ def sensitivity(
     """
     chosen = eligible(model, kinds_of(), layers, exclude)
     # A loss is called with the whole batch, labels included.
-    source = Batches.in_fixed_order(data, inputs if loss is None else None)
+    source = Batches.in_fixed_order(data, inputs if loss is None else None, one_pass=True)
     used = [to_device_of(model, batch) for batch in islice(iter(source), batches)]
     if not used:
         raise ValueError("data is empty: at least one batch is needed")

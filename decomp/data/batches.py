@@ -21,15 +21,15 @@ _HOLDERS = ("sampler", "batch_sampler", "dataset", "loader", "dataloader")  # of
 _FORMS = "a batch must be a tensor, a tuple, a list or a mapping of tensors"
 
 
-def require_passes(data: Any) -> None:
-    """Refuse data that cannot be gone through several times.
+def require_passes(data: Any, *, one_pass: bool = False) -> None:
+    """Refuse data that cannot be gone through several times, or with ``one_pass`` not even once.
 
     Raises:
         TypeError: the data is one tensor, no iterable, or an iterator, which has one pass only.
     """
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise TypeError(f"data must be an iterable of batches, not {type(data).__name__}: write [batch] for one")
-    if isinstance(data, Iterator):
+    if isinstance(data, Iterator) and not one_pass:
         raise TypeError(
             "data can be gone through only once, and several passes are needed: give a DataLoader or a list"
         )
@@ -43,17 +43,21 @@ class Batches:
     [(0, (2, 3))]
     """
 
-    def __init__(self, data: Iterable[Any], inputs: Callable[[Any], Any] | None = None) -> None:
-        require_passes(data)
+    def __init__(
+        self, data: Iterable[Any], inputs: Callable[[Any], Any] | None = None, *, one_pass: bool = False
+    ) -> None:
+        require_passes(data, one_pass=one_pass)
         self._data = data
         self._inputs = inputs or (lambda batch: batch)
         self._count = 0
 
     @classmethod
-    def in_fixed_order(cls, data: Iterable[Any], inputs: Callable[[Any], Any] | None) -> "Batches":
+    def in_fixed_order(
+        cls, data: Iterable[Any], inputs: Callable[[Any], Any] | None, *, one_pass: bool = False
+    ) -> "Batches":
         """Batches in the same order in every pass, shuffled data too, so that what is held out stays held out."""
-        require_passes(data)
-        return cls(OwnRandomness(data, random_state(data), same_order=True), inputs)
+        require_passes(data, one_pass=one_pass)
+        return cls(OwnRandomness(data, random_state(data), same_order=True), inputs, one_pass=one_pass)
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for _, batch in self.numbered())

@@ -14,12 +14,12 @@ from decomp.calibration.calibrate import Statistics
 from decomp.calibration.sensitivity import sensitivity
 from decomp.methods import METHODS
 from decomp.network.selection import Selector
-from decomp.planning.budget import CachedFronts, Request, fixed_cost
+from decomp.planning.budget import CachedFronts, fixed_cost
+from decomp.planning.build import NothingToDecompose
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import DENSE, Change, Choice
 from decomp.planning.cost import COSTS, COUNTED
 from decomp.planning.plan import Plan
-from decomp.planning.planner import NothingToDecompose
 from decomp.ranks import Fixed, Ranks, energy
 
 UNLIMITED = {"seconds": 1e9, "params": 10**30}  # budgets that leave all dense; seconds has every layer timed
@@ -121,7 +121,7 @@ class Exploration:
         self.layers = {name: first for name, (first, *_) in analysed.items()}
         self._candidates = {(name, first.method.name): first for name, first in self.layers.items()}
         self._fronts = CachedFronts(
-            Request().resolved({name: [first] for name, first in self.layers.items()}).objective
+            self.plan.request.resolved({name: [first] for name, first in self.layers.items()})
         )
         self._sensitivities = self._measure_sensitivities(data, inputs, progress)
         for kind in self.kinds if self.layers else ():
@@ -223,7 +223,9 @@ class Exploration:
         """
         rule = energy(share)
         free = {name: candidate for name, candidate in self.layers.items() if name not in self.held}
-        self.plan = self.plan.choosing({name: (c, c.decide(rule)) for name, c in free.items()})
+        self.plan = self.plan.choosing(
+            {name: (c, c.decide(rule, min_gain=self.plan.request.min_gain)) for name, c in free.items()}
+        )
 
     def choose_ranks(self, name: str, ranks: Ranks) -> None:
         """Set the ranks of one layer and hold it; where they save nothing it stays dense and its reason says so.

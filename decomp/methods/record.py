@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from decomp.layers import Factorized
-from decomp.layers.kernels import qualified_name, spatial_steps
+from decomp.layers.kernels import kind_of, qualified_name, spatial_steps
 from decomp.linalg import Spectrum, Values
 
 Ranks = tuple[int, ...]
@@ -77,7 +77,7 @@ class Method:
 
     def layer_of(self, module: nn.Module) -> type[Factorized] | None:
         """The type of the factorized layer for this layer, or None."""
-        kind = type(module)
+        kind = kind_of(module)
         return self.layers.get(kind) or self.layers.get(qualified_name(kind))
 
     def why_not(self, module: nn.Module) -> str:

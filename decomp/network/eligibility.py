@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from decomp.layers import Factorized
-from decomp.layers.kernels import qualified_name
+from decomp.layers.kernels import kind_of, qualified_name
 from decomp.network import surgery
 from decomp.network.selection import Selector, select
 
@@ -26,10 +27,14 @@ ASK_FOR_EMBEDDINGS = "an embedding is decomposed only when asked for: layers=tor
 
 @dataclass(frozen=True)
 class Eligibility:
-    """A layer, and the reason why it cannot be decomposed; an empty string if it can."""
+    """A layer, and the reason why it cannot be decomposed; an empty string if it can.
+
+    ``names`` are all its names: a layer that is shared has several, of which the first is its key.
+    """
 
     module: nn.Module
     reason: str = ""
+    names: tuple[str, ...] = ()
 
 
 def eligibility(
@@ -46,7 +51,10 @@ def eligibility(
         exclude: which of these to leave out.
     """
     surgery.check_model(model)
-    return _selected(_layers_of(model, kinds, why_not), layers, exclude)
+    names = {aliases[0]: tuple(aliases) for _, aliases in surgery.names_of(model)}
+    entries = _layers_of(model, kinds, why_not)
+    named = {name: replace(entry, names=names[name]) for name, entry in entries.items()}
+    return _selected(named, layers, exclude)
 
 
 def eligible(
@@ -61,23 +69,28 @@ def _layers_of(model: nn.Module, kinds: Iterable[Any], why_not: WhyNot) -> dict[
     kinds = set(kinds)
     types = tuple(kind for kind in kinds if isinstance(kind, type))
     shared = surgery.shared_parameters(model)
+    adapted = surgery.modules_of_adapters(model)
     entries: dict[str, Eligibility] = {}
-    for name, module in surgery.walk(model, (Factorized, *NEVER)):
+    # The tensors of a parametrization belong to the layer that is parametrized, which has a row of its own.
+    for name, module in surgery.walk(model, (Factorized, *NEVER, parametrize.ParametrizationList)):
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
         never = next((reason for kind, reason in NEVER.items() if isinstance(module, kind)), "")
         if never:
             entries[name] = Eligibility(module, never)
         elif isinstance(module, Factorized):
             entries[name] = Eligibility(module, ALREADY_FACTORIZED)
         elif isinstance(module, types) or qualified_name(type(module)) in kinds:
-            reason = surgery.refusal(module, shared) or _subclass(module, types)
+            reason = adapted.get(id(module)) or surgery.refusal(module, shared) or _subclass(module, types)
             entries[name] = Eligibility(module, reason or _depthwise(module) or why_not(name, module))
         elif any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(False) if not is_lazy(p)):
-            entries[name] = Eligibility(module, f"no method supports {type(module).__name__}")
+            reason = adapted.get(id(module)) or f"no method supports {type(module).__name__}"
+            entries[name] = Eligibility(module, reason)
     return entries
 
 
 def _subclass(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str:
-    if type(module) in types or not isinstance(module, types):
+    if kind_of(module) in types or not isinstance(module, types):
         return ""
     kind = next(kind for kind in types if isinstance(module, kind))
     return f"{type(module).__name__}, a subclass of {kind.__name__}: its forward may differ"
@@ -92,16 +105,17 @@ def _depthwise(module: nn.Module) -> str:
 
 def _selected(entries: dict[str, Eligibility], layers: Selector, exclude: Selector) -> dict[str, Eligibility]:
     """Give the layers that ``layers=`` does not select or ``exclude=`` selects a reason."""
-    modules = {name: entry.module for name, entry in entries.items()}
+    modules = {name: entry.module for entry in entries.values() for name in entry.names}
+    first = {name: key for key, entry in entries.items() for name in entry.names}
     if layers is None:
         embeddings = {n for n, e in entries.items() if isinstance(e.module, nn.Embedding) and not e.reason}
         entries = {n: replace(e, reason=ASK_FOR_EMBEDDINGS) if n in embeddings else e for n, e in entries.items()}
     else:
-        chosen = select(layers, modules, "layers")
+        chosen = {first[name] for name in select(layers, modules, "layers")}
         entries = {
             n: e if n in chosen or e.reason else replace(e, reason="not among layers=") for n, e in entries.items()
         }
     if exclude is not None and exclude != ():
-        banned = select(exclude, modules, "exclude")
+        banned = {first[name] for name in select(exclude, modules, "exclude")}
         entries = {n: replace(e, reason="excluded") if n in banned else e for n, e in entries.items()}
     return entries

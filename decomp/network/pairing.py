@@ -6,17 +6,20 @@ from torch import nn
 
 from decomp._util.naming import matches, some
 from decomp.layers import Factorized
+from decomp.network.selection import Selector, select
 
 
 def pairs_of(
-    small: nn.Module, dense: nn.Module, layers: str | Sequence[str] | None = None
+    small: nn.Module, dense: nn.Module, layers: Selector = None
 ) -> dict[str, tuple[Factorized, nn.Module]]:
     """The factorized layers of ``small`` with the layers of ``dense`` that they replace, by name.
 
-    ``layers`` are globs on names that select some of them.
+    ``layers`` selects some of them, by globs on names, types (of the dense layer or of the factorized one) or
+    predicates of the name and the dense layer.
 
     Raises:
-        ValueError: ``small`` has none, a glob matches none, or ``dense`` is another model.
+        ValueError: ``small`` has none, a glob or a type matches none, or ``dense`` is another model.
+        TypeError: ``layers`` is none of these.
     """
     factorized = {name: module for name, module in small.named_modules() if isinstance(module, Factorized)}
     known = dict(dense.named_modules())
@@ -33,12 +36,18 @@ def pairs_of(
                 f"layer {name!r}: dense has {given} where small has {type(layer).__name__} of weight "
                 f"{layer.dense_shape}: give the model that small was made from"
             )
-    globs = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
-    for glob in globs:
-        if not any(matches(name, glob) for name in factorized):
-            raise ValueError(f"layers={glob!r} matches no factorized layer; there are {some(list(factorized))}")
-    selected = [name for name in factorized if any(matches(name, glob) for glob in globs)]
-    return {name: (factorized[name], known[name]) for name in selected}
+    pairs = {name: (layer, known[name]) for name, layer in factorized.items()}
+    parts = ["*"] if layers is None else layers if isinstance(layers, tuple | list | set | frozenset) else [layers]
+    selected: set[str] = set()
+    for part in parts:
+        if isinstance(part, type):
+            names = {name for name, pair in pairs.items() if part in map(type, pair)}
+        else:
+            names = select(part, {name: twin for name, (_, twin) in pairs.items()}, "layers", "factorized layer")
+        if not names:
+            raise ValueError(f"layers={part!r} matches no factorized layer; there are {some(list(factorized))}")
+        selected |= names
+    return {name: pair for name, pair in pairs.items() if name in selected}
 
 
 def blocks_of(

@@ -15,7 +15,7 @@ Selector = TypeAliasType(
 """Layers by a glob on their names, an exact type, a predicate (name, module), or several of these."""
 
 
-def select(selector: Selector, modules: Mapping[str, nn.Module], argument: str) -> set[str]:
+def select(selector: Selector, modules: Mapping[str, nn.Module], argument: str, what: str = "layer") -> set[str]:
     """Names of the modules that match: a glob (``*`` crosses dots), an exact type, a predicate, or several.
 
     >>> sorted(select("layer?.*", {"layer1.conv": nn.Conv2d(1, 1, 1), "fc": nn.Linear(1, 1)}, "layers"))
@@ -26,7 +26,7 @@ def select(selector: Selector, modules: Mapping[str, nn.Module], argument: str) 
         TypeError: the selector is none of these.
     """
     if isinstance(selector, tuple | list | set | frozenset):
-        return set().union(*(select(part, modules, argument) for part in selector))
+        return set().union(*(select(part, modules, argument, what) for part in selector))
     if isinstance(selector, str):
         names = {name for name in modules if matches(name, selector)}
     elif isinstance(selector, type):
@@ -38,5 +38,5 @@ def select(selector: Selector, modules: Mapping[str, nn.Module], argument: str) 
             f"{argument}={selector!r}: write a glob, a module type, a predicate (name, module), or several"
         )
     if not names:
-        raise ValueError(f"{argument}={selector!r} matches no layer; layers are {some(list(modules))}")
+        raise ValueError(f"{argument}={selector!r} matches no {what}; {what}s are {some(list(modules))}")
     return names

@@ -19,6 +19,9 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "decompose before sharding",
 }
 
+ADAPTER = "part of an adapter, which is small already"
+ADAPTED = "an adapter is on it: call merge_and_unload() first, or decompose first and add the adapter afterwards"
+
 _FUSED = "decomp_fused_path"  # the attribute of an encoder that holds its settings from before the swap
 _UNFUSED: dict[type[nn.Module], dict[str, Any]] = {
     nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
@@ -74,7 +77,8 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
     if any(is_lazy(parameter) for parameter in own.values()):
         return "not initialized yet: run one batch through the model first"
     return (
-        _held_by_torch(module)
+        _subclassed_tensor(own)
+        or _held_by_torch(module)
         or hooks_of(module)
         or _odd_parts(module, own)
         or _odd_weight(own["weight"], needs_values)
@@ -100,6 +104,42 @@ def _held_by_torch(module: Any) -> str:
     if hasattr(module, "weight_orig"):
         return "spectral_norm: call torch.nn.utils.remove_spectral_norm first"
     return ""
+
+
+def _subclassed_tensor(own: Mapping[str, nn.Parameter]) -> str:
+    """Why tensors that are not plain ones, quantized or sharded, cannot be decomposed; or an empty string."""
+    for name, parameter in own.items():
+        kind = type(parameter)
+        if kind.__name__ == "DTensor":
+            return "sharded (its weight is a DTensor): decompose before sharding"
+        if kind is not nn.Parameter:
+            return (
+                f"its {name} is a tensor of the type {kind.__name__}, which holds quantized or otherwise encoded "
+                "values: decompose first, quantize afterwards"
+            )
+    return ""
+
+
+def modules_of_adapters(model: nn.Module) -> dict[int, str]:
+    """Modules that belong to an adapter, by ``id``, with the reason why they stay dense.
+
+    An adapter is a module of peft, or one that holds children ``lora_A`` and ``lora_B``. The layer that it adapts is
+    among them: merging writes into the weight of that layer, and what is written into a product is lost.
+    """
+    reasons: dict[int, str] = {}
+    for holder in model.modules():
+        parts = {name.lower() for name in holder._modules}
+        if not ({"lora_a", "lora_b"} <= parts or any(_is_of_peft(kind) for kind in type(holder).__mro__)):
+            continue
+        for name, module in holder.named_modules():
+            base = name.split(".")[0] in ("", "base_layer", "original_module")
+            reasons.setdefault(id(module), ADAPTED if base else ADAPTER)
+    return reasons
+
+
+def _is_of_peft(kind: type) -> bool:
+    is_adapter = kind.__name__ in ("BaseTunerLayer", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper")
+    return is_adapter and kind.__module__.split(".")[0] == "peft"
 
 
 def hooks_of(module: nn.Module) -> str:
@@ -223,4 +263,6 @@ def _set_fused_paths(model: nn.Module) -> None:
 
 
 def _memory(parameter: nn.Parameter) -> int:
-    return parameter.data_ptr() if not parameter.is_meta else id(parameter)
+    """What tells whether two parameters are the same memory; some tensor subclasses have 0 as their address."""
+    plain = type(parameter) is nn.Parameter and not parameter.is_meta
+    return parameter.data_ptr() if plain else id(parameter)

@@ -10,6 +10,7 @@ from decomp.calibration.calibrate import Statistics
 from decomp.methods import Method, MethodOptions
 from decomp.network.forward import Batch
 from decomp.network.selection import Selector
+from decomp.planning.budget import MIN_GAIN
 from decomp.planning.cost import Bounds
 
 Data = TypeAliasType("Data", Iterable[Any] | Statistics)
@@ -87,7 +88,28 @@ class Application(TypedDict, total=False):
     ]
 
 
-class BudgetArguments(Bounds, total=False):
+class RankLimits(TypedDict, total=False):
+    """Which ranks rules and budgets may choose; ranks that the user fixes are not limited."""
+
+    multiple_of: Annotated[
+        int,
+        Argument(
+            1,
+            "ranks that a rule or a budget chooses are multiples of it, or full; rules without a bound are rounded "
+            "up. 8 is efficient on GPUs, and from 2 on no rank is 1, which some quantization kernels need.",
+        ),
+    ]
+    min_gain: Annotated[
+        float,
+        Argument(
+            MIN_GAIN,
+            "a layer for which a rule or a budget chooses is replaced only where that saves at least this share of "
+            "its parameters or of its MACs; 0 accepts any saving.",
+        ),
+    ]
+
+
+class BudgetArguments(Bounds, RankLimits, total=False):
     """The budget, and how it is distributed over the layers."""
 
     methods: Annotated[
@@ -109,7 +131,6 @@ class BudgetArguments(Bounds, total=False):
             '``calibrate(..., loss=)``. "auto" is "network" if the sensitivity is known, else "product".',
         ),
     ]
-    multiple_of: Annotated[int, Argument(1, "ranks are multiples of it, or full; 8 is efficient on GPUs.")]
     weights: Annotated[
         Mapping[str, float] | None,
         Argument(
@@ -119,7 +140,7 @@ class BudgetArguments(Bounds, total=False):
     ]
 
 
-class CallArguments(Scope, Application, total=False):
+class CallArguments(RankLimits, Scope, Application, total=False):
     """The arguments of a call that plans by rank rules and applies the plan, as :func:`decomp.tucker` does."""
 
 

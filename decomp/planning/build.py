@@ -23,6 +23,18 @@ from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Choice, describe
 
 
+class NothingToDecompose(ValueError):
+    """No layer would be replaced; the message counts the reasons.
+
+    It ends compression in stages, where a stage finds nothing more to do::
+
+        try:
+            small = decomp.tucker(decomp.densify(small), ranks="vbmf")
+        except decomp.NothingToDecompose:
+            break
+    """
+
+
 def require_fit(
     choices: Mapping[str, Choice], method_of: Callable[[str], Method], modules: Mapping[str, nn.Module]
 ) -> None:
@@ -59,7 +71,8 @@ def layers_to_replace(
     """The dense layers of ``model`` that the choices replace, without those that are factorized as chosen already.
 
     Raises:
-        ValueError: the choices do not fit the model, a layer must not be replaced, or no layer would be replaced.
+        ValueError: the choices do not fit the model, or a layer must not be replaced.
+        NothingToDecompose: no layer would be replaced.
     """
     surgery.check_model(model)
     known = {name: module for module, names in surgery.names_of(model) for name in names}
@@ -82,7 +95,9 @@ def layers_to_replace(
         replaced[name] = module
     if not replaced:
         counts = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(4))
-        raise ValueError(f"no layer would be replaced: {counts or 'the model has no linear layer or convolution'}")
+        raise NothingToDecompose(
+            f"no layer would be replaced: {counts or 'the model has no linear layer or convolution'}"
+        )
     return replaced
 
 

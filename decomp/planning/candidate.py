@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from operator import index
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ class Grid:
     costs: Mapping[str, NDArray[np.int64]]
     dense: Cost
     error: NDArray[np.float64]
+    least_gain: float = 0.0
 
     def share(self, kind: str) -> NDArray[np.float64]:
         """A kind of cost as a share of the dense layer's; 0 where that has none."""
@@ -52,8 +53,17 @@ class Grid:
 
     @property
     def pays(self) -> NDArray[np.bool_]:
-        """Where both costs are below the dense layer's, or parameters where that has no MACs."""
-        return (self.params_share < 1) & (self.macs_share < 1)
+        """Where both costs are below the dense layer's, or parameters where that has no MACs.
+
+        One of them must be so by the least gain.
+        """
+        params, macs = self.params_share, self.macs_share
+        return (params < 1) & (macs < 1) & (_gain(params, macs, self.dense) >= self.least_gain)
+
+
+def _gain(params_share: Any, macs_share: Any, dense: Cost) -> Any:
+    """The larger of the shares of its parameters and of its MACs that a layer saves."""
+    return 1 - (np.minimum(params_share, macs_share) if dense.macs else params_share)
 
 
 def undominated(
@@ -68,12 +78,16 @@ def undominated(
 
     Ranks are multiples of ``multiple_of``, or full, or preset by the method.
     """
-    allowed = grid.pays & (costs < dense_cost)
-    for mode, limit in enumerate(limits):
-        ranks = grid.ranks[:, mode]
-        allowed &= (ranks % multiple_of == 0) | (ranks == limit) | is_preset[mode]
+    allowed = grid.pays & (costs < dense_cost) & _multiples(grid.ranks, limits, multiple_of, is_preset)
     places = np.flatnonzero(allowed)
     return places[Front.of(costs[places], grid.error[places] ** 2).places] if len(places) else places
+
+
+def _multiples(
+    ranks: NDArray[np.int32], limits: Sequence[int], multiple_of: int, fixed: Sequence[bool]
+) -> NDArray[np.bool_]:
+    """Where every rank is a multiple of ``multiple_of``, or full, or fixed."""
+    return np.all((ranks % multiple_of == 0) | (ranks == np.array(limits)) | np.array(fixed), 1)
 
 
 @dataclass(frozen=True)
@@ -169,9 +183,18 @@ class Candidate:
     @property
     def grid(self) -> Grid:
         """Costs and errors at the ranks of the analysis; interpolated errors improve with every fit."""
+        return self.limited_grid(1, 0.0)
+
+    def limited_grid(self, multiple_of: int, min_gain: float) -> Grid:
+        """The grid at ranks that are multiples of ``multiple_of`` or full; its ``pays`` needs the least gain."""
         energy = self.analysis.energy
-        error = np.sqrt(self.analysis.squared_errors() / energy) if energy else np.zeros(len(self.analysis.ranks))
-        return Grid(self.analysis.ranks, self._costs, self.price.dense, error)
+        ranks, costs = self.analysis.ranks, self._costs
+        error = np.sqrt(self.analysis.squared_errors() / energy) if energy else np.zeros(len(ranks))
+        if multiple_of > 1:
+            rows = _multiples(ranks, self.limits, multiple_of, self._is_preset)
+            ranks, error = ranks[rows], error[rows]
+            costs = {kind: counts[rows] for kind, counts in costs.items()}
+        return Grid(ranks, costs, self.price.dense, error, min_gain)
 
     def dense_cost(self, kind: str) -> float:
         """Cost of the dense layer of a counted kind, or its measured seconds."""
@@ -182,21 +205,20 @@ class Candidate:
         return float(self._stopwatch(np.array(self.price(ranks).macs)))
 
     @cached_property
-    def _fronts(self) -> dict[tuple[str, int], tuple[list[Ranks], Values, Values]]:
+    def _fronts(self) -> dict[tuple[str, int, float], tuple[list[Ranks], Values, Values]]:
         return {}
 
-    def front(self, kind: str, multiple_of: int) -> tuple[list[Ranks], Values, Values]:
+    def front(self, kind: str, multiple_of: int, min_gain: float = 0.0) -> tuple[list[Ranks], Values, Values]:
         """The Pareto-optimal ranks among those that pay, with their costs and squared relative errors.
 
-        Ranks are multiples of ``multiple_of``, or full.
+        Ranks are multiples of ``multiple_of``, or full, and save at least ``min_gain``.
         """
-        key = (kind, multiple_of)
+        key = (kind, multiple_of, min_gain)
         if key not in self._fronts:
-            grid = self.grid
+            grid = self.limited_grid(1, min_gain)
             counted = grid.costs.get(kind)
             costs = self._stopwatch(grid.costs["macs"]) if counted is None else counted.astype(np.float64)
-            is_preset = tuple(preset is not None for preset in self._preset)
-            places = undominated(grid, costs, self.dense_cost(kind), self.limits, multiple_of, is_preset)
+            places = undominated(grid, costs, self.dense_cost(kind), self.limits, multiple_of, self._is_preset)
             ranks = [tuple(row) for row in grid.ranks[places].tolist()]
             self._fronts[key] = (ranks, costs[places], grid.error[places] ** 2)
         return self._fronts[key]
@@ -205,6 +227,10 @@ class Candidate:
     def _preset(self) -> tuple[int | None, ...]:
         preset = self.method.preset or (None,) * len(self.limits)
         return tuple(p and min(p, limit) for p, limit in zip(preset, self.limits, strict=True))
+
+    @property
+    def _is_preset(self) -> tuple[bool, ...]:
+        return tuple(preset is not None for preset in self._preset)
 
     @property
     def _stopwatch(self) -> Stopwatch:
@@ -229,8 +255,11 @@ class Candidate:
         dense = self.price.dense.macs
         return self.price(ranks).macs / dense if dense else 0.0
 
-    def decide(self, request: "Rule | Fixed | None") -> Choice:
+    def decide(self, request: "Rule | Fixed | None", *, multiple_of: int = 1, min_gain: float = 0.0) -> Choice:
         """Choose the ranks of a rule or of the user, or to stay dense, with the reason.
+
+        Ranks of a rule are multiples of ``multiple_of``, or full, and save at least ``min_gain``; those of the user
+        are taken as they are.
 
         Raises:
             ValueError: the ranks do not fit this layer; the message names it.
@@ -241,8 +270,8 @@ class Candidate:
             ranks, note = self._fitted(request)
             return self._unless_worse(ranks, note)
         if self.tucker_reference is not None and request.reads_spectra:
-            return self._no_more_expensive_than(self.tucker_reference(), request)
-        given = request(self)
+            return self._no_more_expensive_than(self.tucker_reference(), request, multiple_of, min_gain)
+        given = request(self if request.reads_spectra else _Limited(self, multiple_of, min_gain))
         try:
             ranks = tuple(map(index, given))
         except TypeError:
@@ -252,8 +281,13 @@ class Candidate:
                 f"layer {self.name!r}: {request!r} gave ranks {given}, allowed are 0 to {self.limits}"
             )
         if 0 in ranks:
-            return self._choice((), reason=request.nothing)
-        return self._unless_worse(ranks, "")
+            limited = f", with multiples of {multiple_of}" if multiple_of > 1 and not request.reads_spectra else ""
+            return self._choice((), reason=request.nothing + limited)
+        return self._unless_worse(self._rounded_up(ranks, multiple_of), "", min_gain)
+
+    def _rounded_up(self, ranks: Ranks, multiple_of: int) -> Ranks:
+        modes = zip(ranks, self.limits, self._is_preset, strict=True)
+        return tuple(r if fixed else min(-(-r // multiple_of) * multiple_of, limit) for r, limit, fixed in modes)
 
     def _fitted(self, request: Fixed) -> tuple[Ranks, str]:
         try:
@@ -262,26 +296,32 @@ class Candidate:
             raise ValueError(f"layer {self.name!r}: {error}") from None
         return ranks, f"clamped to {_ranks(ranks)}" if clamped else ""
 
-    def _no_more_expensive_than(self, reference: "Candidate", rule: Rule) -> Choice:
+    def _no_more_expensive_than(
+        self, reference: "Candidate", rule: Rule, multiple_of: int, min_gain: float
+    ) -> Choice:
         """The ranks with the most parameters that cost no more than the Tucker-2 which a spectral rule chooses."""
         tucker = reference.decide(rule)
         if not tucker.ranks:
             return self._choice((), reason=tucker.reason)
-        params, macs = self._costs["params"], self._costs["macs"]
+        grid = self.limited_grid(multiple_of, 0.0)
+        params, macs = grid.costs["params"], grid.costs["macs"]
         bound = reference.price(tucker.ranks)
         places = np.flatnonzero((params <= bound.params) & (macs <= bound.macs))
         if not len(places):
             return self._choice(
                 (), reason=f"more expensive at every rank than the Tucker-2 {_ranks(tucker.ranks)} of {rule!r}"
             )
-        return self._choice(tuple(self.analysis.ranks[places[params[places].argmax()]].tolist()))
+        return self._unless_worse(tuple(grid.ranks[places[params[places].argmax()]].tolist()), "", min_gain)
 
-    def _unless_worse(self, ranks: Ranks, note: str) -> Choice:
+    def _unless_worse(self, ranks: Ranks, note: str, min_gain: float = 0.0) -> Choice:
         cost, dense = self.price(ranks), self.price.dense
         params, macs = self.params_share(ranks), self.macs_share(ranks)
-        if cost.params < dense.params and (cost.macs < dense.macs or not dense.macs):
-            return self._choice(ranks, note=note)
-        return self._choice((), reason=f"not cheaper at {_ranks(ranks)}: params x{params:.2f}, MACs x{macs:.2f}")
+        at = f"at {_ranks(ranks)}: params x{params:.2f}, MACs x{macs:.2f}"
+        if cost.params >= dense.params or (cost.macs >= dense.macs and dense.macs):
+            return self._choice((), reason=f"not cheaper {at}")
+        if _gain(params, macs, dense) < min_gain:
+            return self._choice((), reason=f"too little gain {at}, less than min_gain={min_gain:g}")
+        return self._choice(ranks, note=note)
 
     def _choice(self, ranks: Ranks, reason: str = "", note: str = "") -> Choice:
         dense = self.price.dense
@@ -302,6 +342,20 @@ class Candidate:
             "; ".join(filter(None, notes)),
             None if self.analysis is self.weight_analysis else self.error(ranks) if ranks else 0.0,
         )
+
+
+class _Limited:
+    """A candidate for rules that choose from its grid: with the ranks only that may be chosen."""
+
+    def __init__(self, candidate: Candidate, multiple_of: int, min_gain: float) -> None:
+        self._candidate, self._limits = candidate, (multiple_of, min_gain)
+
+    @property
+    def grid(self) -> Grid:
+        return self._candidate.limited_grid(*self._limits)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._candidate, name)
 
 
 def _ranks(ranks: Ranks) -> str:

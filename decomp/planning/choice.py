@@ -135,6 +135,33 @@ def _change(change: Change, *, replaced: bool) -> str:
     return f"{before} => {after}" if replaced else before
 
 
+def where_it_stays(choices: Mapping[str, Choice], kind: str, left: float, total: float) -> str:
+    """Where a model's cost of a kind is that stays: in layers that stay dense, by reason, and outside of layers.
+
+    ``left`` is that of the whole model as chosen, ``total`` that of the dense one, of which shares are given.
+
+    >>> costs = {"macs": Change(60, 60)}
+    >>> where_it_stays({"a": Choice("Linear", (), DENSE, (), costs, 0.0, "excluded")}, "macs", 80.0, 100.0)
+    "60 % in 'a' (excluded), 20 % outside of layers"
+    """
+    after = {name: choice.costs[kind].after for name, choice in choices.items() if kind in choice.costs}
+    groups: dict[str, list[str]] = {}
+    for name in after:
+        if not choices[name].ranks:
+            groups.setdefault(choices[name].reason, []).append(name)
+    costs = {reason: sum(after[name] for name in names) for reason, names in groups.items()}
+    parts = []
+    for reason in sorted(groups, key=lambda reason: -costs[reason])[:3]:
+        if costs[reason] >= 0.005 * total:
+            names = sorted(groups[reason], key=lambda name: -after[name])
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            parts.append(f"{100 * costs[reason] / total:.0f} % in {names[0]!r}{more} ({reason})")
+    outside = left - sum(after.values())
+    if outside >= 0.005 * total:
+        parts.append(f"{100 * outside / total:.0f} % outside of layers")
+    return ", ".join(parts)
+
+
 def unchanged_choice(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:
     """The choice that leaves a layer unchanged, for a layer that was not analysed under any method."""
     if isinstance(module, Factorized):

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from decomp._util import tables
 from decomp._util.arguments import Argument
@@ -77,7 +78,16 @@ def count_bytes(module: nn.Module, recurse: bool = True) -> int:
     >>> count_bytes(nn.Linear(8, 4, dtype=torch.bfloat16))
     72
     """
-    return sum(p.numel() * p.element_size() for p in module.parameters(recurse) if not is_lazy(p))
+    return sum(bytes_of(p) for p in module.parameters(recurse) if not is_lazy(p))
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor; of one that wraps others, quantized values and their scales for one, those of its parts."""
+    if is_traceable_wrapper_subclass(tensor):
+        parts, _ = tensor.__tensor_flatten__()
+        inner = (getattr(tensor, part) for part in parts)
+        return sum(bytes_of(part) for part in inner if isinstance(part, torch.Tensor))
+    return tensor.numel() * tensor.element_size()
 
 
 def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:

@@ -26,12 +26,13 @@ from decomp.planning.build import (
     structures,
 )
 from decomp.planning.candidate import Candidate
-from decomp.planning.choice import COLUMNS, KEPT_DENSE, Change, Choice
+from decomp.planning.choice import COLUMNS, KEPT_DENSE, Change, Choice, where_it_stays
 from decomp.planning.cost import COSTS, COUNTED, Bounds, Cost
 from decomp.ranks import RULES, RankSpec, parse_spec
 
 FORMAT = "decomp-plan-2"
 EARLIER_FORMAT = "decomp-plan-1"  # with params and macs as separate fields of a layer, and without a request
+LITTLE_GAIN = 1.25  # a plan whose model has fewer times less of a cost says what stands in the way
 PLAN = "decomp_plan"  # the attribute of a compressed model that holds its plan
 
 
@@ -80,18 +81,27 @@ class Plan(Mapping[str, Choice]):
         choices: Mapping[str, Choice],
         candidates: Mapping[str, Sequence[Candidate]] | None = None,
         request: Request | None = None,
+        before: Cost | None = None,
+        uncounted: Mapping[str, int] | None = None,
     ) -> "Plan":
-        """The plan with some choices, some candidates or the request replaced."""
+        """The plan with some choices, some candidates, the request or the costs of the whole replaced."""
         return Plan(
             self._choices | dict(choices),
-            self._before,
+            before or self._before,
             self._candidates | dict(candidates or {}),
             statistics=self._statistics,
             methods=self._methods if not self._candidates else None,
             seconds=self._seconds,
             request=request or self.request,
-            uncounted=self.uncounted,
+            uncounted=self.uncounted if uncounted is None else uncounted,
         )
+
+    def with_macs(self, macs: Mapping[str, Change], total: int, uncounted: Mapping[str, int]) -> "Plan":
+        """Return the plan with other MACs, those of other inputs: of each layer, and of the whole dense model."""
+        choices = {
+            name: replace(self[name], costs={**self[name].costs, "macs": each}) for name, each in macs.items()
+        }
+        return self._with(choices, before=Cost({**self._before, "macs": total}), uncounted=uncounted)
 
     def __deepcopy__(self, memo: object) -> "Plan":
         return self
@@ -176,16 +186,13 @@ class Plan(Mapping[str, Choice]):
                 is from a file or a model and holds no spectra.
         """
         names = self._matching(layers)
-        if not self._candidates:
-            raise ValueError(
-                "this plan came from a file or a model and holds no spectra: make an editable one with "
-                "decomp.plan(model, ranks=plan)"
-            )
+        self._require_spectra()
         editable = [name for name in names if name in self._candidates]
         if not editable:
             raise ValueError(f"layer {names[0]!r} cannot be decomposed: {self[names[0]].reason}")
         spec = parse_spec(ranks, RULES, exact=layers in self)
-        return self._with({name: self._candidates[name][0].decide(spec) for name in editable})
+        limits: Any = {"multiple_of": self.request.multiple_of, "min_gain": self.request.min_gain}
+        return self._with({name: self._candidates[name][0].decide(spec, **limits) for name in editable})
 
     @with_arguments(Bounds)
     def with_budget(
@@ -194,6 +201,7 @@ class Plan(Mapping[str, Choice]):
         objective: str | None = None,
         multiple_of: int | None = None,
         weights: Mapping[str, float] | None = None,
+        min_gain: float | None = None,
         **bounds: Unpack[Bounds],
     ) -> "Plan":
         """Return the plan with methods and ranks of all layers chosen again for a budget.
@@ -201,29 +209,55 @@ class Plan(Mapping[str, Choice]):
         Layers that :meth:`keep_dense` was called for stay dense.
 
         Args:
-            objective: see :func:`decomp.compress`; this and the next two are by default those of ``request``.
+            objective: see :func:`decomp.compress`; this and the next three are by default those of ``request``.
             multiple_of: ranks are multiples of it, or full.
             weights: weights of the layers' losses, by name; {} for none.
+            min_gain: a layer is replaced only where that saves at least this share of its parameters or MACs.
 
         Raises:
             ValueError: there is not exactly one budget, or it cannot be reached (the message gives the
                 smallest cost).
         """
-        given = {"objective": objective, "multiple_of": multiple_of, "weights": weights}
+        given = {"objective": objective, "multiple_of": multiple_of, "weights": weights, "min_gain": min_gain}
         changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         request = replace(self.request, budget=Budget.of(bounds), **changed)
         free = {name: each for name, each in self._candidates.items() if not self[name].kept_dense}
         budget = request.budget
-        if budget is None or not free:
-            kinds = ", ".join(f"{kind}=" for kind in COSTS)
-            raise ValueError(f"write one of {kinds}, on a plan that decomp.plan made with layers to choose")
+        if budget is None:
+            raise ValueError(f"with_budget needs one of {', '.join(f'{kind}=' for kind in COSTS)}, e.g. macs=0.5")
+        self._require_spectra()
+        if not free:
+            raise ValueError(
+                "no layer is left to choose for: all that can be decomposed were kept dense on request"
+            )
         total = self._total(budget.kind)
         fixed_choices = {name: choice for name, choice in self.items() if name not in free}
         spent = spend(free, budget, total, fixed_choices, request)
         reason = f"dense under the budget {budget.kind}={budget.value}"
         if budget.absolute(total) >= total:
             reason = f"the dense model is within {budget.kind}={budget.value}"
+            if budget.kind not in COUNTED:
+                reason += f": it takes {COSTS[budget.kind].write(total)}"
         return self.choosing({name: (c, c.choose(ranks, reason)) for name, (c, ranks) in spent.items()}, request)
+
+    def _require_spectra(self) -> None:
+        """Refuse to choose ranks without spectra.
+
+        Raises:
+            ValueError: the plan holds none; the message says why.
+        """
+        if self._candidates:
+            return
+        if all(choice.reason and not choice.ranks for choice in self.values()):
+            raise ValueError(
+                f"no layer of this plan can be decomposed: {next(iter(self.values())).reason}"
+                if self
+                else "the plan has no layer"
+            )
+        raise ValueError(
+            "this plan came from a file or a model and holds no spectra: make an editable one with "
+            "decomp.plan(model, ranks=plan)"
+        )
 
     def _total(self, kind: str) -> float:
         """The cost of the whole dense model.
@@ -370,12 +404,23 @@ class Plan(Mapping[str, Choice]):
         """Lines about kinds of cost without a column: seconds, and the kind of the budget."""
         if self.uncounted:
             yield uncounted_note(self.uncounted)
+        yield from self._little_gain()
         if self.seconds is not None:
             yield "latency {} measured => {} predicted".format(*map(tables.milliseconds, self.seconds))
         kind = self.request.budget.kind if self.request.budget else ""
         change = self.cost(kind) if kind in COUNTED and kind not in ("params", "macs") else None
         if change is not None:
             yield f"{COSTS[kind].label} {' => '.join(map(COSTS[kind].write, change))}"
+
+    def _little_gain(self) -> Iterator[str]:
+        """A line that says what stands in the way where rank rules save little of the whole model."""
+        kind = "macs" if self.macs else "params"
+        before, after = self.cost(kind) or Change(0, 0)
+        if self.request.budget is not None or not before or before > LITTLE_GAIN * after:
+            return
+        where = where_it_stays(self, kind, after, before)
+        label = COSTS[kind].label
+        yield f"little is saved: {after / before:.0%} of the {label} stay" + (f", {where}" if where else "")
 
 
 def read_plan(value: Value) -> Plan:
@@ -409,4 +454,5 @@ def _of_earlier_format(value: Value) -> Value:
         found = {key: inner.value for key, inner in layer.entries().items()}
         costs = {kind: found.pop(kind, None) for kind in ("params", "macs")}
         layers[name] = {**found, "costs": costs, "kept_dense": found.get("reason") == KEPT_DENSE}
-    return Value({**value.value, "layers": layers, "request": Request().to_dict(), "uncounted": {}}, value.field)
+    request = Request(min_gain=0.0).to_dict()
+    return Value({**value.value, "layers": layers, "request": request, "uncounted": {}}, value.field)

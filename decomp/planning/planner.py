@@ -2,36 +2,41 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from decomp._util.progress import bar
 from decomp.calibration.calibrate import Statistics, calibrate
 from decomp.calibration.moments import Moments
-from decomp.layers import Factorized
+from decomp.layers import Factorized, group_kernels
 from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_named, row_named
 from decomp.network.eligibility import WhyNot
-from decomp.planning.arguments import BudgetArguments, Scope
+from decomp.network.flops import observe
+from decomp.network.surgery import names_of
+from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
 from decomp.planning.budget import Budget, Request
+from decomp.planning.build import NothingToDecompose
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
-from decomp.planning.cost import COSTS, COUNTED
+from decomp.planning.cost import COSTS, COUNTED, Price
 from decomp.planning.latency import latency, layer_seconds
 from decomp.planning.plan import Plan
 from decomp.planning.survey import Survey, survey
 from decomp.ranks import RULES, parse_request
 
 
-class NothingToDecompose(ValueError):
-    """No layer of the model can be decomposed; the message gives the reasons."""
-
-
 def make_plan(
-    model: nn.Module, method: str | Method, options: Mapping[str, Any], ranks: Any, scope: Scope
+    model: nn.Module,
+    method: str | Method,
+    options: Mapping[str, Any],
+    ranks: Any,
+    limits: RankLimits,
+    scope: Scope,
 ) -> Plan:
     """Plan every layer of ``model`` separately; see :func:`decomp.plan`."""
     earlier = ranks if isinstance(ranks, Plan) else None
+    request = Request(**limits) if earlier is None else earlier.request
     named = method_named(method, options)
 
     earlier_methods = [] if earlier is None else _methods_of_budget(earlier)
@@ -57,7 +62,12 @@ def make_plan(
         earlier.require_fit({name: layer.module for name, layer in surveyed.layers.items()})
         planned_ranks = {name: choice.ranks for name, choice in earlier.items() if choice.ranks}
         ranks = {name: each for name, each in planned_ranks.items() if name in surveyed.decomposable}
-    request_of = parse_request(ranks, surveyed.decomposable, RULES)
+    request_of = parse_request(
+        ranks,
+        {name: surveyed.layers[name].names for name in surveyed.decomposable},
+        RULES,
+        {each: choice.reason for name, choice in surveyed.refused.items() for each in surveyed.layers[name].names},
+    )
     choices = dict(surveyed.refused)
     candidates: dict[str, list[Candidate]] = {}
     for name, module in bar(scope["progress"], "analyse", surveyed.decomposable.items()):
@@ -66,7 +76,7 @@ def make_plan(
         candidates[name] = [
             Candidate.of(name, module, method, calls, moments=moments) for method in methods_of(name, module)
         ]
-        choices[name] = candidates[name][0].decide(request_of(name))
+        choices[name] = candidates[name][0].decide(request_of(name), **limits)
         if earlier is not None and name in earlier and not choices[name].ranks:
             dense = choices[name].as_dense(earlier[name].reason or choices[name].reason)
             choices[name] = replace(dense, kept_dense=earlier[name].kept_dense)
@@ -75,7 +85,7 @@ def make_plan(
         surveyed.cost,
         candidates,
         statistics=statistics,
-        request=None if earlier is None else earlier.request,
+        request=request,
         uncounted=surveyed.uncounted,
     )
 
@@ -92,6 +102,7 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         given["objective"],
         given["multiple_of"],
         given["weights"],
+        given["min_gain"],
     )
 
     def fitting(module: nn.Module) -> list[Method]:
@@ -127,6 +138,32 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     )
     bound: Any = {budget.kind: budget.value}
     return plan.with_budget(**bound)
+
+
+def with_macs(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
+    """Return the plan of ``model`` with the MACs that these inputs need.
+
+    Raises:
+        ValueError: the plan was made for another model.
+    """
+    modules = {name: module for module, names in names_of(model) for name in names if name in plan}
+    plan.require_fit(modules)
+    forward_pass = observe(model, example_inputs, modules)
+    macs: dict[str, Change] = {}
+    saved = 0.0  # by layers that are factorized already
+    for name, choice in plan.items():
+        now = forward_pass.macs.get(name, 0)
+        before = after = now
+        if choice.ranks and isinstance(modules[name], Factorized):
+            before = round(now * choice.macs.before / choice.macs.after) if choice.macs.after else now
+            saved += before - now
+        elif choice.ranks and now:
+            module, method = modules[name], plan.method_of(name)
+            layer = cast(type[Factorized], method.layer_of(module))
+            price = Price(module, layer, method.limits(group_kernels(module)), forward_pass.calls[name])
+            after = price(choice.ranks).macs
+        macs[name] = Change(before, after)
+    return plan.with_macs(macs, forward_pass.total_macs + round(saved), forward_pass.uncounted)
 
 
 def _statistics(model: nn.Module, scope: Scope) -> Mapping[str, Moments]:

@@ -1,6 +1,6 @@
 """Parsing of ``ranks=`` to one rule or fixed ranks per layer name."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -87,9 +87,18 @@ def parse_spec(spec: Any, rules: Mapping[str, Rule], *, exact: bool = False) -> 
 
 
 def parse_request(
-    request: Any, names: Iterable[str], rules: Mapping[str, Rule]
+    request: Any,
+    names: Mapping[str, Sequence[str]],
+    rules: Mapping[str, Rule],
+    refused: Mapping[str, str],
 ) -> Callable[[str], "Rule | Fixed | None"]:
-    """Return the rule or fixed ranks of each layer name; in a mapping the last glob that matches wins.
+    """Return the rule or fixed ranks of each layer; in a mapping the last glob that matches wins.
+
+    Args:
+        request: what the user gave as ``ranks=``.
+        names: all names of each layer that can be decomposed, by the first.
+        rules: the rules by name.
+        refused: the reasons of the others, by all their names.
 
     Raises:
         ValueError: a glob matches no layer.
@@ -97,12 +106,23 @@ def parse_request(
     if not isinstance(request, Mapping):
         everywhere = parse_spec(request, rules)
         return lambda name: everywhere
-    names = set(names)
+    known = {alias for aliases in names.values() for alias in aliases}
     parsed: list[tuple[str, Rule | Fixed]] = []
     for glob, spec in request.items():
-        if not isinstance(glob, str) or not any(matches(name, glob) for name in names):
-            raise ValueError(
-                f"ranks={{{glob!r}: ...}} matches no layer that could be decomposed: {some(sorted(names))}"
-            )
-        parsed.append((glob, parse_spec(spec, rules, exact=glob in names)))
-    return lambda name: next((rule for glob, rule in reversed(parsed) if matches(name, glob)), None)
+        if not isinstance(glob, str) or not any(matches(name, glob) for name in known):
+            raise ValueError(_no_match(glob, sorted(known), refused))
+        parsed.append((glob, parse_spec(spec, rules, exact=glob in known)))
+
+    def matching(name: str, glob: str) -> bool:
+        return any(matches(alias, glob) for alias in names[name])
+
+    return lambda name: next((rule for glob, rule in reversed(parsed) if matching(name, glob)), None)
+
+
+def _no_match(glob: Any, known: Sequence[str], refused: Mapping[str, str]) -> str:
+    text = f"ranks={{{glob!r}: ...}} matches no layer that could be decomposed"
+    found = [name for name in refused if isinstance(glob, str) and matches(name, glob)]
+    if found:
+        more = f", and {len(found) - 1} more that cannot be either" if len(found) > 1 else ""
+        text += f": {found[0]!r} cannot ({refused[found[0]]}){more}"
+    return f"{text}; those that can are {some(known)}"

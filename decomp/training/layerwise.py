@@ -35,6 +35,7 @@ from decomp.data.batches import (
 )
 from decomp.network.forward import evaluating
 from decomp.network.pairing import blocks_of, pairs_of
+from decomp.network.selection import Selector
 from decomp.network.tracing import Tail
 from decomp.training.checkpoint import Checkpoint, identify
 from decomp.training.distributed import ProcessGroup, process_group
@@ -89,7 +90,7 @@ def finetune_layerwise(
     inputs: Callable[[Any], Any] | None = None,
     cache_bytes: int = 2**30,
     progress: bool | None = None,
-    layers: str | Sequence[str] | None = None,
+    layers: Selector = None,
     blocks: str | Sequence[str] | None = None,
     train: ParameterSelector = None,
     optimizer: MakeOptimizer = adam,
@@ -124,7 +125,8 @@ def finetune_layerwise(
         inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
         cache_bytes: inputs and targets of a layer that are held in memory at once.
         progress: show a progress bar; by default where there is a terminal.
-        layers: which factorized layers, by globs on their names; by default all.
+        layers: which factorized layers, by globs on their names, by types (``nn.Linear``, or ``SVDLinear``) or
+            predicates of the name and the dense layer; by default all.
         blocks: modules that are trained whole, by globs on their names: ``"encoder.layer.*"``, ``"layer?.?"``. A
             block is trained to reproduce its output in the dense network, all of its parameters at once but those
             that the model uses elsewhere as well; layers outside of blocks are trained one by one. This takes
