@@ -8,6 +8,11 @@ from decomp._util.naming import matches, some
 from decomp.layers import Factorized
 
 
+def factorized_names(small: nn.Module) -> set[str]:
+    """The names of the factorized layers of a model."""
+    return {name for name, module in small.named_modules() if isinstance(module, Factorized)}
+
+
 def pairs_of(
     small: nn.Module, dense: nn.Module, layers: str | Sequence[str] | None = None
 ) -> dict[str, tuple[Factorized, nn.Module]]:
