@@ -6,6 +6,7 @@ if __name__ != "decomp.layers":
         "write 'import decomp.layers' instead"
     )
 
+from decomp.layers.attention import UnpackedAttention
 from decomp.layers.block_term import BlockTermConv
 from decomp.layers.cp import CP4Conv, CPConv
 from decomp.layers.factorized import Factorized
@@ -45,6 +46,7 @@ __all__ = [
     "SpatialSVDConv",
     "TensorTrainConv",
     "TuckerConv",
+    "UnpackedAttention",
     "group_kernels",
     "join_kernels",
 ]

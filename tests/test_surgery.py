@@ -222,6 +222,9 @@ def refused():
     empty = nn.Linear(16, 16)
     empty.weight = nn.Parameter(torch.zeros(0, 16))
 
+    burdened_attention = nn.MultiheadAttention(16, 2)
+    burdened_attention.register_buffer("scale", torch.ones(1))
+
     class Own(nn.Linear):
         pass
 
@@ -241,7 +244,7 @@ def refused():
     yield nn.LazyLinear(16), "not initialized yet"
     yield nn.LSTM(16, 16), "fused kernels read packed weights"
     yield nn.GRUCell(16, 16), "fused kernels read packed weights"
-    yield nn.MultiheadAttention(16, 2), "packed projections"
+    yield burdened_attention, "holds more than its projections: scale"
     yield nn.Bilinear(16, 16, 16), "three-way"
     yield nn.Conv2d(16, 16, 3, groups=16), "depthwise"
     yield nn.Linear(16, 16, dtype=torch.complex64), "complex64"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from decomp._util import tables
-from decomp.layers import Factorized
+from decomp.layers import Factorized, UnpackedAttention
 from decomp.network import surgery
 from decomp.network.flops import ForwardPass, observe, uncounted_note
 from decomp.planning.choice import describe
@@ -129,13 +129,16 @@ def _profile(
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What has a row: factorized layers, attention, and modules with parameters and without children."""
-    whole = (Factorized, nn.MultiheadAttention)
+    whole = (Factorized, nn.MultiheadAttention, UnpackedAttention)
     for name, module in surgery.walk(model, whole):
         if isinstance(module, whole) or (not list(module.children()) and list(module.parameters())):
             yield name, module
 
 
 def _label(layer: nn.Module) -> str:
+    if isinstance(layer, UnpackedAttention):
+        ranks = (f"{role} {getattr(part, 'ranks', 'dense')}" for role, part in layer.named_children())
+        return f"{type(layer).__name__} {', '.join(ranks)}"
     return f"{type(layer).__name__} {layer.ranks}" if isinstance(layer, Factorized) else describe(layer)
 
 

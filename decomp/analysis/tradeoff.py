@@ -20,6 +20,7 @@ from decomp.analysis.scores import Evaluate, Scorer
 from decomp.calibration.calibrate import Statistics
 from decomp.methods import METHODS, Method, kinds_of, row_named
 from decomp.network import surgery
+from decomp.network.attention import unpacked
 from decomp.network.selection import Selector
 from decomp.planning.budget import OutOfReach
 from decomp.planning.choice import DENSE
@@ -265,7 +266,7 @@ def tradeoff(
     requests = [*_budget_requests(methods, budgets, cost), *_rule_requests(rules)]
     if not requests:
         raise ValueError("nothing to measure: give budgets= with methods=, or rules=")
-    surveyed = survey(model, kinds_of(), lambda name, module: "", layers, exclude, example_inputs)
+    surveyed = survey(unpacked(model), kinds_of(), lambda name, module: "", layers, exclude, example_inputs)
     identity = {
         "model": _digest_of_model(model, surveyed),
         "score": scorer.name,

@@ -14,6 +14,7 @@ from decomp.calibration.gradients import SensitivityScalar, tracked
 from decomp.calibration.moments import LayerSums, Moments
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, naming_batch
 from decomp.methods import kinds_of
+from decomp.network.attention import unpacked
 from decomp.network.eligibility import eligible
 from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_of
 from decomp.network.selection import Selector
@@ -76,6 +77,7 @@ def calibrate(
     >>> statistics["2"].samples, statistics["2"].outputs.shape
     (64, torch.Size([1, 8, 8]))
     """
+    model = unpacked(model)
     modules = eligible(model, kinds_of(), layers, exclude)
     sums = {name: LayerSums(name, module) for name, module in modules.items()}
     example = None

@@ -17,6 +17,7 @@ from decomp.layers import group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
 from decomp.linalg import as_float64, eigenbasis
 from decomp.methods import kinds_of
+from decomp.network.attention import unpacked
 from decomp.network.eligibility import eligible
 from decomp.network.forward import Unfused, call, evaluating, flat_output, hooked, to_device_of
 from decomp.network.selection import Selector
@@ -56,6 +57,7 @@ def sensitivity(
 
     Source: Theis et al. 2018 (Fisher); measured as in ASVD (Yuan et al. 2023), section 3.3.
     """
+    model = unpacked(model)
     chosen = eligible(model, kinds_of(), layers, exclude)
     # A loss is called with the whole batch, labels included.
     source = Batches.in_fixed_order(data, inputs if loss is None else None, one_pass=True)

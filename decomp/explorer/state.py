@@ -13,6 +13,7 @@ from decomp.analysis.scores import Evaluate, Scorer
 from decomp.calibration.calibrate import Statistics
 from decomp.calibration.sensitivity import sensitivity
 from decomp.methods import METHODS
+from decomp.network.attention import unpacked
 from decomp.network.selection import Selector
 from decomp.planning.budget import CachedFronts, fixed_cost
 from decomp.planning.build import NothingToDecompose
@@ -104,6 +105,7 @@ class Exploration:
         progress: bool | None = None,
     ) -> None:
         self.model, self._example_inputs = model, example_inputs
+        self._unpacked = unpacked(model)
         self._timed, self._statistics = timed, statistics
         self.scorer = Scorer(model, example_inputs, evaluate, data, inputs)
         self.held: set[str] = set()
@@ -299,7 +301,7 @@ class Exploration:
         Args:
             name: the layer.
         """
-        module = self.model.get_submodule(name)
+        module = self._unpacked.get_submodule(name)
         return [DENSE, *(row.name for row in METHODS.values() if row.closed_form and not row.why_not(module))]
 
     def hold(self, name: str, held: bool = True) -> None:

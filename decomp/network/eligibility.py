@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from decomp.layers import Factorized
+from decomp.layers import Factorized, UnpackedAttention
 from decomp.layers.kernels import kind_of, qualified_name
 from decomp.network import surgery
+from decomp.network.attention import why_packed
 from decomp.network.selection import Selector, select
 
 WhyNot = Callable[[str, nn.Module], str]
@@ -18,9 +19,9 @@ WhyNot = Callable[[str, nn.Module], str]
 NEVER: dict[type[nn.Module], str] = {
     nn.RNNBase: "never decomposed: its fused kernels read packed weights",
     nn.RNNCellBase: "never decomposed: its fused kernels read packed weights",
-    nn.MultiheadAttention: "never decomposed: its packed projections are read without being called",
     nn.Bilinear: "never decomposed: no method supports three-way products",
 }
+NOT_COPIED = "its projections are packed, and the model cannot be copied to unpack them"
 ALREADY_FACTORIZED = "already factorized"
 ASK_FOR_EMBEDDINGS = "an embedding is decomposed only when asked for: layers=torch.nn.Embedding, or its name"
 
@@ -43,7 +44,7 @@ def eligibility(
     """Every layer with a weight matrix or kernel, by its first name, in the order of ``named_modules``.
 
     Args:
-        model: the model.
+        model: the model, with its attention unpacked (:func:`decomp.network.attention.unpacked`).
         kinds: what can be decomposed: types of layers, and qualified names of types of libraries that may not be
             installed.
         why_not: returns the reason why no method supports a layer of these kinds, or an empty string.
@@ -54,7 +55,10 @@ def eligibility(
     names = {aliases[0]: tuple(aliases) for _, aliases in surgery.names_of(model)}
     entries = _layers_of(model, kinds, why_not)
     named = {name: replace(entry, names=names[name]) for name, entry in entries.items()}
-    return _selected(named, layers, exclude)
+    attention: dict[str, nn.Module] = {
+        name: each for name, each in model.named_modules() if isinstance(each, UnpackedAttention)
+    }
+    return _selected(named, attention, layers, exclude)
 
 
 def eligible(
@@ -72,12 +76,16 @@ def _layers_of(model: nn.Module, kinds: Iterable[Any], why_not: WhyNot) -> dict[
     adapted = surgery.modules_of_adapters(model)
     entries: dict[str, Eligibility] = {}
     # The tensors of a parametrization belong to the layer that is parametrized, which has a row of its own.
-    for name, module in surgery.walk(model, (Factorized, *NEVER, parametrize.ParametrizationList)):
+    for name, module in surgery.walk(
+        model, (Factorized, nn.MultiheadAttention, *NEVER, parametrize.ParametrizationList)
+    ):
         if isinstance(module, parametrize.ParametrizationList):
             continue
         never = next((reason for kind, reason in NEVER.items() if isinstance(module, kind)), "")
         if never:
             entries[name] = Eligibility(module, never)
+        elif isinstance(module, nn.MultiheadAttention):
+            entries[name] = Eligibility(module, why_packed(model, module, shared) or NOT_COPIED)
         elif isinstance(module, Factorized):
             entries[name] = Eligibility(module, ALREADY_FACTORIZED)
         elif isinstance(module, types) or qualified_name(type(module)) in kinds:
@@ -103,7 +111,9 @@ def _depthwise(module: nn.Module) -> str:
     return ""
 
 
-def _selected(entries: dict[str, Eligibility], layers: Selector, exclude: Selector) -> dict[str, Eligibility]:
+def _selected(
+    entries: dict[str, Eligibility], attention: dict[str, nn.Module], layers: Selector, exclude: Selector
+) -> dict[str, Eligibility]:
     """Give the layers that ``layers=`` does not select or ``exclude=`` selects a reason."""
     modules = {name: entry.module for entry in entries.values() for name in entry.names}
     first = {name: key for key, entry in entries.items() for name in entry.names}
@@ -111,11 +121,11 @@ def _selected(entries: dict[str, Eligibility], layers: Selector, exclude: Select
         embeddings = {n for n, e in entries.items() if isinstance(e.module, nn.Embedding) and not e.reason}
         entries = {n: replace(e, reason=ASK_FOR_EMBEDDINGS) if n in embeddings else e for n, e in entries.items()}
     else:
-        chosen = {first[name] for name in select(layers, modules, "layers")}
+        chosen = {first[name] for name in select(layers, modules, "layers", attention=attention)}
         entries = {
             n: e if n in chosen or e.reason else replace(e, reason="not among layers=") for n, e in entries.items()
         }
     if exclude is not None and exclude != ():
-        banned = {first[name] for name in select(exclude, modules, "exclude")}
+        banned = {first[name] for name in select(exclude, modules, "exclude", attention=attention)}
         entries = {n: replace(e, reason="excluded") if n in banned else e for n, e in entries.items()}
     return entries

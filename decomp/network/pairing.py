@@ -9,6 +9,11 @@ from decomp.layers import Factorized
 from decomp.network.selection import Selector, select
 
 
+def factorized_names(small: nn.Module) -> set[str]:
+    """The names of the factorized layers of a model."""
+    return {name for name, module in small.named_modules() if isinstance(module, Factorized)}
+
+
 def pairs_of(
     small: nn.Module, dense: nn.Module, layers: Selector = None
 ) -> dict[str, tuple[Factorized, nn.Module]]:

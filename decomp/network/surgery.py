@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from decomp.layers.attention import PROJECTIONS, UnpackedAttention
 from decomp.layers.factorized import Factorized, attributes_of, is_plain
 
 _WRAPPERS = {
@@ -78,22 +79,15 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
         return "not initialized yet: run one batch through the model first"
     return (
         _subclassed_tensor(own)
-        or _held_by_torch(module)
+        or held_by_torch(module)
         or hooks_of(module)
         or _odd_parts(module, own)
-        or _odd_weight(own["weight"], needs_values)
-        or next(
-            (
-                f"its weight is tied: {', '.join(shared[_memory(p)])} share it"
-                for p in own.values()
-                if _memory(p) in shared
-            ),
-            "",
-        )
+        or odd_weight(own["weight"], needs_values=needs_values)
+        or next(filter(None, (tied(parameter, shared) for parameter in own.values())), "")
     )
 
 
-def _held_by_torch(module: Any) -> str:
+def held_by_torch(module: Any) -> str:
     """A reparametrization by one of torch's utilities, and the call that removes it; or an empty string."""
     if parametrize.is_parametrized(module):
         return "parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
@@ -162,12 +156,19 @@ def _odd_parts(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str:
     return ""
 
 
-def _odd_weight(weight: nn.Parameter, needs_values: bool) -> str:
+def odd_weight(weight: Tensor, *, needs_values: bool) -> str:
+    """Return the reason why a weight cannot be decomposed, whatever its values are, or an empty string."""
     if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {weight.dtype}: float64, float32, bfloat16 and float16 are decomposed"
     if weight.numel() == 0:
         return "its weight is empty"
     return "its weight is on the meta device, without values" if needs_values and weight.is_meta else ""
+
+
+def tied(parameter: nn.Parameter, shared: Mapping[int, list[str]]) -> str:
+    """Return which parameters have the same memory, from :func:`shared_parameters`, or an empty string."""
+    names = shared.get(_memory(parameter))
+    return f"its weight is tied: {', '.join(names)} share it" if names else ""
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
@@ -188,21 +189,29 @@ def outside_inference_mode() -> Iterator[None]:
         yield
 
 
-def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn.Module:
+def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool, share: bool = False) -> nn.Module:
     """Return ``model``, or a deep copy of it, with the named modules replaced, under all their names.
 
     The weights of replaced layers are never copied. Other attributes that were set on them are copied with the
     model: a reference from a replaced layer to its parent leads to the parent in the copy. Fused paths that would
-    read the weight of a replaced layer instead of calling it are disabled.
+    read the weight of a replaced layer instead of calling it are disabled. A projection of packed attention is
+    replaced by unpacking the attention, which is packed again once all of its projections are dense.
+
+    With ``share`` the copy uses the tensors of ``model`` itself.
 
     Raises:
         ValueError: the model is itself the layer and ``inplace`` is true.
         TypeError: the model cannot be copied.
     """
+    new = _with_whole_attention(model, new)
     old = {name: model.get_submodule(name) for name in new}
     if not inplace:
         # deepcopy uses the memo's entry for an object in place of a copy: that is the replacement.
         memo: dict[int, Any] = {id(module): new[name] for name, module in old.items()}
+        if share:
+            held = (value for module in model.modules() for value in vars(module).values())
+            tensors = (*model.parameters(), *model.buffers(), *(each for each in held if isinstance(each, Tensor)))
+            memo |= {id(tensor): tensor for tensor in tensors}
         try:
             model = copy.deepcopy(model, memo)
             for name, module in old.items():
@@ -228,6 +237,30 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
     return model
 
 
+def _with_whole_attention(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Replace the projections of packed attention by a replacement of the attention, and those that end dense."""
+    whole: dict[str, nn.Module] = {}
+    parts: dict[str, dict[str, nn.Module]] = {}
+    for name, module in new.items():
+        parent, _, role = name.rpartition(".")
+        attention = model.get_submodule(parent) if name and role in PROJECTIONS else None
+        if isinstance(attention, (nn.MultiheadAttention, UnpackedAttention)):
+            parts.setdefault(parent, {})[role] = module
+        else:
+            whole[name] = module
+    for name, projections in parts.items():
+        attention = model.get_submodule(name)
+        if isinstance(attention, nn.MultiheadAttention):
+            whole[name] = UnpackedAttention(attention, projections)
+            continue
+        layers = dict(attention.named_children()) | projections
+        if all(type(layer) is nn.Linear for layer in layers.values()):
+            whole[name] = cast(UnpackedAttention, attention).packed(projections)
+        else:
+            whole |= {f"{name}.{role}".lstrip("."): layer for role, layer in projections.items()}
+    return whole
+
+
 def _take_attributes(new: nn.Module, old: nn.Module, taken: Callable[[Any], Any]) -> None:
     """Set on a new layer what was set on the old one, but for plain values, which it took when it was made."""
     for name, value in attributes_of(old):
@@ -246,15 +279,15 @@ def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> No
 
 
 def _set_fused_paths(model: nn.Module) -> None:
-    """Turn off the fused path of transformer encoders that hold a factorized layer: it would read dense weights.
+    """Turn off the fused path of encoders that hold a factorized layer or unpacked attention: it reads weights.
 
-    The old settings stay on the encoder, and come back when no factorized layer is left in it.
+    The old settings stay on the encoder, and come back when no such layer is left in it.
     """
     for module in model.modules():
         off = next((off for kind, off in _UNFUSED.items() if isinstance(module, kind)), None)
         if off is None:
             continue
-        if any(isinstance(child, Factorized) for child in module.modules()):
+        if any(isinstance(child, (Factorized, UnpackedAttention)) for child in module.modules()):
             if not hasattr(module, _FUSED):
                 setattr(module, _FUSED, {name: getattr(module, name) for name in off})
             vars(module).update(off)

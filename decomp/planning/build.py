@@ -15,10 +15,12 @@ from decomp._util.warn import warn
 from decomp.calibration.moments import Moments
 from decomp.calibration.whitening import mean_error, output_error, output_factors
 from decomp.layers import Factorized, group_kernels
+from decomp.layers.attention import PROJECTIONS
 from decomp.linalg import as_float64
 from decomp.methods import Method, Ranks
 from decomp.network import surgery
-from decomp.network.eligibility import ALREADY_FACTORIZED
+from decomp.network.attention import why_packed
+from decomp.network.eligibility import ALREADY_FACTORIZED, NOT_COPIED
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Choice, describe
 
@@ -76,8 +78,9 @@ def layers_to_replace(
     """
     surgery.check_model(model)
     known = {name: module for module, names in surgery.names_of(model) for name in names}
-    require_fit(choices, method_of, known)
     shared = surgery.shared_parameters(model)
+    _require_unpacked(model, choices, known, shared)
+    require_fit(choices, method_of, known)
     replaced: dict[str, nn.Module] = {}
     reasons = Counter(choice.reason for choice in choices.values() if not choice.ranks)
     for name, choice in choices.items():
@@ -99,6 +102,21 @@ def layers_to_replace(
             f"no layer would be replaced: {counts or 'the model has no linear layer or convolution'}"
         )
     return replaced
+
+
+def _require_unpacked(
+    model: nn.Module,
+    choices: Mapping[str, Choice],
+    known: Mapping[str, nn.Module],
+    shared: Mapping[int, list[str]],
+) -> None:
+    """Refuse to replace a projection of an attention that stays packed."""
+    for name, choice in choices.items():
+        parent, _, role = name.rpartition(".")
+        attention = known.get(parent) if choice.ranks and role in PROJECTIONS else None
+        if isinstance(attention, nn.MultiheadAttention):
+            reason = why_packed(model, attention, shared) or NOT_COPIED
+            raise ValueError(f"layer {name!r} cannot be replaced: {reason}")
 
 
 MethodOf = Callable[[str], Method]

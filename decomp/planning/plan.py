@@ -14,6 +14,7 @@ from decomp._util.schema import Value
 from decomp.calibration.moments import Moments
 from decomp.methods import METHODS, Method
 from decomp.network import surgery
+from decomp.network.attention import unpacked
 from decomp.network.eligibility import ALREADY_FACTORIZED
 from decomp.network.flops import uncounted_note
 from decomp.planning.budget import Budget, Request, spend
@@ -313,7 +314,8 @@ class Plan(Mapping[str, Choice]):
         Raises:
             ValueError: the plan replaces no layer, or was made for another model.
         """
-        replaced = layers_to_replace(model, self, self.method_of, needs_values=True)
+        whole = unpacked(model, self.replaced)
+        replaced = layers_to_replace(whole, self, self.method_of, needs_values=True)
         new = decomposed(replaced, self, self.method_of, self._candidates, self._statistics, progress)
         settled = measured(self, replaced, new, self._candidates, self._statistics)
         small = self.swap(model, new, settled, inplace=inplace)
@@ -327,7 +329,8 @@ class Plan(Mapping[str, Choice]):
         Raises:
             ValueError: the plan replaces no layer, or was made for another model.
         """
-        dense = layers_to_replace(model, self, self.method_of, needs_values=False)
+        whole = unpacked(model, self.replaced)
+        dense = layers_to_replace(whole, self, self.method_of, needs_values=False)
         return self.swap(model, structures(dense, self, self.method_of), {}, inplace=inplace)
 
     def to_json(self) -> str:
@@ -363,6 +366,11 @@ class Plan(Mapping[str, Choice]):
         if method is None:
             raise ValueError(f"layer {name!r}: unknown method {self[name].method!r}; known are {sorted(METHODS)}")
         return method
+
+    @property
+    def replaced(self) -> set[str]:
+        """The names of the layers that this plan replaces."""
+        return {name for name, choice in self.items() if choice.ranks}
 
     def require_fit(self, modules: Mapping[str, nn.Module]) -> None:
         """Check that these are the layers that the plan replaces; see ``build.require_fit``."""

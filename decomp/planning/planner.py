@@ -11,6 +11,7 @@ from decomp.calibration.calibrate import Statistics, calibrate
 from decomp.calibration.moments import Moments
 from decomp.layers import Factorized, group_kernels
 from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_named, row_named
+from decomp.network.attention import unpacked
 from decomp.network.eligibility import WhyNot
 from decomp.network.flops import observe
 from decomp.network.surgery import names_of
@@ -35,7 +36,7 @@ def make_plan(
     scope: Scope,
 ) -> Plan:
     """Plan every layer of ``model`` separately; see :func:`decomp.plan`."""
-    earlier = ranks if isinstance(ranks, Plan) else None
+    model, earlier = unpacked(model), ranks if isinstance(ranks, Plan) else None
     request = Request(**limits) if earlier is None else earlier.request
     named = method_named(method, options)
 
@@ -111,6 +112,7 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     def why_not(name: str, module: nn.Module) -> str:
         return "" if fitting(module) else _unsupported(allowed)
 
+    given_model, model = model, unpacked(model)
     statistics = _statistics(model, scope)
     surveyed = _survey(model, allowed, why_not, statistics, scope)
     timed = budget.kind not in COUNTED
@@ -132,7 +134,7 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         surveyed.cost,
         candidates,
         statistics=statistics,
-        seconds=_timed_together(model, surveyed.decomposable, candidates, surveyed.example) if timed else None,
+        seconds=_timed_together(given_model, model, surveyed, candidates) if timed else None,
         request=request,
         uncounted=surveyed.uncounted,
     )
@@ -225,11 +227,11 @@ def _require_same_model(statistics: Statistics, model: nn.Module) -> None:
 
 
 def _timed_together(
-    model: nn.Module, modules: Mapping[str, nn.Module], candidates: Mapping[str, list[Candidate]], batch: Any
+    given: nn.Module, model: nn.Module, surveyed: Survey, candidates: Mapping[str, list[Candidate]]
 ) -> Change:
-    """Time the whole model, and rescale the seconds of each layer alone to those inside the model."""
-    inside = layer_seconds(model, batch, modules)
-    (total,) = latency([model], batch)
+    """Time the given model, and rescale the seconds of each layer alone to those inside the unpacked one."""
+    inside = layer_seconds(model, surveyed.example, surveyed.decomposable)
+    (total,) = latency([given], surveyed.example)
     share = min(1.0, total / sum(inside.values()))
     for name, each in candidates.items():
         for stopwatch in filter(None, (candidate.stopwatch for candidate in each)):

@@ -15,8 +15,9 @@ from decomp._util.progress import bar
 from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
 from decomp.layers import Factorized
+from decomp.network.attention import unpacked
 from decomp.network.forward import Unfused, call, evaluating, floating, norms_with_running_stats, to_device_of
-from decomp.network.pairing import pairs_of
+from decomp.network.pairing import factorized_names, pairs_of
 from decomp.network.tracing import Tail
 from decomp.recovery.batch_norm_shift import batch_norm_shifts
 from decomp.recovery.least_squares import OutputSizeMismatch, Refit
@@ -104,6 +105,7 @@ def repair(
     >>> report.output_error_after <= report.output_error_before
     True
     """
+    dense = unpacked(dense, factorized_names(small))
     pairs = pairs_of(small, dense)
     batches = Batches.in_fixed_order(data, inputs)
     reports: dict[str, LayerRepair] = {}

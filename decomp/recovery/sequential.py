@@ -16,6 +16,7 @@ from decomp.data.activations import Activations, Example, ExampleCache, RoutedDi
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
 from decomp.layers import Factorized
 from decomp.network import surgery
+from decomp.network.attention import unpacked
 from decomp.network.forward import Unfused, evaluating
 from decomp.network.tracing import Tail
 from decomp.planning.build import (
@@ -56,6 +57,7 @@ def apply_sequentially(
 
     Source: Zhang et al. 2016, section 3.3 (asymmetric reconstruction).
     """
+    model = unpacked(model, plan.replaced)
     replaced = layers_to_replace(model, plan, plan.method_of, needs_values=True)
     small = surgery.swap(model, {}, inplace=False)
     batches = Batches.in_fixed_order(data, inputs)

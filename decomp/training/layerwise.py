@@ -33,8 +33,9 @@ from decomp.data.batches import (
     require_passes,
     set_random_state,
 )
+from decomp.network.attention import unpacked
 from decomp.network.forward import evaluating
-from decomp.network.pairing import blocks_of, pairs_of
+from decomp.network.pairing import blocks_of, factorized_names, pairs_of
 from decomp.network.selection import Selector
 from decomp.network.tracing import Tail
 from decomp.training.checkpoint import Checkpoint, identify
@@ -157,6 +158,7 @@ def finetune_layerwise(
     Source: FitNets (Romero et al. 2015), equation 3, per layer; asymmetric inputs after Zhang et al. 2016, 3.3.
     """
     require_passes(data)
+    dense = unpacked(dense, factorized_names(small))
     pairs = blocks_of(small, dense, pairs_of(small, dense, layers), blocks)
     selected = trained_parameters(small, train)
     settings = TrainingSettings(steps, lr, optimizer, schedule, patience, checkpoint_every)
