@@ -8,12 +8,14 @@ from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from decomp.layers.kernels import is_input_first, join_kernels, memory_format_of
+from decomp.layers.kernels import is_input_first, join_kernels, memory_format_of, weight_of
 
 Absorbs: TypeAlias = Literal["full", "diagonal", "nothing"]
 """Which matrices before or after a layer can be multiplied into its factors, with no factor added."""
 
-_OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module)))
+# What torch keeps of the parameters of a recurrent layer beside them; it sets these anew in every layer that it makes.
+_OF_RECURRENT = ("_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights")
+_OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module), *_OF_RECURRENT))
 _OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape", "input_first"))
 _PLAIN = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device)
 
@@ -73,7 +75,7 @@ class Factorized(nn.Module):
                 setattr(self, name, copy.deepcopy(value))  # what leads elsewhere is copied by the swap
         self.ranks = ranks
         self.dense_type = type(dense)
-        self.dense_shape = tuple(dense.weight.shape)  # known without multiplying the factors
+        self.dense_shape = tuple(weight_of(dense).shape)  # known without multiplying the factors
         self.input_first = is_input_first(dense)
         self.build(dense, device)
 
@@ -201,9 +203,7 @@ class Factorized(nn.Module):
         """Build the dense layer that this one replaces, with the product of the factors as its weight."""
         with torch.device("meta"):
             dense: Any = self.empty_dense().to(next(self.parameters()).dtype).train(self.training)
-        for name, value in attributes_of(self):
-            if name not in _OF_FACTORIZED and not hasattr(dense, name) and is_plain(value):
-                setattr(dense, name, copy.deepcopy(value))
+        self._give_plain_attributes(dense)
         factors = [parameter for name, parameter in self.named_parameters() if not name.endswith("bias")]
         widest: Tensor = max(factors, key=lambda parameter: parameter.numel())
         weight = self.dense_weight().detach().contiguous(memory_format=memory_format_of(widest))
@@ -212,6 +212,12 @@ class Factorized(nn.Module):
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return cast(nn.Module, dense)
+
+    def _give_plain_attributes(self, dense: nn.Module) -> None:
+        """Set on a dense layer the plain values that were set on the one that this layer replaced."""
+        for name, value in attributes_of(self):
+            if name not in _OF_FACTORIZED and not hasattr(dense, name) and is_plain(value):
+                setattr(dense, name, copy.deepcopy(value))
 
     def empty_dense(self) -> nn.Module:
         """Build a layer of the dense type with the options of this one, with arbitrary weights."""

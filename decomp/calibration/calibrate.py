@@ -75,7 +75,7 @@ def calibrate(
     >>> statistics["2"].samples, statistics["2"].outputs.shape
     (64, torch.Size([1, 8, 8]))
     """
-    modules = eligible(model, kinds_of(), layers, exclude)
+    modules = eligible(model, kinds_of(moments=True), layers, exclude)
     sums = {name: LayerSums(name, module) for name, module in modules.items()}
     example = None
     scalar = None if loss is None else SensitivityScalar(loss)

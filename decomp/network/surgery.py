@@ -77,7 +77,7 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
         _held_by_torch(module)
         or hooks_of(module)
         or _odd_parts(module, own)
-        or _odd_weight(own["weight"], needs_values)
+        or next(filter(None, (_odd_weight(p, needs_values) for name, p in own.items() if name.startswith("weight"))), "")
         or next(
             (
                 f"its weight is tied: {', '.join(shared[_memory(p)])} share it"
@@ -113,13 +113,19 @@ def hooks_of(module: nn.Module) -> str:
 
 
 def _odd_parts(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str:
+    """Parameters, buffers and children that its kind does not have, or a weight that is no parameter."""
     buffers, children = module.named_buffers(recurse=False), module.named_children()
-    more = {*own, *(name for name, _ in buffers), *(name for name, _ in children)} - {"weight", "bias"}
+    parts = {*own, *(name for name, _ in buffers), *(name for name, _ in children)}
+    if isinstance(module, nn.RNNBase):
+        what, usual = "its weights and biases", module._flat_weights_names
+        is_usual = all(name in own for name in usual)
+    else:
+        what, usual = "a weight and a bias", ["weight", "bias"]
+        is_usual = "weight" in own and ("bias" in own or getattr(module, "bias", None) is None)
+    more = parts - set(usual)
     if more:
-        return f"holds more than a weight and a bias: {', '.join(sorted(more))}"
-    if "weight" not in own or not ("bias" in own or getattr(module, "bias", None) is None):
-        return "its weight or bias is no parameter"
-    return ""
+        return f"holds more than {what}: {', '.join(sorted(more))}"
+    return "" if is_usual else "its weight or bias is no parameter"
 
 
 def _odd_weight(weight: nn.Parameter, needs_values: bool) -> str:
