@@ -155,20 +155,20 @@ def memory_format_of(weight: Tensor) -> torch.memory_format:
 def recurrent_matrices(dense: nn.RNNBase) -> dict[str, Tensor]:
     """The weights of an LSTM, GRU or RNN as batches of matrices.
 
-    ``first`` (1, D G H, S) are the input weights of the first layer, ``upper`` (L - 1, D G H, D P) those of the
+    ``input`` (1, D G H, S) are the input weights of the first layer, ``upper`` (L - 1, D G H, D P) those of the
     layers above it, if there are any, the directions one below the other; ``recurrent`` (L D, G H, P) are the
     recurrent weights. D is the number of directions, G of gates, L of layers, H and P the sizes of the cell and of the
     output.
 
     >>> matrices = recurrent_matrices(nn.LSTM(5, 3, num_layers=3, bidirectional=True))
     >>> {role: tuple(each.shape) for role, each in matrices.items()}
-    {'first': (1, 24, 5), 'upper': (2, 24, 6), 'recurrent': (6, 12, 3)}
+    {'input': (1, 24, 5), 'recurrent': (6, 12, 3), 'upper': (2, 24, 6)}
     """
     values = dict(dense.named_parameters())
     inputs = [_stacked(values, "weight_ih", place) for place in range(dense.num_layers)]
     recurrent = torch.stack([value for name, value in values.items() if name.startswith("weight_hh")])
     upper = {"upper": torch.stack(inputs[1:])} if inputs[1:] else {}
-    return {"first": inputs[0][None], **upper, "recurrent": recurrent}
+    return {"input": inputs[0][None], "recurrent": recurrent, **upper}
 
 
 def weight_matrix(parameters: Mapping[str, Tensor], layers: int) -> Tensor:

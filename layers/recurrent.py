@@ -157,8 +157,8 @@ class InputSVDRNN(Factorized):
 
     W_ih x = B (A x): A is the linear layer, B the input weight of a recurrent layer with r inputs, so that the fused
     kernels of torch run the recurrence. Both directions share A: [W_ih; W_ih_reverse] is factorized as one matrix
-    (D G H x S), with D directions and G gates. A layer of full rank has no linear layer. Ranks are (first, upper),
-    one for all layers above the first, or (first,) of a single layer. Params of a layer r (S + D G H), and so many
+    (D G H x S), with D directions and G gates. A layer of full rank has no linear layer. Ranks are (input, upper):
+    that of the first layer, and one for all layers above it, where there are any. Params of a layer r (S + D G H), and so many
     MACs per step, in place of S D G H; recurrent weights, biases and projections stay as they are.
 
     It replaces ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` and is called like them. ``weight_ih_l0`` and the other dense
@@ -177,14 +177,14 @@ class InputSVDRNN(Factorized):
     method = "svd_rnn_input"
     absorbs_inputs = "nothing"
     absorbs_outputs = "nothing"
-    roles: ClassVar[tuple[str, ...]] = ("first", "upper")
+    roles: ClassVar[tuple[str, ...]] = ("input", "upper")
 
     def build(self, dense: nn.RNNBase, device: Any) -> None:
         limits = {role: min(matrices.shape[1:]) for role, matrices in self._matrices(dense).items()}
         ranks = dict(zip(limits, self.ranks, strict=True))
         dtype = next(dense.parameters()).dtype
         for place in range(dense.num_layers):
-            inputs, role = getattr(dense, f"weight_ih_l{place}").shape[1], "upper" if place else "first"
+            inputs, role = getattr(dense, f"weight_ih_l{place}").shape[1], "upper" if place else "input"
             if ranks[role] < limits[role]:
                 reduce = nn.Linear(inputs, ranks[role], bias=False, device=device, dtype=dtype)
                 self.add_module(f"reduce_l{place}", reduce)
@@ -262,7 +262,7 @@ class InputSVDRNN(Factorized):
         """The values of all own parameters, by name."""
         count, values = len(self._suffixes()), {}
         for place in range(self.num_layers):
-            role, index = ("first", 0) if place == 0 else ("upper", place - 1)
+            role, index = ("input", 0) if place == 0 else ("upper", place - 1)
             blocks = kernels[role][index].chunk(count)
             if f"{role}_reduce" in kernels:
                 values[f"reduce_l{place}.weight"] = kernels[f"{role}_reduce"][index]
@@ -385,8 +385,8 @@ class InputSVDRNN(Factorized):
 class SVDRNN(InputSVDRNN):
     """An LSTM, GRU or RNN with input and recurrent weights of low rank.
 
-    As :class:`InputSVDRNN`, and W_hh h = B (A h) for each direction of each layer, with one rank for all, the last
-    one. A recurrent rank below the full one makes the recurrence a loop in Python (:class:`LowRankRecurrence`):
+    As :class:`InputSVDRNN`, and W_hh h = B (A h) for each direction of each layer, with one rank for all:
+    ranks are (input, recurrent, upper), or the first two for a single layer. A recurrent rank below the full one makes the recurrence a loop in Python (:class:`LowRankRecurrence`):
     fewer parameters and MACs, but slower than torch's fused kernels at most sizes.
 
     >>> layer = SVDRNN.like(nn.GRU(64, 32), (8, 4))
@@ -395,7 +395,7 @@ class SVDRNN(InputSVDRNN):
     """
 
     method = "svd_rnn"
-    roles: ClassVar[tuple[str, ...]] = ("first", "upper", "recurrent")
+    roles: ClassVar[tuple[str, ...]] = ("input", "recurrent", "upper")
 
 
 def _one_layer(dense: Any, inputs: int, device: Any, dtype: Any) -> nn.RNNBase:

@@ -60,7 +60,7 @@ def detached_kernels(module: nn.Module) -> Tensor:
 class Method:
     """A decomposition: the functions that decompose kernels (groups, T, S, *kernel), and the layers that run it.
 
-    ``limits(kernels)`` are the largest ranks, ``analyse(kernels)`` the errors at all ranks, and
+    ``rank_names`` name the ranks, of which a layer may have only the first ones. ``limits(kernels)`` are the largest ranks, ``analyse(kernels)`` the errors at all ranks, and
     ``factors(kernels, ranks)`` the factors for ``from_factors`` of the layer. ``layers`` maps the exact type of a
     dense layer, or its qualified name, to its factorized layer; ``refuses(module)`` returns the reason why a layer
     of one of these types is not supported, or an empty string. ``preset`` are default ranks, of which an int sets

@@ -56,7 +56,7 @@ def factors(kernels: Kernels, ranks: Ranks, roles: tuple[str, ...]) -> tuple[Ten
     """A balanced pair (B, A) per batch of matrices, from the truncated SVD; the matrices themselves at full rank.
 
     >>> import torch
-    >>> pair, full = factors({"first": torch.randn(1, 12, 8), "recurrent": torch.eye(3)[None]}, (2, 3), ROLES)
+    >>> pair, full = factors({"input": torch.randn(1, 12, 8), "recurrent": torch.eye(3)[None]}, (2, 3), ROLES)
     >>> [tuple(each.shape) for each in pair], tuple(full.shape)
     ([(1, 12, 2), (1, 2, 8)], (1, 3, 3))
     """
@@ -78,7 +78,7 @@ def _thinned(limit: int, most: int) -> Values:
 def _row(layer: type[InputSVDRNN]) -> Method:
     return Method(
         layer.method,
-        ("first", "upper", "recurrent")[: len(layer.roles)],
+        layer.roles,
         dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), layer),
         lambda module: "",
         partial(limits, roles=layer.roles),
