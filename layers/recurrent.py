@@ -283,6 +283,10 @@ class InputSVDRNN(Factorized):
 
     def dense_parameters(self) -> dict[str, Tensor]:
         """The parameters of the dense layer by name, with products of factors in their place."""
+        with self._full_precision():
+            return self._products()
+
+    def _products(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for place in range(self.num_layers):
             reduce, layer = self._stage(place)
