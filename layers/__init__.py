@@ -21,6 +21,7 @@ from decomp.layers.folded import ChannelSVDConv, InputSVDConv
 from decomp.layers.kernels import group_kernels, join_kernels
 from decomp.layers.kronecker import KroneckerLinear
 from decomp.layers.monochromatic import MonochromaticConv
+from decomp.layers.recurrent import SVDRNN, InputSVDRNN
 from decomp.layers.svd import SVDConv, SVDEmbedding, SVDLinear
 from decomp.layers.trains import AsymmetricConv, SpatialSVDConv, TensorTrainConv
 from decomp.layers.tucker import TuckerConv
@@ -35,9 +36,11 @@ __all__ = [
     "Factorized",
     "FlattenedConv",
     "InputSVDConv",
+    "InputSVDRNN",
     "KroneckerLinear",
     "MonochromaticConv",
     "PointwiseDepthwiseConv",
+    "SVDRNN",
     "SVDConv",
     "SVDEmbedding",
     "SVDLinear",

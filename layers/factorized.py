@@ -3,17 +3,20 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from decomp.layers.kernels import is_input_first, join_kernels, kind_of, memory_format_of
+from decomp.layers.kernels import is_input_first, join_kernels, kind_of, memory_format_of, weight_of
 
 Absorbs: TypeAlias = Literal["full", "diagonal", "nothing"]
 """Which matrices before or after a layer can be multiplied into its factors, with no factor added."""
 
-_OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module)))
+# What torch keeps of the parameters of a recurrent layer beside them; it sets these anew in every layer that it makes.
+_OF_RECURRENT = ("_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights")
+_OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module), *_OF_RECURRENT))
 _OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape", "input_first"))
 _PLAIN = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device)
 
@@ -73,7 +76,7 @@ class Factorized(nn.Module):
                 setattr(self, name, copy.deepcopy(value))  # what leads elsewhere is copied by the swap
         self.ranks = ranks
         self.dense_type = kind_of(dense)
-        self.dense_shape = tuple(dense.weight.shape)  # known without multiplying the factors
+        self.dense_shape = tuple(weight_of(dense).shape)  # known without multiplying the factors
         self.input_first = is_input_first(dense)
         self.build(dense, device)
 
@@ -190,20 +193,21 @@ class Factorized(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Multiply the factors: the weight that this layer applies, in the layout and dtype of the dense layer."""
+        with self._full_precision():
+            return join_kernels(self.dense_kernels(), input_first=self.input_first)
+
+    def _full_precision(self) -> AbstractContextManager[Any]:
+        """Keep autocast away, which would give the product of float32 factors in bfloat16."""
         device = next(self.parameters()).device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):  # it would give the product of float32 factors in bfloat16
-                return self.dense_weight()
-        return join_kernels(self.dense_kernels(), input_first=self.input_first)
+        enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
         """Build the dense layer that this one replaces, with the product of the factors as its weight."""
         with torch.device("meta"):
             dense: Any = self.empty_dense().to(next(self.parameters()).dtype).train(self.training)
-        for name, value in attributes_of(self):
-            if name not in _OF_FACTORIZED and not hasattr(dense, name) and is_plain(value):
-                setattr(dense, name, copy.deepcopy(value))
+        self._give_plain_attributes(dense)
         factors = [parameter for name, parameter in self.named_parameters() if not name.endswith("bias")]
         widest: Tensor = max(factors, key=lambda parameter: parameter.numel())
         weight = self.dense_weight().detach().contiguous(memory_format=memory_format_of(widest))
@@ -212,6 +216,12 @@ class Factorized(nn.Module):
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return cast(nn.Module, dense)
+
+    def _give_plain_attributes(self, dense: nn.Module) -> None:
+        """Set on a dense layer the plain values that were set on the one that this layer replaced."""
+        for name, value in attributes_of(self):
+            if name not in _OF_FACTORIZED and not hasattr(dense, name) and is_plain(value):
+                setattr(dense, name, copy.deepcopy(value))
 
     def empty_dense(self) -> nn.Module:
         """Build a layer of the dense type with the options of this one, with arbitrary weights."""

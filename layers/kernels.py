@@ -1,6 +1,6 @@
 """The weight of a layer as one kernel per group, output channels first, independent of its layout in torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias, cast
 
 import torch
@@ -171,3 +171,46 @@ def memory_format_of(weight: Tensor) -> torch.memory_format:
         ):
             return layout
     return torch.contiguous_format
+
+
+def recurrent_matrices(dense: nn.RNNBase) -> dict[str, Tensor]:
+    """The weights of an LSTM, GRU or RNN as batches of matrices.
+
+    ``input`` (1, D G H, S) are the input weights of the first layer, ``upper`` (L - 1, D G H, D P) those of the
+    layers above it, if there are any, the directions one below the other; ``recurrent`` (L D, G H, P) are the
+    recurrent weights. D is the number of directions, G of gates, L of layers, H and P the sizes of the cell and of the
+    output.
+
+    >>> matrices = recurrent_matrices(nn.LSTM(5, 3, num_layers=3, bidirectional=True))
+    >>> {role: tuple(each.shape) for role, each in matrices.items()}
+    {'input': (1, 24, 5), 'recurrent': (6, 12, 3), 'upper': (2, 24, 6)}
+    """
+    values = dict(dense.named_parameters())
+    inputs = [_stacked(values, "weight_ih", place) for place in range(dense.num_layers)]
+    recurrent = torch.stack([value for name, value in values.items() if name.startswith("weight_hh")])
+    upper = {"upper": torch.stack(inputs[1:])} if inputs[1:] else {}
+    return {"input": inputs[0][None], "recurrent": recurrent, **upper}
+
+
+def weight_matrix(parameters: Mapping[str, Tensor], layers: int) -> Tensor:
+    """All weights of a recurrent layer but its projections, side by side: (D G H, S + (L - 1) D P + L P)."""
+    kinds = ("weight_ih", "weight_hh")
+    return torch.cat([_stacked(parameters, kind, place) for place in range(layers) for kind in kinds], 1)
+
+
+def _stacked(parameters: Mapping[str, Tensor], kind: str, place: int) -> Tensor:
+    names = (f"{kind}_l{place}{suffix}" for suffix in ("", "_reverse"))
+    return torch.cat([parameters[name] for name in names if name in parameters])
+
+
+def weight_of(dense: nn.Module) -> Tensor:
+    """The weight of a layer in the layout of torch; of a recurrent layer :func:`weight_matrix`."""
+    if isinstance(dense, nn.RNNBase):
+        return weight_matrix(dict(dense.named_parameters()), dense.num_layers)
+    return cast(Tensor, dense.weight)
+
+
+def shape_of(module: object) -> tuple[int, ...]:
+    """The shape of :func:`weight_of`; empty for a module without a weight."""
+    has_weight = isinstance(module, nn.RNNBase) or isinstance(getattr(module, "weight", None), Tensor)
+    return tuple(weight_of(module).shape) if has_weight else ()  # type: ignore[arg-type]

@@ -266,7 +266,7 @@ def test_weight_and_bias_cannot_be_set_pruned_or_fused_as_a_whole(name):
             call()
     for call in (
         lambda: setattr(small, "bias", None),
-        lambda: setattr(small, "bias", nn.Parameter(torch.zeros(12))),
+        lambda: setattr(small, "bias", nn.Parameter(torch.ones(12))),
         lambda: prune.l1_unstructured(small, "bias", 0.5),
     ):
         with pytest.raises(AttributeError, match=rf"\.bias cannot be set.*its last factor.*layer\.{last}\.bias"):

@@ -92,9 +92,8 @@ def test_a_layer_that_no_method_of_the_request_supports_says_so_again():
 def test_numbers_of_numpy_are_taken_and_written_to_json(model, image):
     wish = {"multiple_of": np.int64(8), "weights": {"4": np.float32(3.0)}}
     plan = decomp.plan(model, macs=0.5, example_inputs=image, **wish)
-    assert decomp.Plan.from_json(plan.to_json()).request == Request(
-        Budget("macs", 0.5), ("svd", "tucker"), "auto", 8, {"4": 3.0}
-    )
+    request = decomp.Plan.from_json(plan.to_json()).request
+    assert (request.multiple_of, request.weights) == (8, {"4": 3.0})
 
 
 def test_a_layer_kept_dense_stays_so_in_files_and_new_plans(model, image):

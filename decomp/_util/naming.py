@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def matches(name: str, glob: str) -> bool:
@@ -44,10 +43,10 @@ def require_finite(name: str, module: nn.Module) -> None:
     Raises:
         ValueError: the message names the layer and the number of such entries.
     """
-    weight = cast(Tensor, module.weight).detach()
-    bad = int((~torch.isfinite(weight)).sum())
+    weights = [each.detach() for key, each in module.named_parameters(recurse=False) if key.startswith("weight")]
+    bad = sum(int((~torch.isfinite(weight)).sum()) for weight in weights)
     if bad:
         raise ValueError(
-            f"layer {name!r}: {bad} of {weight.numel()} weights are NaN or infinite; repair the "
+            f"layer {name!r}: {bad} of {sum(weight.numel() for weight in weights)} weights are NaN or infinite; repair the "
             f"weights, or exclude the layer with exclude={name!r}"
         )

@@ -67,7 +67,7 @@ def spectrum(plan: Plan, layer: str, energy: float = 0.9) -> "Figure":
             + ("" if drawable else "; make one that does with decomp.plan(model, ranks=plan)")
         )
     candidate, choice = candidates[0], plan[layer]
-    modes = candidate.method.rank_names
+    modes = candidate.method.rank_names[: len(candidate.limits)]
     figure, axes = _figure(4.6 * len(modes), 3.4, len(modes))
     ranks = choice.ranks or (None,) * len(modes)
     for ax, unfolding, mode, rank in zip(axes, candidate.spectra, modes, ranks, strict=True):

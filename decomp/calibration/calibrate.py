@@ -78,7 +78,7 @@ def calibrate(
     (64, torch.Size([1, 8, 8]))
     """
     model = unpacked(model)
-    modules = eligible(model, kinds_of(), layers, exclude)
+    modules = eligible(model, kinds_of(moments=True), layers, exclude)
     sums = {name: LayerSums(name, module) for name, module in modules.items()}
     example = None
     scalar = None if loss is None else SensitivityScalar(loss)

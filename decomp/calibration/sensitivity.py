@@ -1,6 +1,6 @@
 """The sensitivity of the network to errors in each layer, measured on data: weights for a budget."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from decomp._util.naming import naming
 from decomp._util.progress import bar
@@ -97,10 +98,12 @@ def _fisher(
     outputs: list[tuple[str, Tensor, float]] = []
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            differentiable, copy = tracked(output)
-            outputs.append((name, differentiable, float(output.detach().float().square().mean())))
-            return copy
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            leaves, structure = tree_flatten(output)  # that of a recurrent layer is its sequence, then its states
+            sequence = leaves[0]
+            differentiable, leaves[0] = tracked(sequence)
+            outputs.append((name, differentiable, float(sequence.detach().float().square().mean())))
+            return tree_unflatten(leaves, structure)
 
         return hook
 
@@ -116,24 +119,38 @@ def _fisher(
     return weights
 
 
-def _cut(layer: nn.Module) -> tuple[Tensor, float]:
-    """The weight projected on its leading output directions, never on all, and its squared relative error."""
-    kernels = as_float64(group_kernels(layer))
+def _cut(layer: nn.Module) -> tuple[dict[str, Tensor], float]:
+    """The weights by name, each projected on its leading output directions, and their squared relative error."""
+    if isinstance(layer, nn.RNNBase):
+        dense = {
+            name: p[None] for name, p in layer.named_parameters() if name.startswith(("weight_ih", "weight_hh"))
+        }
+    else:
+        dense = {"weight": group_kernels(layer)}
+    dense = {name: as_float64(kernels) for name, kernels in dense.items()}
+    cut = {name: _projected(kernels) for name, kernels in dense.items()}
+    lost = sum(float((kernels - cut[name]).square().sum()) for name, kernels in dense.items())
+    energy = sum(float(kernels.square().sum()) for kernels in dense.values())
+    joined = {}
+    for name, kernels in cut.items():
+        weight = layer.get_parameter(name)
+        joined[name] = join_kernels(kernels, input_first=is_input_first(layer)).to(weight.device, weight.dtype)
+    return joined, lost / max(energy, 1e-300)
+
+
+def _projected(kernels: Tensor) -> Tensor:
+    """The kernels projected on the output directions that hold ``KEPT_ENERGY``, never on all."""
     matrices = kernels.flatten(2)
     values, basis = eigenbasis(matrices @ matrices.mT)
     shares = values.clamp(min=0).cumsum(-1) / values.sum(-1, keepdim=True).clamp(min=1e-300)
     rank = min(int((shares < KEPT_ENERGY).sum(-1).max()) + 1, matrices.shape[1] - 1)
     leading = basis[:, :, :rank]
-    cut = (leading @ (leading.mT @ matrices)).reshape(kernels.shape)
-    squared_error = float((kernels - cut).square().sum() / kernels.square().sum().clamp(min=1e-300))
-    weight: Any = layer.weight
-    joined = join_kernels(cut, input_first=is_input_first(layer))
-    return joined.to(weight.device, weight.dtype), squared_error
+    return (leading @ (leading.mT @ matrices)).reshape(kernels.shape)
 
 
 @contextmanager
-def _running_with(layer: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Run ``layer`` with another weight inside the block; its own weight is not changed."""
+def _running_with(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run ``layer`` with other weights inside the block; its own are not changed."""
     busy = False
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -142,7 +159,7 @@ def _running_with(layer: nn.Module, weight: Tensor) -> Iterator[None]:
             return output
         busy = True
         try:
-            return functional_call(module, {"weight": weight}, args, kwargs)
+            return functional_call(module, dict(weights), args, kwargs)
         finally:
             busy = False
 

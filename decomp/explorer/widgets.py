@@ -374,7 +374,7 @@ class LayerRow:
         candidate = self._state.layers[self.name]
         self._shown = (candidate.method.name, candidate.limits)
         self.sliders, self._drawings, lines = [], [], []
-        for mode, limit in zip(candidate.method.rank_names, candidate.limits, strict=True):
+        for mode, limit in zip(candidate.method.rank_names, candidate.limits, strict=False):
             slider = widgets.IntSlider(
                 limit, 1, max(limit, 2), description=mode, layout=widgets.Layout(width="290px")
             )

@@ -13,6 +13,7 @@ from decomp.methods.folded_svd import CHANNEL, DEPTHWISE_POINTWISE, FOLDS, INPUT
 from decomp.methods.kronecker import KRONECKER
 from decomp.methods.monochromatic import MONOCHROMATIC
 from decomp.methods.record import Analysis, Method, Ranks
+from decomp.methods.recurrent import SVD_RNN, SVD_RNN_INPUT
 from decomp.methods.separable import CHANNELWISE, FLATTENED, SHARED_BANK
 from decomp.methods.svd import SVD
 from decomp.methods.tensor_train import ASYMMETRIC, TENSOR_TRAIN
@@ -22,32 +23,39 @@ from decomp.methods.tucker import TUCKER, tucker
 _ROWS = (
     *(SVD, CHANNEL, INPUT, SPATIAL, TUCKER, CP, CP4, BLOCK_TERM),
     *(CHANNELWISE, DEPTHWISE_POINTWISE, POINTWISE_DEPTHWISE, SHARED_BANK, FLATTENED),
-    *(ASYMMETRIC, TENSOR_TRAIN, MONOCHROMATIC, KRONECKER),
+    *(ASYMMETRIC, TENSOR_TRAIN, MONOCHROMATIC, KRONECKER, SVD_RNN_INPUT, SVD_RNN),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
 
-def kinds_of(*methods: Method) -> set[Any]:
-    """Types of layers, or qualified names of types, that any method of the table or any of these supports."""
-    return {kind for method in (*_ROWS, *methods) for kind in method.layers}
+def kinds_of(*methods: Method, moments: bool = False) -> set[Any]:
+    """Types of layers, or qualified names of types, that any method of the table or any of these supports.
+
+    With ``moments`` only the types for which some method uses statistics of data.
+    """
+    return {kind for method in (*_ROWS, *methods) if method.reads_moments or not moments for kind in method.layers}
 
 
 # The methods that a budget chooses from by default. Adding asymmetric, tensor train and the depthwise methods
-# lowered the error of the weights, but without fine-tuning also the accuracy.
-AUTO = ("svd", "tucker")
+# lowered the error of the weights, but without fine-tuning also the accuracy. svd_rnn makes recurrent layers
+# slower than they were at most sizes (benchmarks/recurrent.py).
+AUTO = ("svd", "tucker", "svd_rnn_input")
 
 # The method for linear layers and 1x1 convolutions in calls with a method for spatial kernels.
 MATRICES = SVD
 
+# The method for LSTM, GRU and RNN layers in calls with another method.
+RECURRENT = SVD_RNN_INPUT
+
 
 def method_for(named: Method, module: nn.Module) -> Method:
-    """The named method if it supports a layer, else the one for matrices.
+    """The named method if it supports a layer, else the one for recurrent layers or the one for matrices.
 
-    If neither does, the one with the more specific reason: the named one if it supports the type of the layer.
+    If none does, the one with the more specific reason: the named one if it supports the type of the layer.
     """
     if not named.why_not(module) or (MATRICES.why_not(module) and named.layer_of(module)):
         return named
-    return MATRICES
+    return RECURRENT if RECURRENT.layer_of(module) else MATRICES
 
 
 def spectral_reference(module: nn.Module) -> Method:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from decomp.layers import Factorized
+from decomp.layers import Factorized, group_kernels
 from decomp.layers.kernels import kind_of, qualified_name, spatial_steps
 from decomp.linalg import Spectrum, Values
 
@@ -51,17 +51,24 @@ class Analysis:
         return sqrt(max(self.squared_error(ranks), 0.0) / self.energy) if self.energy else 0.0
 
 
+def detached_kernels(module: nn.Module) -> Tensor:
+    """The weight of a layer as kernels (groups, T, S, *kernel), without a gradient."""
+    return group_kernels(module).detach()
+
+
 @dataclass(frozen=True)
 class Method:
     """A decomposition: the functions that decompose kernels (groups, T, S, *kernel), and the layers that run it.
 
-    ``limits(kernels)`` are the largest ranks, ``analyse(kernels)`` the errors at all ranks, and
+    ``rank_names`` name the ranks, of which a layer may have only the first ones. ``limits(kernels)`` are the largest ranks, ``analyse(kernels)`` the errors at all ranks, and
     ``factors(kernels, ranks)`` the factors for ``from_factors`` of the layer. ``layers`` maps the exact type of a
     dense layer, or its qualified name, to its factorized layer; ``refuses(module)`` returns the reason why a layer
     of one of these types is not supported, or an empty string. ``preset`` are default ranks, of which an int sets
     only those that are None. ``out_rank`` is the index of the rank of the output mode, if that mode can be
     projected on a basis U first and the rest of the decomposition applied to U^T K. ``closed_form`` methods know
-    their error at all ranks from one decomposition; the others are fitted at each.
+    their error at all ranks from one decomposition; the others are fitted at each. ``kernels(module)`` is what
+    the functions are given, for layers with more than one weight. Without ``reads_moments`` data does not change the
+    factors: calibration passes over the layers, and their errors are those of the weight.
     """
 
     name: str
@@ -74,6 +81,8 @@ class Method:
     preset: tuple[int | None, ...] = ()
     out_rank: int | None = None
     closed_form: bool = True
+    kernels: Callable[[Any], Any] = detached_kernels
+    reads_moments: bool = True
 
     def layer_of(self, module: nn.Module) -> type[Factorized] | None:
         """The type of the factorized layer for this layer, or None."""

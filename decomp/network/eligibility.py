@@ -17,8 +17,7 @@ from decomp.network.selection import Selector, select
 WhyNot = Callable[[str, nn.Module], str]
 
 NEVER: dict[type[nn.Module], str] = {
-    nn.RNNBase: "never decomposed: its fused kernels read packed weights",
-    nn.RNNCellBase: "never decomposed: its fused kernels read packed weights",
+    nn.RNNCellBase: "never decomposed: its step is one fused kernel that reads both weights",
     nn.Bilinear: "never decomposed: no method supports three-way products",
 }
 NOT_COPIED = "its projections are packed, and the model cannot be copied to unpack them"

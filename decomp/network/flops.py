@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -16,10 +17,14 @@ from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_
 
 
 class Call(NamedTuple):
-    """One call of a layer: the shape of its input, and ``output_size=`` of a transposed convolution."""
+    """One call of a layer: the shape of its input, and ``output_size=`` of a transposed convolution.
+
+    For packed sequences ``shape`` is that of their rows, and ``batch_sizes`` the number of sequences at each step.
+    """
 
     shape: tuple[int, ...]
     output_size: tuple[int, ...] | None = None
+    batch_sizes: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -124,7 +129,11 @@ def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> F
         received = positional[0] if positional else next(iter(keywords.values()), None)
         size = keywords.get("output_size", positional[1] if len(positional) > 1 else None)
         size = tuple(size) if isinstance(size, tuple | list) else None
-        result.calls.setdefault(name, []).append(Call(tuple(getattr(received, "shape", ())), size))
+        batch_sizes = None
+        if isinstance(received, PackedSequence):
+            received, batch_sizes = received.data, tuple(received.batch_sizes.tolist())
+        shape = tuple(getattr(received, "shape", ()))
+        result.calls.setdefault(name, []).append(Call(shape, size, batch_sizes))
 
     def after(name: str) -> None:
         running.remove(name)

@@ -6,6 +6,7 @@ from torch import nn
 
 from decomp._util.naming import matches, some
 from decomp.layers import Factorized
+from decomp.layers.kernels import shape_of
 from decomp.network.selection import Selector, select
 
 
@@ -34,7 +35,7 @@ def pairs_of(
         raise ValueError(f"small has no factorized layer: {hint}")
     for name, layer in factorized.items():
         twin = known.get(name)
-        shape = getattr(getattr(twin, "weight", None), "shape", None)
+        shape = None if twin is None else shape_of(twin)
         if twin is None or isinstance(twin, Factorized) or shape != layer.dense_shape:
             given = "nothing" if twin is None else type(twin).__name__ + f" with weight {shape}"
             raise ValueError(

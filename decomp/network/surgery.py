@@ -77,12 +77,13 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
     own = dict(module.named_parameters(recurse=False))
     if any(is_lazy(parameter) for parameter in own.values()):
         return "not initialized yet: run one batch through the model first"
+    weights = [parameter for name, parameter in own.items() if name.startswith("weight")]
     return (
         _subclassed_tensor(own)
         or held_by_torch(module)
         or hooks_of(module)
         or _odd_parts(module, own)
-        or odd_weight(own["weight"], needs_values=needs_values)
+        or next(filter(None, (odd_weight(p, needs_values=needs_values) for p in weights)), "")
         or next(filter(None, (tied(parameter, shared) for parameter in own.values())), "")
     )
 
@@ -147,13 +148,19 @@ def hooks_of(module: nn.Module) -> str:
 
 
 def _odd_parts(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str:
+    """Parameters, buffers and children that its kind does not have, or a weight that is no parameter."""
     buffers, children = module.named_buffers(recurse=False), module.named_children()
-    more = {*own, *(name for name, _ in buffers), *(name for name, _ in children)} - {"weight", "bias"}
+    parts = {*own, *(name for name, _ in buffers), *(name for name, _ in children)}
+    if isinstance(module, nn.RNNBase):
+        what, usual = "its weights and biases", module._flat_weights_names
+        is_usual = all(name in own for name in usual)
+    else:
+        what, usual = "a weight and a bias", ["weight", "bias"]
+        is_usual = "weight" in own and ("bias" in own or getattr(module, "bias", None) is None)
+    more = parts - set(usual)
     if more:
-        return f"holds more than a weight and a bias: {', '.join(sorted(more))}"
-    if "weight" not in own or not ("bias" in own or getattr(module, "bias", None) is None):
-        return "its weight or bias is no parameter"
-    return ""
+        return f"holds more than {what}: {', '.join(sorted(more))}"
+    return "" if is_usual else "its weight or bias is no parameter"
 
 
 def odd_weight(weight: Tensor, *, needs_values: bool) -> str:

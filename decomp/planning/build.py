@@ -16,6 +16,7 @@ from decomp.calibration.moments import Moments
 from decomp.calibration.whitening import mean_error, output_error, output_factors
 from decomp.layers import Factorized, group_kernels
 from decomp.layers.attention import PROJECTIONS
+from decomp.layers.kernels import shape_of, weight_of
 from decomp.linalg import as_float64
 from decomp.methods import Method, Ranks
 from decomp.network import surgery
@@ -51,13 +52,13 @@ def require_fit(
         if name not in modules:
             raise ValueError(f"the plan was made for another model: this one has no layer {name!r}")
         module, method = modules[name], method_of(name)
-        shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+        shape = shape_of(module)
         if (shape, describe(module)) != (choice.shape, choice.layer) or method.layer_of(module) is None:
             raise ValueError(
                 f"the plan was made for another model: layer {name!r} is {describe(module)} with weight "
                 f"{shape}, the plan says {choice.layer} with {choice.shape}"
             )
-        limits = method.limits(group_kernels(module))
+        limits = method.limits(method.kernels(module))
         fits = len(choice.ranks) == len(limits)
         if not fits or any(not 1 <= r <= most for r, most in zip(choice.ranks, limits, strict=True)):
             raise ValueError(f"layer {name!r}: ranks {choice.ranks} do not fit it, allowed are 1 to {limits}")
@@ -177,7 +178,7 @@ def _layer(method: Method, module: nn.Module) -> type[Factorized]:
 
 def _from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None) -> Factorized:
     """Decompose the weight; factors fitted during planning are reused if the weight is still the same."""
-    layer, kernels = _layer(method, module), group_kernels(module).detach()
+    layer, kernels = _layer(method, module), method.kernels(module)
     fitted = None if candidate is None or candidate.analysis.factors is None else candidate.analysis.factors
     factors = None if fitted is None else fitted(kernels, ranks)
     return layer.from_factors(module, method.factors(kernels, ranks) if factors is None else factors)
@@ -237,7 +238,7 @@ def measured(
     updated = {}
     for name, layer in new.items():
         if name in statistics:
-            moments = statistics[name].to(cast(Tensor, dense[name].weight).device)
+            moments = statistics[name].to(next(dense[name].parameters()).device)
             output = output_error(layer, dense[name], moments)
             output = choices[name].output_error if output is None else output
             updated[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=output)
@@ -251,11 +252,11 @@ def measured(
 
 def weight_error(layer: Factorized, dense: nn.Module) -> float:
     """Relative error of the weight, ||W - W'|| / ||W||."""
-    weight = as_float64(cast(Tensor, dense.weight))
+    weight = as_float64(weight_of(dense))
     energy = float(weight.norm())
     return float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
 
 
 def _has_changed(dense: nn.Module, candidates: Sequence[Candidate]) -> bool:
     """Whether a layer has another weight than its candidates were made of."""
-    return bool(candidates) and candidates[0].digest != digest(group_kernels(dense))
+    return bool(candidates) and candidates[0].digest != digest(candidates[0].method.kernels(dense))

@@ -14,7 +14,8 @@ from decomp._util.io import digest
 from decomp._util.naming import naming, require_finite
 from decomp.calibration.moments import Moments
 from decomp.calibration.whitening import output_kernels
-from decomp.layers import Factorized, group_kernels
+from decomp.layers import Factorized
+from decomp.layers.kernels import weight_of
 from decomp.linalg import Spectrum, Values
 from decomp.methods import Analysis, Method, Ranks, spectral_reference
 from decomp.methods.fitted import Unchanged
@@ -128,7 +129,8 @@ class Candidate:
         ``calls`` are the calls of the layer in one pass of the example inputs.
         """
         require_finite(name, module)
-        kernels = group_kernels(module).detach()
+        kernels = method.kernels(module)
+        device = next(module.parameters()).device
         limits = method.limits(kernels)
         with naming(name):
             layer = cast(type[Factorized], method.layer_of(module))
@@ -137,7 +139,7 @@ class Candidate:
             outputs = None if moments is None else output_kernels(layer, kernels, moments)
             if outputs is not None:
                 analysis = method.analyse(outputs)
-            stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
+            stopwatch = Stopwatch(price, limits, calls or [], device) if timed else None
         # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses.
         tucker_reference = None
         if not analysis.spectra:
@@ -146,7 +148,7 @@ class Candidate:
         return cls(
             name=name,
             layer=describe(module),
-            shape=tuple(module.weight.shape),  # type: ignore[arg-type]
+            shape=tuple(weight_of(module).shape),
             method=method,
             limits=limits,
             weight_analysis=weight_analysis,

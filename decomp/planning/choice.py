@@ -185,6 +185,11 @@ def describe(module: nn.Module) -> str:
         return f"{kind} {module.in_features}>{module.out_features}"
     if isinstance(module, nn.Embedding) or qualified_name(type(module)) == HUGGING_FACE_CONV1D:
         return f"{kind} {'>'.join(map(str, module.weight.shape))}"  # type: ignore[arg-type]
+    if isinstance(module, nn.RNNBase):
+        layers = "" if module.num_layers == 1 else f" x{module.num_layers}"
+        projection = f" p{module.proj_size}" if module.proj_size else ""
+        both = " both ways" if module.bidirectional else ""
+        return f"{kind} {module.input_size}>{module.hidden_size}{projection}{layers}{both}"
     if not isinstance(module, nn.modules.conv._ConvNd):
         return kind
     stride = "" if set(module.stride) == {1} else f" /{_sizes(module.stride)}"

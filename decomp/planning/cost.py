@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from itertools import product
+from math import prod
 from operator import mul
 from typing import Annotated, Any, TypedDict, cast
 
@@ -12,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from decomp._util import tables
 from decomp._util.arguments import Argument
-from decomp.layers import Factorized, group_kernels
+from decomp.layers import Factorized, InputSVDRNN, group_kernels
 from decomp.layers.factorized import copy_alone
 from decomp.network.flops import Call, MacCounter
 
@@ -96,9 +98,9 @@ def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
         return 0
     counter = MacCounter()
     with counter, torch.no_grad():
-        for shape, output_size in calls:
-            sizes = {} if output_size is None else {"output_size": output_size}
-            module(example_input(module, shape), **sizes)
+        for each in map(partial(_as_one_step, module), calls):
+            sizes = {} if each.output_size is None else {"output_size": each.output_size}
+            module(example_input(module, each), **sizes)
     return counter.macs
 
 
@@ -127,12 +129,22 @@ COSTS = {kind.name: kind for kind in _KINDS}
 COUNTED = {kind.name: kind.count for kind in _KINDS if kind.count is not None}
 
 
-def example_input(module: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+def example_input(module: nn.Module, given: Call) -> Any:
     """An input of a layer, dense or factorized, on its device: ones, or the first entry of an embedding."""
     parameter = next(module.parameters())
     if isinstance(next(module.children(), module), nn.Embedding):
-        return torch.zeros(shape, device=parameter.device, dtype=torch.long)
-    return torch.ones(shape, device=parameter.device, dtype=parameter.dtype)
+        return torch.zeros(given.shape, device=parameter.device, dtype=torch.long)
+    ones = torch.ones(given.shape, device=parameter.device, dtype=parameter.dtype)
+    return ones if given.batch_sizes is None else PackedSequence(ones, torch.tensor(given.batch_sizes))
+
+
+def _as_one_step(module: nn.Module, given: Call) -> Call:
+    """A call with as many MACs that takes one step of a loop: a recurrent layer multiplies every row alike."""
+    if not isinstance(module, nn.RNNBase | InputSVDRNN):
+        return given
+    *rows, inputs = given.shape
+    count = prod(rows)
+    return Call((count, 1, inputs) if module.batch_first else (1, count, inputs))
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -147,6 +159,8 @@ def large_input_shape(dense: nn.Module) -> tuple[int, ...]:
     """The shape of an input so large that borders are negligible: MAC shares are those of the limit."""
     if isinstance(dense, nn.Embedding):
         return (1,)
+    if isinstance(dense, nn.RNNBase):
+        return (1, 1, dense.input_size)
     if not hasattr(dense, "kernel_size"):
         return (1, group_kernels(dense).shape[2])
     conv = cast(nn.Conv2d, dense)

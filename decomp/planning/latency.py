@@ -110,10 +110,11 @@ def _measure(layer: nn.Module, calls: tuple[Call, ...], layout: torch.memory_for
         parameter.fill_(0.01)  # memory that was never written may hold denormal numbers, which are slow
     for buffer in layer.buffers():
         buffer.zero_()
-    for shape, output_size in calls:
-        x = example_input(layer, shape)
-        x = x if x.dim() < 4 else x.contiguous(memory_format=layout)
-        names = {"layer": layer, "x": x, "sizes": {} if output_size is None else {"output_size": output_size}}
+    for each in calls:
+        x = example_input(layer, each)
+        x = x.contiguous(memory_format=layout) if len(each.shape) > 3 else x
+        sizes = {} if each.output_size is None else {"output_size": each.output_size}
+        names = {"layer": layer, "x": x, "sizes": sizes}
         timer = Timer("layer(x, **sizes)", globals=names, num_threads=torch.get_num_threads())
         rounds = [timer.blocked_autorange(min_run_time=LEAST_SECONDS_PER_ROUND).median for _ in range(ROUNDS)]
         total += statistics.median(rounds)

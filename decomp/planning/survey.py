@@ -77,7 +77,7 @@ def _unusable_call(name: str, forward_pass: ForwardPass) -> str:
         return f"the model reads its weight {how}: factors would be multiplied each time"
     if name not in forward_pass.macs:
         return "not called on example_inputs"
-    empty = any(0 in shape for shape, _ in forward_pass.calls[name])
+    empty = any(0 in each.shape for each in forward_pass.calls[name])
     return "example_inputs reach it with an empty batch" if empty else ""
 
 

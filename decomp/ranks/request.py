@@ -27,7 +27,7 @@ class Fixed:
         """The ranks of a layer, clamped to its limits, and whether that changed them.
 
         An int is an upper bound, and sets every component that ``preset`` does not. For a matrix a tuple means its
-        smallest entry.
+        smallest entry; also for the matrices of a recurrent layer, unless it has an entry for each of them.
 
         Raises:
             ValueError: there are too many or too few entries, or a rank for one named layer exceeds its limit.
@@ -35,8 +35,8 @@ class Fixed:
         if isinstance(self.ranks, int):
             requested = tuple(p or self.ranks for p in preset or (None,) * len(limits))
             bounds = (max(limits),) * len(limits)
-        elif len(limits) == 1 and is_matrix:
-            requested, bounds = (min(self.ranks),), limits
+        elif is_matrix and (len(limits) == 1 or len(self.ranks) != len(limits)):
+            requested, bounds = (min(self.ranks),) * len(limits), limits
         else:
             requested, bounds = self.ranks, limits
         if len(requested) != len(limits):

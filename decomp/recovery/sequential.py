@@ -94,19 +94,26 @@ class _LayerStep:
 
     def decompose(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
+        if not plan.method_of(name).reads_moments:
+            return self._alone(name, plan)
         calibrated = plan.statistics.get(name)
         try:
             self._refit()
             received = ((example.received, CLOSED_FORM_SPLIT.held_out(example.batch)) for example in self.examples)
             moments = moments_of(self.own, received, calibrated, centred=self.norm_shift is not None)
         except RoutedDifferently:
-            dense = {name: self.dense}
-            alone = decomposed(dense, plan, plan.method_of, plan.candidates, plan.statistics, False)
-            choice = measured(plan, dense, alone, plan.candidates, plan.statistics).get(name, plan[name])
-            return alone[name], replace(choice, note="routed differently: decomposed by itself")
+            layer, choice = self._alone(name, plan)
+            return layer, replace(choice, note="routed differently: decomposed by itself")
         layer = from_moments(self.own, plan.method_of(name), plan[name].ranks, moments)
         error = weight_error(layer, self.dense)
         return layer, replace(plan[name], error=error, output_error=self._centre(layer))
+
+    def _alone(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
+        """Decompose the layer as :meth:`Plan.apply` would, without the examples."""
+        dense = {name: self.dense}
+        alone = decomposed(dense, plan, plan.method_of, plan.candidates, plan.statistics, False)
+        choice = measured(plan, dense, alone, plan.candidates, plan.statistics).get(name, plan[name])
+        return alone[name], choice
 
     def _refit(self) -> None:
         """Fit the weight of the layer, and its bias, to the targets on the inputs that it receives."""
