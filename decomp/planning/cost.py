@@ -85,10 +85,12 @@ def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
     if not calls:
         return 0
     counter = MacCounter()
+    # Inputs are made before: a counter makes torch run the Python version of torch.ones, which imports its compiler.
+    inputs = [example_input(module, shape) for shape, _ in calls]
     with counter, torch.no_grad():
-        for shape, output_size in calls:
+        for x, (_, output_size) in zip(inputs, calls, strict=True):
             sizes = {} if output_size is None else {"output_size": output_size}
-            module(example_input(module, shape), **sizes)
+            module(x, **sizes)
     return counter.macs
 
 
