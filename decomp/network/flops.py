@@ -2,9 +2,11 @@
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +60,8 @@ class MacCounter(FlopCounterMode):
     def __enter__(self) -> "MacCounter":
         self._watch.__enter__()  # before the counter, so that it is shown what that has decomposed
         super().__enter__()  # type: ignore[no-untyped-call]
+        for mode in (self._watch, self.mode):
+            _without_import_of_the_compiler(mode)
         return self
 
     def __exit__(self, *error: Any) -> Any:
@@ -74,6 +78,17 @@ class MacCounter(FlopCounterMode):
         """Operators that multiply and have no formula."""
         operators: Counter[str] = self._watch.operators
         return operators
+
+
+def _without_import_of_the_compiler(mode: Any) -> None:
+    """Let a mode's ``__torch_dispatch__`` run as it was written, if torch.compile was not used in this process.
+
+    torch wraps that method to keep torch.compile out of it, and the wrapper imports torch._dynamo on the first call,
+    which takes about a second. As long as that is not imported, there is nothing to keep out.
+    """
+    raw = getattr(type(mode).__torch_dispatch__, "__wrapped__", None)
+    if raw is not None and "torch._dynamo" not in sys.modules:
+        mode.__torch_dispatch__ = MethodType(raw, mode)
 
 
 class _OneModule:
@@ -105,6 +120,9 @@ class _WatchUncounted(TorchDispatchMode):
             foreign = getattr(func, "namespace", "aten") not in _OPERATORS_OF_TORCH
             if foreign or _MULTIPLYING.search(name):
                 self.operators[name] += 1
+        output_shape = _OUTPUT_SHAPES.get(func)
+        if output_shape is not None and args[0].is_meta:
+            return args[0].new_empty(output_shape(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
@@ -255,6 +273,36 @@ _FORMULAS = {
     _aten.mv: _product_flops,
     _aten.dot: _product_flops,
     _aten.addmv: _added_product_flops,
+}
+
+
+def _convolution_shape(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> list[int]:
+    """The shape of a convolution's output, from the formulas in the documentation of nn.ConvNd."""
+    axes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True)
+    if transposed:
+        sizes = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in axes]
+        return [len(x), weight.shape[1] * groups, *sizes]
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in axes]
+    return [len(x), weight.shape[0], *sizes]
+
+
+# Products on the meta device are answered with an empty output: torch has these kernels in Python there, and the first
+# call of one imports sympy and torch._dynamo, which takes one to three seconds.
+_OUTPUT_SHAPES: Mapping[Any, Callable[..., list[int]]] = {
+    _aten.mm.default: lambda x, y: [x.shape[0], y.shape[1]],
+    _aten.addmm.default: lambda bias, x, y, **scales: [x.shape[0], y.shape[1]],
+    _aten.bmm.default: lambda x, y: [*x.shape[:2], y.shape[2]],
+    _aten.convolution.default: _convolution_shape,
 }
 _OPERATORS_OF_TORCH = {"aten", "prim", "prims", "higher_order"}
 # Whole words, so that lgamma, upsample_bilinear2d and convert_element_type do not count as products.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from itertools import product
 from math import prod
 from operator import mul
@@ -97,10 +97,13 @@ def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
     if not calls:
         return 0
     counter = MacCounter()
+    # Inputs are made before: a counter makes torch run the Python version of torch.ones, which imports its compiler.
+    one_step = [_as_one_step(module, each) for each in calls]
+    inputs = [example_input(module, each) for each in one_step]
     with counter, torch.no_grad():
-        for each in map(partial(_as_one_step, module), calls):
+        for x, each in zip(inputs, one_step, strict=True):
             sizes = {} if each.output_size is None else {"output_size": each.output_size}
-            module(example_input(module, each), **sizes)
+            module(x, **sizes)
     return counter.macs
 
 
