@@ -34,6 +34,12 @@ def test_a_draw_is_repeatable_and_leaves_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_ten_positions_for_each_channel_and_more_where_they_are_cheap():
+    assert [Sampling().enough(channels) for channels in (2304, 576, 64, 8)] == [23040, 5760, 2**18, 2**24]
+    assert (Sampling(7).enough(64), Sampling("all").enough(64)) == (7, math.inf)
+    assert Sampling(batches=10).share(2304) == 2304
+
+
 def test_layers_that_few_batches_reach_make_up_for_the_others():
     always, seldom = (Sampler(Sampling(1000, batches=10), 4) for _ in range(2))
     for batch in range(10):
@@ -125,7 +131,7 @@ def test_digits_with_a_sample_are_digits_with_all_positions():
     digits = load_digits()
     model = train(digits, progress=False)
     full, some = (
-        decomp.calibrate(model, digits.images, positions=positions, progress=False) for positions in ("all", "auto")
+        decomp.calibrate(model, digits.images, positions=positions, progress=False) for positions in ("all", 8192)
     )
     assert sum(some[name].positions < some[name].of_positions / 2 for name in full) >= 6
     assert all(moments.positions == moments.of_positions for moments in full.values())

@@ -62,8 +62,8 @@ def calibrate(
     One pass in eval mode; the model is not changed, nor are its BatchNorm statistics. Per layer the sums of x x^T
     over the input channels and of y y^T over the output channels are accumulated in float64: memory depends only
     on the number of channels. The sums are over a sample of the positions, drawn with a fixed seed, evenly over
-    batches and positions: ten positions per channel, and at least 8192, say as much as all, because neighbouring
-    positions are alike. ``print(statistics)`` shows how many were used. Every fourth batch is held out to choose how strongly the moments are shrunk, those
+    batches and positions: ten positions per channel, and more where they cost little, say as much as all, because
+    neighbouring positions are alike. ``print(statistics)`` shows how many were used. Every fourth batch is held out to choose how strongly the moments are shrunk, those
     of the inputs towards a multiple of the identity and those of the outputs towards W W^T.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from decomp.calibration.sampling import Sampler, Sampling
 from decomp.calibration.unfold import Patches, count_rows, some_rows
-from decomp.data.batches import unpadded
+from decomp.data.batches import CLOSED_FORM_SPLIT, unpadded
 from decomp.layers import group_kernels
 from decomp.linalg import leading_eigenvectors, symmetric_power
 from decomp.network.forward import norm_scale
@@ -239,19 +239,26 @@ class LayerSums:
 
 @torch.no_grad()
 def moments_of(
-    layer: nn.Module, received: Iterable[tuple[Tensor, bool]], calibrated: Moments | None, *, centred: bool
+    layer: nn.Module,
+    received: Iterable[tuple[Tensor, int, Tensor | None]],
+    calibrated: Moments | None,
+    sampling: Sampling,
+    *,
+    centred: bool,
 ) -> Moments:
     """The moments of a layer over these inputs.
 
     Args:
         layer: the layer; its outputs are computed here.
-        received: its inputs, each with whether its batch is held out.
+        received: its inputs, each with the number of its batch and its mask.
         calibrated: earlier moments of the layer, of which the row metric and the importance are used again.
+        sampling: how many positions are used.
         centred: whether a shift of the outputs will be absorbed even if the layer has no bias.
     """
-    sums = LayerSums("", layer, centred=centred)
-    for batch, (given, held_out) in enumerate(received):
-        sums.add(given, layer(given), batch=batch, held_out=held_out)
+    sums = LayerSums("", layer, sampling, centred=centred)
+    for given, batch, mask in received:
+        held_out = CLOSED_FORM_SPLIT.held_out(batch)
+        sums.add(given, layer(given), batch=batch, held_out=held_out, mask=mask)
     moments = sums.moments()
     if calibrated is None:
         return moments

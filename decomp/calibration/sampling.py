@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import TypeAliasType
 
 POSITIONS_PER_CHANNEL = 10
-FEWEST_POSITIONS = 2**13
+CHEAP_PRODUCTS = 2**30  # multiply-adds that take a few hundredths of a second
 
 Positions = TypeAliasType("Positions", int | Literal["auto", "all"])
 """How many positions per layer are summed over: "auto", "all", or a number."""
@@ -19,8 +19,8 @@ Positions = TypeAliasType("Positions", int | Literal["auto", "all"])
 class Sampling:
     """How many positions of a layer its statistics are summed over.
 
-    ``positions`` is a number, "all", or "auto": ten for each channel of the rows that are summed, and at least
-    8192. The positions of images and of texts are correlated, so that more of them say little that is new (Zhang
+    ``positions`` is a number, "all", or "auto": ten for each of the n channels of the rows x that are summed, and
+    more of them, up to 2^30 / n^2, where the sum of x x^T costs little. The positions of images and of texts are correlated, so that more of them say little that is new (Zhang
     et al. 2016 take ten per image). ``batches`` is the number of batches in a pass, None if it is not known.
 
     Raises:
@@ -41,7 +41,7 @@ class Sampling:
             return self.positions
         if self.positions == "all":
             return math.inf
-        return max(POSITIONS_PER_CHANNEL * channels, FEWEST_POSITIONS)
+        return max(POSITIONS_PER_CHANNEL * channels, CHEAP_PRODUCTS // channels**2)
 
     def share(self, channels: int) -> float:
         """How many rows are taken of one batch if every batch gives the same number."""
