@@ -87,7 +87,16 @@ def test_layers_import_torch_and_nothing_else_from_outside():
     for module, path in sources():
         if package(f"{module}.") == "layers":
             outside = {name.split(".")[0] for name in imports(path)} - {"decomp", "torch"}
-            assert outside <= {"abc", "collections", "contextlib", "copy", "functools", "itertools", "math", "typing"}, (
+            assert outside <= {
+                "abc",
+                "collections",
+                "contextlib",
+                "copy",
+                "functools",
+                "itertools",
+                "math",
+                "typing",
+            }, (
                 module,
                 outside,
             )

@@ -129,11 +129,13 @@ def test_patches_times_the_kernel_are_the_convolution(kind, mode):
     torch.testing.assert_close(rows @ group_kernels(dense).flatten(2).mT, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [(8, 6, 7), (8, 6)])
-def test_moments_are_those_of_numpy_and_do_not_depend_on_the_batches(shape):
+def test_moments_are_those_of_numpy_and_do_not_depend_on_the_batches(shape, dtype):
+    """Products are taken in the dtype of the rows: in float32 two ways to add them differ by its rounding."""
     conv = len(shape) == 3
-    dense = nn.Conv1d(6, 10, 3) if conv else nn.Linear(6, 4)
-    x = torch.randn(32, *shape[1:])
+    dense = (nn.Conv1d(6, 10, 3) if conv else nn.Linear(6, 4)).to(dtype)
+    x = torch.randn(32, *shape[1:], dtype=dtype)
     one = decomp.calibrate(dense, [x], progress=False)[""]
     many = decomp.calibrate(dense, list(x.split(4)), progress=False)[""]
     rows = x.movedim(1, -1).reshape(-1, 6).double()
@@ -147,7 +149,8 @@ def test_moments_are_those_of_numpy_and_do_not_depend_on_the_batches(shape):
         a, b = getattr(one, name), getattr(many, name)
         assert (a is None) == (b is None)
         if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+            exact = dtype == torch.float64
+            torch.testing.assert_close(a, b, rtol=1e-9 if exact else 1e-5, atol=1e-12 if exact else 1e-6)
 
 
 def test_singular_moments_are_ordinary():

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from decomp._util import tables
 from decomp._util.by_layer import ByLayer
 from decomp._util.naming import naming
 from decomp._util.progress import bar
 from decomp.calibration.gradients import SensitivityScalar, tracked
 from decomp.calibration.moments import LayerSums, Moments
-from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, naming_batch
+from decomp.calibration.sampling import Positions, Sampling
+from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, naming_batch
 from decomp.methods import kinds_of
 from decomp.network.attention import unpacked
 from decomp.network.eligibility import eligible
@@ -22,7 +24,10 @@ from decomp.network.tracing import following_norms
 
 
 class Statistics(ByLayer[Moments]):
-    """The moments of every layer by its name: ``data=`` of any number of plans, from one pass over the data."""
+    """The moments of every layer by its name: ``data=`` of any number of plans, from one pass over the data.
+
+    Printed, it is a table of how many samples and positions were used, and of the standard errors.
+    """
 
     def __init__(self, moments: Mapping[str, Moments], example: Any) -> None:
         super().__init__(moments)
@@ -30,6 +35,19 @@ class Statistics(ByLayer[Moments]):
 
     def __repr__(self) -> str:
         return f"<Statistics of {len(self)} layers>"
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                name or "(the model)",
+                str(m.samples),
+                str(m.positions),
+                str(m.of_positions),
+                f"{m.standard_error:.3f}",
+            )
+            for name, m in self.items()
+        ]
+        return tables.render("", ("layer", ">samples", ">positions", ">of", ">standard error"), rows)
 
 
 def calibrate(
@@ -40,6 +58,8 @@ def calibrate(
     loss: Callable[[nn.Module, Any], Tensor] | Literal["output"] | None = None,
     layers: Selector = None,
     exclude: Selector = (),
+    positions: Positions = "auto",
+    mask: Mask = "attention_mask",
     progress: bool | None = None,
 ) -> Statistics:
     """Return the moments of each layer's inputs and outputs, with which factors minimize the error of the output.
@@ -48,7 +68,9 @@ def calibrate(
 
     One pass in eval mode; the model is not changed, nor are its BatchNorm statistics. Per layer the sums of x x^T
     over the input channels and of y y^T over the output channels are accumulated in float64: memory depends only
-    on the number of channels. Every fourth batch is held out to choose how strongly the moments are shrunk, those
+    on the number of channels. The sums are over a sample of the positions, drawn with a fixed seed, evenly over
+    batches and positions: ten positions per channel, and more where they cost little, say as much as all, because
+    neighbouring positions are alike. ``print(statistics)`` shows how many were used. Every fourth batch is held out to choose how strongly the moments are shrunk, those
     of the inputs towards a multiple of the identity and those of the outputs towards W W^T.
 
     Args:
@@ -63,13 +85,18 @@ def calibrate(
             scalar loss (Fisher) or a tensor computed from the output (an embedding, for instance).
         layers: which layers; see :func:`decomp.tucker`.
         exclude: which of these to leave out.
+        positions: how many positions of each layer's inputs and outputs (of images, of texts) are used: "auto", a
+            number, or "all".
+        mask: what is padding and does not count, for layers whose inputs and outputs are (batch, length,
+            channels): a key of the batches, or a function of a batch of ``data`` that returns a tensor (batch,
+            length), 0 at padding; None counts all. Other layers, convolutions for instance, count all positions.
         progress: show a progress bar.
 
     Raises:
-        ValueError: the data is empty.
-        TypeError: a batch does not fit the model.
+        ValueError: the data is empty, or ``positions`` is none of these.
+        TypeError: a batch does not fit the model, or ``mask`` is none of these.
 
-    Source: Zhang et al. 2016, section 3.1 (outputs); Theis et al. 2018 (Fisher); the change of an output f is
+    Source: Zhang et al. 2016, section 3.1 (outputs; ten positions of each image); Theis et al. 2018 (Fisher); the change of an output f is
     ||J dy||^2, and E[J^T v v^T J] = J^T J for random v (Gauss-Newton).
 
     >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -77,21 +104,23 @@ def calibrate(
     >>> statistics["2"].samples, statistics["2"].outputs.shape
     (64, torch.Size([1, 8, 8]))
     """
+    is_function = callable(loss)  # it is called with the whole batch, labels included
+    to_inputs = inputs or (lambda batch: batch)
+    batches = Batches.in_fixed_order(data, None if is_function else inputs, mask, one_pass=True)
+    sampling = Sampling(positions, batches.length)
     model = unpacked(model)
     modules = eligible(model, kinds_of(moments=True), layers, exclude)
-    sums = {name: LayerSums(name, module) for name, module in modules.items()}
+    sums = {name: LayerSums(name, module, sampling) for name, module in modules.items()}
     example = None
     scalar = None if loss is None else SensitivityScalar(loss)
-    is_function = callable(loss)  # it is called with the whole batch, labels included
-    batches = Batches.in_fixed_order(data, None if is_function else inputs, one_pass=True)
     with evaluating(model), Unfused(), torch.inference_mode(False):
-        for count, batch in bar(progress, "calibrate", batches.numbered()):
+        for count, batch, kept in bar(progress, "calibrate", batches.masked()):
             with naming_batch(count, batch):
                 if example is None:
-                    example = inputs(batch) if inputs is not None and is_function else batch
+                    example = to_inputs(batch) if is_function else batch
                     for name, norm in following_norms(model, example, modules).items():
                         sums[name].set_following_norm(norm, model.get_submodule(norm))
-                _watch(model, batch, sums, held_out=CLOSED_FORM_SPLIT.held_out(count), scalar=scalar)
+                _watch(model, batch, sums, count, kept, scalar)
     if example is None:
         raise ValueError("data is empty: at least one batch is needed")
     energy = 1.0 if scalar is None else scalar.energy
@@ -102,17 +131,18 @@ def _watch(
     model: nn.Module,
     batch: Any,
     sums: Mapping[str, LayerSums],
-    *,
-    held_out: bool,
+    index: int,
+    mask: Tensor | None,
     scalar: SensitivityScalar | None,
 ) -> None:
     outputs: list[tuple[LayerSums, Tensor]] = []
+    held_out = CLOSED_FORM_SPLIT.held_out(index)
 
     def watch(each: LayerSums) -> Any:
         def hook(module: nn.Module, positional: Any, keywords: Any, output: Tensor) -> Tensor | None:
             received = positional[0] if positional else next(iter(keywords.values()))
             with naming(each.name), torch.no_grad():
-                each.add(received.detach(), output.detach(), held_out=held_out)
+                each.add(received.detach(), output.detach(), batch=index, held_out=held_out, mask=mask)
             if scalar is None:
                 return None
             differentiable, copy = tracked(output)
@@ -139,7 +169,7 @@ def _watch(
             grads = torch.autograd.grad(value, [output for _, output in outputs], allow_unused=True)
         for (each, _), grad in zip(outputs, grads, strict=True):
             if grad is not None:
-                each.add_gradient(grad)
+                each.add_gradient(grad, batch=index, mask=mask)
 
 
 def _normal(leaf: Any) -> Any:

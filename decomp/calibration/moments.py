@@ -7,7 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from decomp.calibration.unfold import patches_like, rows_of
+from decomp.calibration.sampling import Sampler, Sampling
+from decomp.calibration.unfold import Patches, count_rows, some_rows
+from decomp.data.batches import CLOSED_FORM_SPLIT, unpadded
 from decomp.layers import group_kernels
 from decomp.linalg import leading_eigenvectors, symmetric_power
 from decomp.network.forward import norm_scale
@@ -33,7 +35,12 @@ class Moments:
     (``normalization``, its name), which absorbs a constant shift; else moments about zero. Each is None where it
     would be too large or is not needed.
 
-    ``means`` holds one mean input per input size, with its number of samples. ``shrinkage`` in [0, 1] is the share
+    They are sums over a sample of ``positions`` out of ``of_positions`` (positions of images, tokens, rows), which
+    is no sample where the two are equal. ``standard_error`` is the root mean square by which the moments then
+    differ from those over all positions, ||C' - C|| relative to ||C||, for positions that are independent; a
+    stratified sample of smooth images does better. All three are those of the largest moments.
+
+    ``means`` holds one mean input per input size, with its number of samples, over all positions. ``shrinkage`` in [0, 1] is the share
     rho of the shrinkage target in the shrunk moments, (1 - rho) C + rho target. ``row_metric`` D (groups, T, T),
     or its diagonal (groups, T), weights errors dy of the output as ||D dy||^2: by gradients of a loss or of the
     network's output where they were measured, else by the scale of the BatchNorm that follows. D is normalized per
@@ -50,6 +57,9 @@ class Moments:
     importance: float | None = None
     normalization: str = ""
     patches: Tensor | None = None
+    positions: int = 0
+    of_positions: int = 0
+    standard_error: float = 0.0
 
     def to(self, device: torch.device) -> "Moments":
         """The same moments on another device."""
@@ -71,25 +81,29 @@ class Moments:
 class LayerSums:
     """Running sums over the inputs, outputs and gradients of one layer; also those of held-out inputs alone."""
 
-    def __init__(self, name: str, module: Any, *, centred: bool = False) -> None:
+    def __init__(self, name: str, module: Any, sampling: Sampling | None = None, *, centred: bool = False) -> None:
         self.name, self.module = name, module
         self._absorbs_shift = centred or getattr(module, "bias", None) is not None
         self.kernels = group_kernels(module).detach()
         groups, outputs, inputs = self.kernels.shape[:3]
-        spatial = self.kernels[0, 0, 0].numel() > 1
+        self._axes = len(getattr(module, "kernel_size", ()))
+        taps = self.kernels[0, 0, 0].numel()
+        spatial = taps > 1
         needs_inputs = inputs <= LARGEST_MOMENTS and (spatial or inputs <= outputs)
         needs_outputs = outputs <= LARGEST_MOMENTS and (spatial or outputs < inputs)
         if isinstance(module, nn.Embedding):
             needs_inputs, needs_outputs = False, True
-        self._inputs = MomentSums(groups, inputs) if needs_inputs else None
-        self._held_out = MomentSums(groups, inputs) if needs_inputs else None
-        self._outputs = MomentSums(groups, outputs) if needs_outputs else None
-        taps = self.kernels[0, 0, 0].numel()
         needs_patches = spatial and inputs * taps <= LARGEST_PATCH_MOMENTS
-        self._patches = MomentSums(groups, inputs * taps) if needs_patches else None
-        self._unfold = patches_like(module) if needs_patches else None
+
+        def sums(needed: bool, channels: int) -> MomentSums | None:
+            return MomentSums(groups, channels, sampling) if needed else None
+
+        self._inputs, self._outputs = sums(needs_inputs, inputs), sums(needs_outputs, outputs)
+        self._patches = sums(needs_patches, inputs * taps)
+        self._unfold = Patches(module) if needs_patches else None
         self._means: dict[tuple[int, ...], tuple[Tensor, int]] = {}
         self._gradients: Any = None
+        self._gradient_sampler = Sampler(sampling or Sampling("all"), outputs)
         self.samples = 0
         self.normalization = ""
         self._norm_scale: Tensor | None = None
@@ -103,47 +117,67 @@ class LayerSums:
         self.normalization = name
         self._norm_scale = norm_scale(norm.running_var, norm.eps, norm.weight).abs()
 
-    def add(self, received: Tensor, output: Tensor, *, held_out: bool) -> None:
-        """Accumulate the input and the output of one call."""
+    def add(
+        self, received: Tensor, output: Tensor, *, batch: int, held_out: bool, mask: Tensor | None = None
+    ) -> None:
+        """Accumulate the input and the output of one call, where it has them without what ``mask`` leaves out."""
+        is_embedding = isinstance(self.module, nn.Embedding)
+        if not self._axes:
+            received, output = unpadded(received, mask, dims=3 - is_embedding), unpadded(output, mask)
         if not received.numel():
             return
-        axes = len(getattr(self.module, "kernel_size", ()))
-        is_embedding = isinstance(self.module, nn.Embedding)
-        bias = getattr(self.module, "bias", None)
-        if bias is not None:
-            output = output - bias.detach().reshape(-1, *(1,) * axes)
+        groups = self.kernels.shape[0]
         if not is_embedding:
-            received = received.reshape(-1, *received.shape[len(received.shape) - axes - 1 :])
+            received = received.reshape(-1, *received.shape[received.dim() - self._axes - 1 :])
             self._add_mean(received)
-            if self._inputs is not None and self._held_out is not None:
-                rows = rows_of(received, axes, self.kernels.shape[0])
-                self._inputs.add(rows)
-                if held_out:
-                    self._held_out.add(rows)
-            self._add_patches(received, axes)
+            if self._inputs is not None:
+                indices, weight = self._inputs.sampler.draw(count_rows(received, self._axes), batch)
+                rows = some_rows(received, self._axes, groups, indices)
+                self._inputs.add(rows, weight=weight, held_out=held_out)
+            self._add_patches(received, batch)
         if self._outputs is not None:
-            self._outputs.add(rows_of(output, axes, self.kernels.shape[0]))
+            indices, weight = self._outputs.sampler.draw(count_rows(output, self._axes), batch)
+            rows = some_rows(output, self._axes, groups, indices)
+            bias = getattr(self.module, "bias", None)
+            if bias is not None:
+                rows = rows - bias.detach().to(rows.dtype).reshape(groups, 1, -1)
+            self._outputs.add(rows, weight=weight)
         self.samples += received.numel() if is_embedding else len(received)
 
-    def add_gradient(self, grad: Tensor) -> None:
+    def add_gradient(self, grad: Tensor, *, batch: int, mask: Tensor | None = None) -> None:
         """Accumulate the gradient g by the output: g g^T, or only its diagonal g^2 for very many channels."""
-        axes, (groups, outputs) = len(getattr(self.module, "kernel_size", ())), self.kernels.shape[:2]
-        rows = rows_of(grad, axes, groups)
+        groups, outputs = self.kernels.shape[:2]
+        if not self._axes:
+            grad = unpadded(grad, mask)
+        indices, weight = self._gradient_sampler.draw(count_rows(grad, self._axes), batch)
+        rows = some_rows(grad, self._axes, groups, indices)
+        scale = float(rows.abs().max()) if rows.numel() else 0.0
+        if not scale:
+            rows, scale = torch.zeros_like(rows), 1.0
+        rows = rows / scale  # squares of small gradients are too small for float32
         products = rows.mT @ rows if outputs <= LARGEST_ROW_METRIC else rows.square().sum(1)
+        products = weight * scale**2 * products.to(torch.float64)
         self._gradients = products if self._gradients is None else self._gradients + products
 
-    def _add_patches(self, received: Tensor, axes: int) -> None:
+    def _add_patches(self, received: Tensor, batch: int) -> None:
         if self._patches is None or self._unfold is None:
             return
-        each = received[0].numel() * self.kernels[0, 0, 0].numel()
+        taps = self.kernels[0, 0, 0].numel()
+        indices, weight = self._patches.sampler.draw(self._unfold.count(received), batch)
+        if indices is not None:
+            per_chunk = max(1, MOMENT_CHUNK_ELEMENTS // max(1, received.shape[1] * taps))
+            for part in indices.split(per_chunk):
+                self._patches.add(self._unfold.rows(received, part), weight=weight)
+            return
+        each = received[0].numel() * taps
         for part in received.split(max(1, MOMENT_CHUNK_ELEMENTS // max(1, each))):
-            self._patches.add(rows_of(self._unfold(part), axes, self.kernels.shape[0]))
+            self._patches.add(self._unfold.rows(part, None))
 
     def _add_mean(self, received: Tensor) -> None:
         size = tuple(received.shape[1:])
         if size in self._means or len(self._means) < MAX_INPUT_SIZES:
             total, count = self._means.get(size, (torch.zeros((), dtype=torch.float64, device=received.device), 0))
-            self._means[size] = (total + received.to(torch.float64).sum(0), count + len(received))
+            self._means[size] = (total + received.sum(0, dtype=torch.float64), count + len(received))
 
     def moments(self, energy: float = 1.0) -> Moments:
         """The moments; central where a bias or a BatchNorm can absorb a constant shift.
@@ -156,6 +190,7 @@ class LayerSums:
         patches = None if self._patches is None else self._patches.second(centred=centred)
         means = tuple((total / count, count) for total, count in self._means.values())
         shape = tuple(self.module.weight.shape)
+        largest = self._patches or self._inputs or self._outputs
         return Moments(
             shape,
             self.samples,
@@ -166,6 +201,9 @@ class LayerSums:
             *self._row_metric(energy),
             self.normalization,
             patches,
+            0 if largest is None else largest.sampler.taken,
+            0 if largest is None else largest.sampler.seen,
+            0.0 if largest is None else largest.standard_error(centred=centred),
         )
 
     def _row_metric(self, energy: float) -> tuple[Tensor | None, float | None]:
@@ -189,34 +227,36 @@ class LayerSums:
         """Chosen on the held-out batches; by :func:`oracle_shrinkage` without them, or with too many channels."""
         sums = self._inputs or self._outputs
         formula = oracle_shrinkage(sums.second(centred=True), self.samples) if sums is not None else 0.0
-        if (
-            self._inputs is None
-            or self._held_out is None
-            or not 1 < self.kernels.shape[2] <= LARGEST_VALIDATED_MOMENTS
-        ):
+        if self._inputs is None or not 1 < self.kernels.shape[2] <= LARGEST_VALIDATED_MOMENTS:
             return formula
-        train = self._inputs.without(self._held_out)
-        if not train.count or not self._held_out.count:
+        if not self._inputs.has(held_out=False) or not self._inputs.has(held_out=True):
             return formula
-        held_out = self._held_out.second(centred=centred)
-        return chosen_shrinkage(self.kernels, train.second(centred=centred), held_out, formula)
+        train, held_out = (self._inputs.second(centred=centred, held_out=part) for part in (False, True))
+        return chosen_shrinkage(self.kernels, train, held_out, formula)
 
 
 @torch.no_grad()
 def moments_of(
-    layer: nn.Module, received: Iterable[tuple[Tensor, bool]], calibrated: Moments | None, *, centred: bool
+    layer: nn.Module,
+    received: Iterable[tuple[Tensor, int, Tensor | None]],
+    calibrated: Moments | None,
+    sampling: Sampling,
+    *,
+    centred: bool,
 ) -> Moments:
     """The moments of a layer over these inputs.
 
     Args:
         layer: the layer; its outputs are computed here.
-        received: its inputs, each with whether its batch is held out.
+        received: its inputs, each with the number of its batch and its mask.
         calibrated: earlier moments of the layer, of which the row metric and the importance are used again.
+        sampling: how many positions are used.
         centred: whether a shift of the outputs will be absorbed even if the layer has no bias.
     """
-    sums = LayerSums("", layer, centred=centred)
-    for given, held_out in received:
-        sums.add(given, layer(given), held_out=held_out)
+    sums = LayerSums("", layer, sampling, centred=centred)
+    for given, batch, mask in received:
+        held_out = CLOSED_FORM_SPLIT.held_out(batch)
+        sums.add(given, layer(given), batch=batch, held_out=held_out, mask=mask)
     moments = sums.moments()
     if calibrated is None:
         return moments
@@ -225,36 +265,73 @@ def moments_of(
 
 
 class MomentSums:
-    """Sums of the rows x and of their outer products x x^T, per group."""
+    """Weighted sums of the rows x and of their outer products x x^T, per group, of held-out rows separately.
 
-    def __init__(self, groups: int, channels: int) -> None:
-        self._total: Any = torch.zeros(groups, channels, dtype=torch.float64)
-        self._outer: Any = torch.zeros(groups, channels, channels, dtype=torch.float64)
-        self.count = 0
+    Products are taken about the mean of the first rows, in the precision of the rows, and summed in float64: the
+    moments about the mean then lose no digits where the mean is large.
+    """
 
-    def add(self, rows: Tensor) -> None:
-        """Accumulate rows (groups, rows, channels)."""
-        self._total = self._total.to(rows.device) + rows.sum(1)
-        self._outer = self._outer.to(rows.device) + rows.mT @ rows
-        self.count += rows.shape[1]
+    def __init__(self, groups: int, channels: int, sampling: Sampling | None = None) -> None:
+        self.sampler = Sampler(sampling or Sampling("all"), channels)
+        self._shape = groups, channels
+        self._origin: Any = None
+        self._parts: dict[bool, tuple[float, Tensor, Tensor]] = {}
+        # Sums of w (w - 1) and of w (w - 1) ||x||^4, about the origin and about zero: for the standard error.
+        self._spread: Any = torch.zeros(3, dtype=torch.float64)
 
-    def without(self, other: "MomentSums") -> "MomentSums":
-        """The sums over the rows that are not among those of ``other``, a part of this one."""
-        rest = MomentSums(*self._total.shape)
-        rest._total, rest._outer = self._total - other._total.to(self._total.device), self._outer - other._outer
-        rest.count = self.count - other.count
-        return rest
+    def add(self, rows: Tensor, *, weight: float = 1.0, held_out: bool = False) -> None:
+        """Accumulate rows (groups, rows, channels), each of which counts ``weight`` times."""
+        if not rows.shape[1]:
+            return
+        if self._origin is None:
+            self._origin = rows.mean(1, dtype=torch.float64).to(rows.dtype)
+        moved = rows - self._origin[:, None].to(rows)
+        empty = (0.0, torch.zeros((), dtype=torch.float64, device=rows.device))
+        count, total, outer = self._parts.get(held_out, (*empty, empty[1]))
+        self._parts[held_out] = (
+            count + weight * rows.shape[1],
+            total + weight * moved.sum(1, dtype=torch.float64),
+            outer + weight * (moved.mT @ moved).to(torch.float64),
+        )
+        if weight != 1:
+            fourth = [each.square().sum((0, 2)).to(torch.float64).square().sum() for each in (moved, rows)]
+            ones = torch.full_like(fourth[0], rows.shape[1])
+            self._spread = self._spread.to(rows.device) + weight * (weight - 1) * torch.stack([ones, *fourth])
 
-    def second(self, *, centred: bool) -> Tensor:
-        """Second moments, about the mean or about zero."""
-        mean = self._total / max(self.count, 1)
-        second: Tensor = self._outer / max(self.count, 1)
+    def has(self, *, held_out: bool) -> bool:
+        """Whether there are rows that are held out, or that are not."""
+        return held_out in self._parts
+
+    def second(self, *, centred: bool, held_out: bool | None = None) -> Tensor:
+        """Second moments about the mean or about zero, of all rows, or of those that are held out or are not."""
+        parts = [part for key, part in self._parts.items() if held_out in (None, key)]
+        if not parts:
+            return torch.zeros(self._shape[0], self._shape[1], self._shape[1], dtype=torch.float64)
+        count = sum(part[0] for part in parts)
+        mean: Any = sum(part[1] for part in parts) / count
+        moved: Any = sum(part[2] for part in parts) / count
+        origin = self._origin.to(torch.float64)
+        central: Tensor = moved - mean[:, :, None] * mean[:, None]
+        mean = mean + origin
+        second: Tensor = central + mean[:, :, None] * mean[:, None]
         if not centred:
             return second
-        central = second - mean[:, :, None] * mean[:, None]
         # Inputs that are constant have central moments that are rounding errors alone: set them to zero.
         varies = central.diagonal(dim1=1, dim2=2).sum(1) > ROUNDING * second.diagonal(dim1=1, dim2=2).sum(1)
         return torch.where(varies[:, None, None], central, 0.0)
+
+    def standard_error(self, *, centred: bool) -> float:
+        """The expected ||C' - C|| / ||C|| of these moments C' and those of all rows C, for independent rows.
+
+        E ||C' - C||^2 = sum_i w_i (w_i - 1) ||x_i x_i^T - C||^2 / (sum_i w_i)^2 for weights w_i = N / n.
+        """
+        extra, about_origin, about_zero = self._spread.tolist()
+        if not extra:
+            return 0.0
+        count = sum(part[0] for part in self._parts.values())
+        squares = float(self.second(centred=centred).square().sum())
+        squared = (about_origin if centred else about_zero) - extra * squares
+        return float((max(squared, 0.0) / squares) ** 0.5 / count) if squares else 0.0
 
 
 def oracle_shrinkage(second: Tensor, samples: int) -> float:
@@ -272,24 +349,21 @@ def oracle_shrinkage(second: Tensor, samples: int) -> float:
 
 
 def chosen_shrinkage(kernels: Tensor, moments: Tensor, held_out: Tensor, formula: float) -> float:
-    """Of ``formula`` and a few fixed values the shrinkage with the least output error on the held-out moments."""
-    errors = {rho: _held_out_error(kernels, moments, held_out, rho) for rho in (formula, *SHRINKAGES)}
-    return min(errors, key=lambda rho: errors[rho])
+    """Of ``formula`` and a few fixed values the shrinkage with the least output error on the held-out moments.
 
-
-def _held_out_error(kernels: Tensor, moments: Tensor, held_out: Tensor, shrinkage: float) -> float:
-    """Squared output error on held-out inputs of the weight, (T k^2) x S, truncated to rank S / 4.
-
-    The truncation is the SVD of W C^1/2 with C the shrunk moments of the other inputs.
+    The error is that of the weight, (T k^2) x S, truncated to rank S / 4 by the SVD of W C^1/2 with C the shrunk
+    moments of the other inputs. All C have the eigenvectors V of the moments, so that one basis serves them all.
     """
     weight = kernels.transpose(1, 2).flatten(2).mT.to(torch.float64)
-    size = moments.shape[1]
-    identity = torch.eye(size, dtype=moments.dtype, device=moments.device)
-    mean = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    values, vectors = torch.linalg.eigh((1 - shrinkage) * moments + (shrinkage + 1e-12) * mean * identity)
-    roots = values.clamp(min=1e-300).sqrt()[:, None]
-    white = weight @ (vectors * roots)
-    leading = leading_eigenvectors(white.mT @ white, max(1, size // 4))
-    cut = ((white @ leading) @ leading.mT / roots) @ vectors.mT
-    error = weight - cut
-    return float(torch.einsum("gts,gsr,gtr->", error, held_out, error))
+    values, basis = torch.linalg.eigh(moments)
+    mean = moments.diagonal(dim1=1, dim2=2).mean(1)[:, None]
+    turned = weight @ basis
+    gram, held_out = turned.mT @ turned, basis.mT @ held_out @ basis
+    errors = {}
+    for rho in (formula, *SHRINKAGES):
+        roots = ((1 - rho) * values + (rho + 1e-12) * mean).clamp(min=1e-300).sqrt()[:, None]
+        leading = leading_eigenvectors(roots.mT * gram * roots, max(1, moments.shape[1] // 4))
+        lost = -(leading * roots.mT) @ (leading.mT / roots)  # W V (I + lost) is the error of the weight, times V
+        lost.diagonal(dim1=1, dim2=2).add_(1)
+        errors[rho] = float(((lost.mT @ gram @ lost) * held_out).sum())
+    return min(errors, key=lambda rho: errors[rho])

@@ -1,4 +1,4 @@
-"""Patches of a convolution's input as rows of a matrix (im2col), for every spatial option."""
+"""Rows of channels, and patches of a convolution's input as rows (im2col), for every spatial option."""
 
 import math
 from typing import Any
@@ -23,9 +23,9 @@ def patches_like(dense: Any) -> nn.Module | None:
         return None
     taps = math.prod(kernel_size)
     channels = dense.in_channels
-    # By way of the meta device: to initialize a convolution would draw random numbers, which are the caller's.
-    empty: Any = spatial_like(dense, channels, channels * taps, bias=False, device="meta", groups=channels)
-    patches: Any = empty.to_empty(device=dense.weight.device)
+    patches = _uninitialized(dense, channels, channels * taps, groups=channels).to_empty(
+        device=dense.weight.device
+    )
     units = torch.eye(taps, dtype=dense.weight.dtype, device=dense.weight.device).reshape(taps, 1, *kernel_size)
     with torch.no_grad():
         kernels = units.expand(channels, *units.shape)
@@ -33,8 +33,89 @@ def patches_like(dense: Any) -> nn.Module | None:
     return patches  # type: ignore[no-any-return]
 
 
+def _uninitialized(dense: Any, inputs: int, outputs: int, groups: int) -> Any:
+    """A convolution like ``dense`` on the meta device: no random numbers are drawn for its weight."""
+    return spatial_like(dense, inputs, outputs, bias=False, device="meta", groups=groups)
+
+
 def rows_of(tensor: Tensor, axes: int, groups: int) -> Tensor:
     """(batch, channels, *positions), or (..., channels), to (groups, rows, channels of a group) in float64."""
-    channels = tensor.dim() - axes - 1
-    rows = tensor.movedim(channels, -1).reshape(-1, groups, tensor.shape[channels] // groups)
-    return rows.transpose(0, 1).to(torch.float64)
+    return _grouped(_channels_last(tensor, axes).flatten(0, -2), groups).to(torch.float64)
+
+
+def count_rows(tensor: Tensor, axes: int) -> int:
+    """The number of rows of :func:`rows_of`."""
+    return tensor.numel() // max(1, tensor.shape[tensor.dim() - axes - 1])
+
+
+def some_rows(tensor: Tensor, axes: int, groups: int, indices: Tensor | None) -> Tensor:
+    """The rows of :func:`rows_of` with these indices, None for all, in the dtype that they are multiplied in."""
+    if indices is None:
+        rows = _channels_last(tensor, axes).flatten(0, -2)
+    elif axes > 0:
+        positions = tensor.reshape(-1, *tensor.shape[-axes - 1 :]).flatten(2)
+        image, place = _split(indices.to(tensor.device), positions.shape[2])
+        rows = positions[image, :, place]
+    else:
+        rows = tensor.reshape(-1, tensor.shape[-1])[indices.to(tensor.device)]
+    return _grouped(rows, groups).to(product_dtype(tensor))
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which rows of a tensor are multiplied; the products are summed in float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _channels_last(tensor: Tensor, axes: int) -> Tensor:
+    return tensor.movedim(tensor.dim() - axes - 1, -1)
+
+
+def _grouped(rows: Tensor, groups: int) -> Tensor:
+    return rows.unflatten(-1, (groups, -1)).transpose(0, 1)
+
+
+def _split(indices: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    return indices // length, indices % length
+
+
+class Patches:
+    """Rows of patches at chosen output positions, without unfolding the others.
+
+    The convolution with unit kernels of :func:`patches_like`, applied to one image that holds the number of each
+    input position, says which input positions a patch reads; so every option of the layer is taken into account.
+    """
+
+    def __init__(self, dense: Any) -> None:
+        self._unfold = patches_like(dense)
+        self._axes, self._groups = len(dense.kernel_size), dense.groups
+        taps = math.prod(dense.kernel_size)
+        self._number: Any = _uninitialized(dense, 1, taps, groups=1).to_empty(device="cpu").double()
+        units = torch.eye(taps, dtype=torch.float64).reshape(1, taps, 1, *dense.kernel_size)
+        with torch.no_grad():
+            self._number.weight.copy_(join_kernels(units, input_first=is_input_first(dense)))
+        self._read: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
+
+    def positions_read(self, size: tuple[int, ...]) -> Tensor:
+        """(taps, output positions): one plus the index of the input position, 0 where the patch reads padding."""
+        if self._read[0] != size:
+            numbers = torch.arange(1, math.prod(size) + 1, dtype=torch.float64).reshape(1, 1, *size)
+            with torch.no_grad():
+                self._read = size, self._number(numbers)[0].flatten(1).to(torch.int32)
+        return self._read[1]
+
+    def count(self, received: Tensor) -> int:
+        """The number of patches of a batch of inputs (batch, channels, *positions)."""
+        return len(received) * self.positions_read(tuple(received.shape[2:])).shape[1]
+
+    def rows(self, received: Tensor, indices: Tensor | None) -> Tensor:
+        """Rows (groups, rows, channels x taps of a group) of the patches with these indices, None for all."""
+        dtype = product_dtype(received)
+        if indices is None:
+            patches = received if self._unfold is None else self._unfold(received)
+            return _grouped(_channels_last(patches, self._axes).flatten(0, -2), self._groups).to(dtype)
+        read = self.positions_read(tuple(received.shape[2:]))
+        image, place = _split(indices, read.shape[1])
+        source = read[:, place].T.long().to(received.device)  # (rows, taps)
+        values = received.flatten(2)[image.to(received.device)[:, None], :, (source - 1).clamp(min=0)]
+        values = torch.where(source[:, :, None] > 0, values, 0)  # (rows, taps, channels)
+        return _grouped(values.transpose(1, 2).flatten(1), self._groups).to(dtype)

@@ -122,18 +122,18 @@ def output_factors(
 def mean_error(layer: Factorized, dense: Any, moments: Moments) -> Tensor | None:
     """The error of the mean output, E[W x - W' x]; None where the moments hold no mean inputs.
 
-    Both layers are affine, so that it is the difference of their outputs for the mean input.
+    Both layers are affine, so that it is the difference of their outputs for the mean input. Of inputs of several
+    sizes each counts with its number of output positions, as in a BatchNorm.
     """
     if not moments.means:
         return None
     total: int = 0
     shift: Any = 0.0
-    axes = len(getattr(dense, "kernel_size", ()))
     for mean, count in moments.means:
         x = mean.to(dense.weight.device, dense.weight.dtype)[None]
-        change = (dense(x) - layer(x)).to(torch.float64)
-        shift = shift + count * (change[0].flatten(1).mean(1) if axes else change[0])
-        total += count
+        change = (dense(x) - layer(x))[0].to(torch.float64).unsqueeze(-1).flatten(1)
+        shift = shift + count * change.sum(1)
+        total += count * change.shape[1]
     return shift / total  # type: ignore[no-any-return]
 
 

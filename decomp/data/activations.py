@@ -6,7 +6,7 @@ Inputs are those that the layer gets in the compressed network, targets are outp
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -36,13 +36,15 @@ Windows = Callable[[int], Iterator[Window[Item]]]
 class Example:
     """One call of a layer: its arguments in the compressed network, and its targets from the dense one.
 
-    The targets are the outputs of the dense layer after its tail. ``batch`` is the number of the batch.
+    The targets are the outputs of the dense layer after its tail. ``batch`` is the number of the batch, and
+    ``mask`` (batch, length) is False at padding; None where there is none.
     """
 
     batch: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     targets: list[Tensor]
+    mask: Tensor | None = None
 
     @property
     def received(self) -> Tensor:
@@ -110,9 +112,9 @@ class Activations:
         """
         window: list[Example] = []
         begin, size, whole = start, 0, start == 0
-        for index, batch in self._batches.numbered(start, part):
+        for index, batch, mask in self._batches.masked(start, part):
             with naming_batch(index, batch):
-                examples = self._examples(index, batch)
+                examples = [replace(each, mask=mask) for each in self._examples(index, batch)]
             nbytes = sum(example.nbytes for example in examples)
             if window and size + nbytes > share * self._cache_bytes:
                 yield Window(begin, window)

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
+from typing_extensions import TypeAliasType
 
 from decomp.network.forward import describe
 
 Part = Callable[[int], bool]
+Mask = TypeAliasType("Mask", str | Callable[[Any], Tensor | None] | None)
+"""A key of the batches, or a function of a batch, that gives a tensor (batch, length) which is 0 at padding."""
 
 _NO_TENSOR = (str, bytes, int, float, complex, np.ndarray, np.generic, type(None))
 _HOLDERS = ("sampler", "batch_sampler", "dataset", "loader", "dataloader")  # of whatever class they are
@@ -44,34 +47,59 @@ class Batches:
     """
 
     def __init__(
-        self, data: Iterable[Any], inputs: Callable[[Any], Any] | None = None, *, one_pass: bool = False
+        self,
+        data: Iterable[Any],
+        inputs: Callable[[Any], Any] | None = None,
+        mask: Mask = None,
+        *,
+        one_pass: bool = False,
     ) -> None:
         require_passes(data, one_pass=one_pass)
+        if not (mask is None or isinstance(mask, str) or callable(mask)):
+            raise TypeError(f"mask={mask!r}: write a key of the batches, a function of a batch, or None")
         self._data = data
         self._inputs = inputs or (lambda batch: batch)
+        self._mask = mask
         self._count = 0
 
     @classmethod
     def in_fixed_order(
-        cls, data: Iterable[Any], inputs: Callable[[Any], Any] | None, *, one_pass: bool = False
+        cls,
+        data: Iterable[Any],
+        inputs: Callable[[Any], Any] | None,
+        mask: Mask = None,
+        *,
+        one_pass: bool = False,
     ) -> "Batches":
         """Batches in the same order in every pass, shuffled data too, so that what is held out stays held out."""
         require_passes(data, one_pass=one_pass)
-        return cls(OwnRandomness(data, random_state(data), same_order=True), inputs, one_pass=one_pass)
+        return cls(OwnRandomness(data, random_state(data), same_order=True), inputs, mask, one_pass=one_pass)
+
+    @property
+    def length(self) -> int | None:
+        """How many batches a pass has, as ``len`` says; None where that is not known."""
+        try:
+            return len(self._data)  # type: ignore[arg-type]
+        except TypeError:
+            return None
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for _, batch in self.numbered())
 
     def count(self) -> int:
         """How many batches a pass has: what ``len`` says, or else counted in one pass."""
-        try:
-            return len(self._data)  # type: ignore[arg-type]
-        except TypeError:
+        length = self.length
+        if length is None:
             list(self.numbered(part=lambda index: False))
             return self._count
+        return length
 
     def numbered(self, start: int = 0, part: Part | None = None) -> Iterator[tuple[int, Any]]:
-        """Go through the batches from number ``start`` on, with ``part`` only those whose number it accepts.
+        """Go through the batches from number ``start`` on, with ``part`` only those whose number it accepts."""
+        return ((index, batch) for index, batch, _ in self.masked(start, part))
+
+    def masked(self, start: int = 0, part: Part | None = None) -> Iterator[tuple[int, Any, Tensor | None]]:
+        """As :meth:`numbered`, each batch with its mask, True at what counts; None where all of it does.
 
         Raises:
             TypeError: a batch holds no tensor.
@@ -82,15 +110,50 @@ class Batches:
             self._count = max(self._count, index + 1)
             if index >= start and (part is None or part(index)):
                 with naming_batch(index, batch):
-                    batch = self._inputs(batch)
-                _check(index, batch)
-                yield index, batch
+                    given = self._inputs(batch)
+                _check(index, given)
+                with naming_batch(index, batch):
+                    mask = _mask_of(self._mask, batch, given)
+                yield index, given, mask
         if index + 1 < self._count:
             ended = f"ended before batch {index + 1}" if index >= 0 else "came out empty"
             raise ValueError(
                 f"data {ended} on a later pass, and gave {self._count} batches before: "
                 "give what can be gone through again, a DataLoader or a list"
             )
+
+
+def unpadded(tensor: Tensor, mask: Tensor | None, dims: int = 3) -> Tensor:
+    """The positions (batch, length, ...) of a tensor at which the mask is True, as (positions, ...).
+
+    A tensor of fewer than ``dims`` dimensions, or whose first two are not those of the mask, is returned as it is.
+    """
+    if mask is None or tensor.dim() < dims or tensor.shape[:2] != mask.shape:
+        return tensor
+    return tensor[mask.to(tensor.device)]
+
+
+def _mask_of(mask: Mask, batch: Any, inputs: Any) -> Tensor | None:
+    """The mask of a batch, or None: a bool tensor (batch, length) that is False at padding."""
+    if callable(mask):
+        found = mask(batch)
+        if not (found is None or (isinstance(found, Tensor) and found.dim() == 2)):
+            shape = f" {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+            raise TypeError(
+                f"mask= gave a {type(found).__name__}{shape}: write a function that returns a tensor "
+                "(batch, length) which is 0 at padding, or None"
+            )
+    else:
+        holders = [each for each in (inputs, batch) if mask is not None and isinstance(each, Mapping)]
+        found = next((each[mask] for each in holders if mask in each), None)
+        if not isinstance(found, Tensor) or found.dim() != 2:
+            return None
+    if found is None:
+        return None
+    # A float mask that is added to scores is 0 at what counts, and negative at padding.
+    is_added = found.is_floating_point() and bool((found < 0).any())
+    counts = found == 0 if is_added else found != 0
+    return None if bool(counts.all()) else counts
 
 
 @contextmanager

@@ -35,6 +35,11 @@ class BatchNormShift:
         shape = (-1, *(1,) * (output.dim() - 2))
         return output.to(torch.float64) * self._ratio.reshape(shape) + self._offset.reshape(shape)
 
+    def target_rows(self, rows: Tensor) -> Tensor:
+        """The targets of rows (groups, n, channels) of an output of the dense layer."""
+        shape = (len(rows), 1, -1)
+        return rows.to(torch.float64) * self._ratio.reshape(shape) + self._offset.reshape(shape)
+
     def absorb(self, bias: Tensor) -> None:
         """Set the running mean to its original value minus ``bias``, which adds the bias to the layer's output."""
         self._mean.copy_(self._original_mean - bias.flatten())

@@ -7,7 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from decomp.calibration.unfold import patches_like, rows_of
+from decomp.calibration.sampling import Sampling, stratified
+from decomp.calibration.unfold import Patches, count_rows, some_rows
+from decomp.data.batches import unpadded
 from decomp.layers import Factorized, group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
 from decomp.network.forward import hooked
@@ -30,14 +32,17 @@ class Refit:
 
     z is the input of the last factor: the output of the factors before it, unfolded to patches for a k x k factor.
     With ``norm_shift`` the targets are those for the BatchNorm after the layer, which also stands in for a missing
-    bias.
+    bias. The rows are a sample of the positions of each batch, the same in every pass.
     """
 
-    def __init__(self, layer: nn.Module, norm_shift: BatchNormShift | None = None) -> None:
+    def __init__(
+        self, layer: nn.Module, norm_shift: BatchNormShift | None = None, sampling: Sampling | None = None
+    ) -> None:
         self._layer = layer
         self._last: Any = cast(Any, [*layer.children()][-1] if isinstance(layer, Factorized) else layer)
         self._weight = group_kernels(self._last).detach().to(torch.float64).flatten(2).clone()
-        self._patches = patches_like(self._last)
+        self._patches = Patches(self._last) if self.axes else None
+        self._rows_per_batch = (sampling or Sampling("all")).share(self._weight.shape[2])
         self.equations, self._held_out = NormalEquations(), NormalEquations()
         self.ridge = RIDGES[0]
         self._norm_shift = norm_shift
@@ -60,15 +65,18 @@ class Refit:
         """The current last factor and its bias."""
         return self._weight, self._bias
 
-    def add(self, received: Tensor, target: Tensor, *, held_out: bool) -> None:
+    def add(
+        self, received: Tensor, target: Tensor, *, held_out: bool, batch: int = 0, mask: Tensor | None = None
+    ) -> None:
         """Accumulate an input of the layer and the output that it should have."""
         if self.is_solvable:
-            for rows in self.rows(
-                received, target if self._norm_shift is None else self._norm_shift.target(target)
-            ):
-                (self._held_out if held_out else self.equations).add(*rows)
+            for z, y in self.rows(received, target, batch, mask):
+                y = y if self._norm_shift is None else self._norm_shift.target_rows(y)
+                (self._held_out if held_out else self.equations).add(z, y)
 
-    def rows(self, received: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def rows(
+        self, received: Tensor, target: Tensor, batch: int = 0, mask: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows z of the last factor's input and rows y of its targets, (groups, rows, channels), in chunks.
 
         Raises:
@@ -77,16 +85,33 @@ class Refit:
         axes, groups = self.axes, len(self._weight)
         if received.is_floating_point():
             received = received.to(self._last.weight.dtype)
-        if received.dim() == axes + 1:
+        if not axes:
+            received = unpadded(received, mask, dims=3 if received.is_floating_point() else 2)
+            target = unpadded(target, mask)
+        elif received.dim() == axes + 1:
             received, target = received[None], target[None]
-        per_chunk = max(1, EQUATION_CHUNK_ELEMENTS // max(1, target[0].numel() * self._weight.shape[2]))
-        for x, y in zip(received.split(per_chunk), target.split(per_chunk), strict=True):
+        total = count_rows(target, axes)
+        wanted = self._rows_per_batch
+        indices = None if wanted >= total else stratified(total, max(1, math.ceil(wanted)), seed=batch)
+        if indices is None:
+            per_chunk = max(1, EQUATION_CHUNK_ELEMENTS // max(1, target[0].numel() * self._weight.shape[2]))
+            chunks = zip(received.split(per_chunk), target.split(per_chunk), strict=True)
+        else:
+            chunks = iter([(received, target)])
+        for x, y in chunks:
             x = self._input_of_last(x)
-            z = x if self._patches is None else self._patches(x)
-            rows = rows_of(z, axes, groups), rows_of(y, axes, groups)
-            if rows[0].shape[1] != rows[1].shape[1]:
+            if count_rows(y, axes) != (count_rows(x, 0) if self._patches is None else self._patches.count(x)):
                 raise OutputSizeMismatch
-            yield rows
+            for part in [None] if indices is None else indices.split(self._rows_per_chunk):
+                if self._patches is None:
+                    z = some_rows(x, 0, groups, part)
+                else:
+                    z = self._patches.rows(x, part)
+                yield z.to(torch.float64), some_rows(y, axes, groups, part).to(torch.float64)
+
+    @property
+    def _rows_per_chunk(self) -> int:
+        return max(1, EQUATION_CHUNK_ELEMENTS // self._weight.shape[2])
 
     def _input_of_last(self, received: Tensor) -> Tensor:
         inputs: list[Tensor] = []

@@ -137,7 +137,8 @@ class ReluRefit:
             measured = held_out or not self._refit.has_held_out
             if not measured and weight is None:
                 continue
-            for z, goal in self._refit.rows(example.received, self._tail(example.targets[0])):
+            goals = self._tail(example.targets[0])
+            for z, goal in self._refit.rows(example.received, goals, example.batch, example.mask):
                 y = z @ matrix.mT if bias is None else z @ matrix.mT + bias[:, None]
                 if measured:
                     squared_error += float((self._relu(y) - goal).square().sum())

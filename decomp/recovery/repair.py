@@ -12,11 +12,20 @@ from decomp._util import tables
 from decomp._util.by_layer import ByLayer
 from decomp._util.naming import naming
 from decomp._util.progress import bar
+from decomp.calibration.sampling import Positions, Sampling
 from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
-from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
+from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, unpadded
 from decomp.layers import Factorized
 from decomp.network.attention import unpacked
-from decomp.network.forward import Unfused, call, evaluating, floating, norms_with_running_stats, to_device_of
+from decomp.network.forward import (
+    Unfused,
+    call,
+    evaluating,
+    floating,
+    hooked,
+    norms_with_running_stats,
+    to_device_of,
+)
 from decomp.network.pairing import factorized_names, pairs_of
 from decomp.network.tracing import Tail
 from decomp.recovery.batch_norm_shift import batch_norm_shifts
@@ -62,6 +71,8 @@ def repair(
     batch_norm: bool = True,
     nonlinear: bool = False,
     cache_bytes: int = 2**28,
+    positions: Positions = "auto",
+    mask: Mask = "attention_mask",
     progress: bool | None = None,
 ) -> RepairReport:
     """Refit the last factor and the bias of every factorized layer of ``small``, in place, by least squares.
@@ -89,6 +100,8 @@ def repair(
         batch_norm: re-estimate the BatchNorm statistics.
         nonlinear: minimize the error after the ReLU of layers that one follows.
         cache_bytes: the most memory for the inputs and targets of a layer.
+        positions: how many positions of a layer are used; see :func:`decomp.calibrate`.
+        mask: what is padding; see :func:`decomp.calibrate`.
         progress: show a progress bar.
 
     Raises:
@@ -107,7 +120,8 @@ def repair(
     """
     dense = unpacked(dense, factorized_names(small))
     pairs = pairs_of(small, dense)
-    batches = Batches.in_fixed_order(data, inputs)
+    batches = Batches.in_fixed_order(data, inputs, mask)
+    sampling = Sampling(positions, batches.count())
     reports: dict[str, LayerRepair] = {}
     with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
         before = _output_error(small, dense, batches)
@@ -121,7 +135,7 @@ def repair(
             activations = Activations(small, dense, *pairs[name], replace(tail, steps=()), batches, cache_bytes)
             with naming(name):
                 dense_tail = of_dense.get(name, Tail())
-                refit = Refit(pairs[name][0], norm_shifts.get(name))
+                refit = Refit(pairs[name][0], norm_shifts.get(name), sampling)
                 reports[name] = _refit(pairs[name][0], refit, activations, rectifier(tail, dense_tail), dense_tail)
         after, note = _output_error(small, dense, batches), ""
         if batch_norm:
@@ -138,7 +152,8 @@ def _refit(
     try:
         for example in examples:
             target = example.targets[0]
-            refit.add(example.received, target, held_out=CLOSED_FORM_SPLIT.held_out(example.batch))
+            held_out = CLOSED_FORM_SPLIT.held_out(example.batch)
+            refit.add(example.received, target, held_out=held_out, batch=example.batch, mask=example.mask)
             relu = relu if relu is not None and relu.applies_to(target, refit.axes) else None
     except RoutedDifferently:
         return LayerRepair(math.nan, math.nan, "routed differently: not refitted")
@@ -160,9 +175,11 @@ def _refit(
 def _output_error(small: nn.Module, dense: nn.Module, batches: Batches) -> float:
     """Relative error of all floating outputs of the network, over the whole data."""
     squared_error, energy, empty = 0.0, 0.0, True
-    for batch in batches:
+    for _, batch, mask in batches.masked():
         empty = False
-        outputs, dense_outputs = (_outputs(model, batch) for model in (small, dense))
+        outputs, dense_outputs = (
+            [unpadded(output, mask) for output in _outputs(model, batch)] for model in (small, dense)
+        )
         squared_error += sum(float((a - b).square().sum()) for a, b in zip(outputs, dense_outputs, strict=True))
         energy += sum(float(b.square().sum()) for b in dense_outputs)
     if empty:
@@ -175,7 +192,11 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: float) -> tuple[float, str]:
-    """Estimate BatchNorm statistics by a cumulative average over the data; undone unless the error falls."""
+    """Estimate BatchNorm statistics by an average over all positions; undone unless the error falls.
+
+    The statistics of each batch count with its number of positions: of inputs (batch, channels, *positions), all
+    dimensions but the second.
+    """
     norms = list(norms_with_running_stats(small).values())
     if not norms:
         return before, ""
@@ -184,9 +205,10 @@ def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: 
     try:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum, norm.training = None, True
-        for batch in batches:
-            call(small, to_device_of(small, batch))
+            norm.training = True
+        with hooked(before=[(norm, _weighted_by_positions()) for norm in norms]):
+            for batch in batches:
+                call(small, to_device_of(small, batch))
     except ValueError as error:
         _restore(norms, original)
         return before, f"the statistics of BatchNorm were kept: {error}"
@@ -201,6 +223,20 @@ def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: 
         return after, f"{len(reached)} BatchNorm re-estimated"
     _restore(norms, original)
     return before, f"no gain: the statistics of {len(reached)} BatchNorm were kept"
+
+
+def _weighted_by_positions() -> Any:
+    """A hook that sets the momentum of a BatchNorm to the share of a batch in all positions so far."""
+    seen = 0
+
+    def hook(norm: Any, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        nonlocal seen
+        received = (*given, *keywords.values())[0]
+        here = received.numel() // max(1, norm.num_features)
+        seen += here
+        norm.momentum = here / max(1, seen)
+
+    return hook
 
 
 def _restore(norms: Sequence[nn.Module], original: Sequence[Mapping[str, Tensor]]) -> None:

@@ -1,7 +1,7 @@
 """Sequential decomposition: every layer for the inputs that it receives in the network compressed so far."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import nn
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp.calibration.moments import moments_of
-from decomp.calibration.unfold import rows_of
-from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
-from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
+from decomp.calibration.sampling import Positions, Sampling
+from decomp.data.activations import Example, RoutedDifferently, reached_tails
+from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, unpadded
+from decomp.data.suspended import HeldExamples
 from decomp.layers import Factorized
 from decomp.network import surgery
 from decomp.network.attention import unpacked
@@ -45,6 +46,8 @@ def apply_sequentially(
     *,
     inputs: Callable[[Any], Any] | None = None,
     after_each: AfterEach | None = None,
+    positions: Positions = "auto",
+    mask: Mask = "attention_mask",
     progress: bool | None = None,
 ) -> CompressedModule:
     """Return ``model`` with the layers of ``plan`` replaced one after the other, in the order of execution.
@@ -53,28 +56,33 @@ def apply_sequentially(
     weight is fitted to y ~= W^ x^ + b by least squares (ridge towards W, chosen on held-out batches), W^ is
     decomposed for the moments of x^, and the remaining error of the mean of y is added to the bias, or to the
     BatchNorm that follows. ``after_each(small, name)`` is called after each layer, before the next one is
-    decomposed.
+    decomposed. One pass of each batch through both networks serves all layers, held at each until that is
+    decomposed; batches beyond the memory, and models for which that does not work, take a pass per layer.
 
     Source: Zhang et al. 2016, section 3.3 (asymmetric reconstruction).
     """
     model = unpacked(model, plan.replaced)
     replaced = layers_to_replace(model, plan, plan.method_of, needs_values=True)
     small = surgery.swap(model, {}, inplace=False)
-    batches = Batches.in_fixed_order(data, inputs)
+    batches = Batches.in_fixed_order(data, inputs, mask)
+    sampling = Sampling(positions, batches.count())
     pairs = {name: (small.get_submodule(name), dense) for name, dense in replaced.items()}
     final: dict[str, Choice] = {}
     with evaluating(model, small), Unfused(), torch.inference_mode(False), torch.no_grad():
         order = reached_tails(model, batches, replaced)
         norm_shifts = batch_norm_shifts(small, model, batches, pairs)
-        for name, tail in bar(progress, "decompose", order.items()):
-            require_finite(name, replaced[name])
-            activations = Activations(small, model, *pairs[name], replace(tail, steps=()), batches, CACHE_BYTES)
-            step = _LayerStep(*pairs[name], ExampleCache[Example](activations.windows), norm_shifts.get(name))
-            with naming(name):
-                layer, final[name] = step.decompose(name, plan)
-            small = surgery.swap(small, {name: layer}, inplace=bool(name))
-            if after_each is not None:
-                after_each(small, name)
+        calls = {name: replace(tail, steps=()) for name, tail in order.items()}
+        with HeldExamples(small, model, pairs, calls, batches, CACHE_BYTES) as held:
+            for name in bar(progress, "decompose", list(order)):
+                require_finite(name, replaced[name])
+                with naming(name):
+                    step = _LayerStep(*pairs[name], held.of(name), norm_shifts.get(name), sampling)
+                    layer, final[name] = step.decompose(name, plan)
+                del step  # its examples are gone before the next ones are made
+                small = surgery.swap(small, {name: layer}, inplace=bool(name))
+                if after_each is not None:
+                    after_each(small, name)
+                held.replace(name, layer, small)
     unreached = {name: module for name, module in replaced.items() if name not in order}
     for name in order:
         small.get_submodule(name).train(replaced[name].training)  # they were built in eval mode
@@ -89,8 +97,9 @@ class _LayerStep:
 
     own: nn.Module
     dense: nn.Module
-    examples: ExampleCache[Example]
+    examples: Iterable[Example]
     norm_shift: BatchNormShift | None
+    sampling: Sampling
 
     def decompose(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
@@ -99,8 +108,9 @@ class _LayerStep:
         calibrated = plan.statistics.get(name)
         try:
             self._refit()
-            received = ((example.received, CLOSED_FORM_SPLIT.held_out(example.batch)) for example in self.examples)
-            moments = moments_of(self.own, received, calibrated, centred=self.norm_shift is not None)
+            received = ((example.received, example.batch, example.mask) for example in self.examples)
+            centred = self.norm_shift is not None
+            moments = moments_of(self.own, received, calibrated, self.sampling, centred=centred)
         except RoutedDifferently:
             layer, choice = self._alone(name, plan)
             return layer, replace(choice, note="routed differently: decomposed by itself")
@@ -117,12 +127,14 @@ class _LayerStep:
 
     def _refit(self) -> None:
         """Fit the weight of the layer, and its bias, to the targets on the inputs that it receives."""
-        refit = Refit(self.own, self.norm_shift)
+        refit = Refit(self.own, self.norm_shift, self.sampling)
         try:
             for example in self.examples:
                 if not example.received.is_floating_point():
                     return
-                refit.add(example.received, example.targets[0], held_out=CLOSED_FORM_SPLIT.held_out(example.batch))
+                held_out = CLOSED_FORM_SPLIT.held_out(example.batch)
+                target = example.targets[0]
+                refit.add(example.received, target, held_out=held_out, batch=example.batch, mask=example.mask)
         except OutputSizeMismatch:
             return
         refit.apply()
@@ -134,11 +146,17 @@ class _LayerStep:
         squares = energy = 0.0
         count = 0
         for example in self.examples:
-            target = example.targets[0] if self.norm_shift is None else self.norm_shift.target(example.targets[0])
-            difference = rows_of(target - example.run(layer, NO_TAIL)[0], axes, 1)[0]
-            total, count = total + difference.sum(0), count + len(difference)
-            squares += float(difference.square().sum())
-            energy += float(target.double().square().sum())
+            target, output = example.targets[0], example.run(layer, NO_TAIL)[0]
+            if not axes:
+                target, output = (unpadded(each, example.mask) for each in (target, output))
+            target = target if self.norm_shift is None else self.norm_shift.target(target)
+            difference = target - output
+            channels = difference.dim() - axes - 1
+            others = [axis for axis in range(difference.dim()) if axis != channels]
+            total = total + difference.sum(others, dtype=torch.float64)
+            count += difference.numel() // difference.shape[channels]
+            squares += float(difference.square().sum(dtype=torch.float64))
+            energy += float(target.square().sum(dtype=torch.float64))
         mean = total / max(count, 1)
         if layer.bias is not None:
             layer.bias.add_(mean.to(layer.bias.dtype))

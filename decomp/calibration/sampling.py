@@ -1,0 +1,98 @@
+"""Which positions the statistics of a layer are summed over: all of them, or a seeded stratified sample."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import TypeAliasType
+
+POSITIONS_PER_CHANNEL = 10
+CHEAP_PRODUCTS = 2**30  # multiply-adds that take a few hundredths of a second
+
+Positions = TypeAliasType("Positions", int | Literal["auto", "all"])
+"""How many positions per layer are summed over: "auto", "all", or a number."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many positions of a layer its statistics are summed over.
+
+    ``positions`` is a number, "all", or "auto": ten for each of the n channels of the rows x that are summed, and
+    more of them, up to 2^30 / n^2, where the sum of x x^T costs little. The positions of images and of texts are correlated, so that more of them say little that is new (Zhang
+    et al. 2016 take ten per image). ``batches`` is the number of batches in a pass, None if it is not known.
+
+    Raises:
+        ValueError: ``positions`` is none of these.
+    """
+
+    positions: int | str = "auto"
+    batches: int | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.positions, int) and not isinstance(self.positions, bool) and self.positions > 0
+        if not number and self.positions not in ("auto", "all"):
+            raise ValueError(f'positions={self.positions!r}: write "auto", "all", or a number above 0')
+
+    def enough(self, channels: int) -> float:
+        """How many rows of so many channels are taken of all data; infinity for all."""
+        if isinstance(self.positions, int):
+            return self.positions
+        if self.positions == "all":
+            return math.inf
+        return max(POSITIONS_PER_CHANNEL * channels, CHEAP_PRODUCTS // channels**2)
+
+    def share(self, channels: int) -> float:
+        """How many rows are taken of one batch if every batch gives the same number."""
+        return self.enough(channels) / max(1, self.batches or 1)
+
+
+class Sampler:
+    """Draws the rows that are summed from each call of a layer, in the order of the batches.
+
+    By batch b of B a share (b + 1) / B of the rows should have been taken: a layer that only some batches reach
+    makes up for the others. Where B is not known, a share 1 + ln(b + 1) should have been taken: one batch is
+    enough, and many cost little. A call that gives n of its N rows counts with weight N / n, which makes the sums
+    unbiased whatever was taken of the other calls.
+
+    >>> sampler = Sampler(Sampling(8, batches=2), channels=3)
+    >>> rows, weight = sampler.draw(100, batch=0)
+    >>> len(rows), weight
+    (4, 25.0)
+    >>> sampler.draw(3, batch=1)
+    (None, 1.0)
+    """
+
+    def __init__(self, sampling: Sampling, channels: int) -> None:
+        self._enough, self._batches = sampling.enough(channels), sampling.batches
+        self.taken = 0
+        self.seen = 0
+
+    def draw(self, total: int, batch: int) -> tuple[Tensor | None, float]:
+        """Draw from ``total`` rows; return the indices, None for all, and the weight of each."""
+        least = self._enough / (self._batches or batch + 1)
+        due = least * (batch + 1) if self._batches else self._enough * (1 + math.log(batch + 1))
+        wanted = max(due - self.taken, least)
+        self.seen += total
+        if wanted >= total:
+            self.taken += total
+            return None, 1.0
+        count = max(1, math.ceil(wanted))
+        self.taken += count
+        return stratified(total, count, seed=batch), total / count
+
+
+def stratified(total: int, count: int, seed: int) -> Tensor:
+    """Indices below ``total``, one drawn at random from each of ``count`` strata of equal size, ascending.
+
+    Each index is drawn with the same expected frequency, ``count / total``. The random state of the program is
+    not used.
+
+    >>> stratified(1000, 4, seed=0) // 250
+    tensor([0, 1, 2, 3])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.rand(count, generator=generator, dtype=torch.float64)
+    places = (torch.arange(count, dtype=torch.float64) + offsets) * (total / count)
+    return places.long().clamp(max=total - 1)

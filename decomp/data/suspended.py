@@ -1,0 +1,424 @@
+"""Forward passes that are held at each layer: one pass of every batch serves all layers, however many there are."""
+
+import contextvars
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from threading import Semaphore, Thread, get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from decomp.data.activations import Activations, Example
+from decomp.data.batches import Batches, naming_batch
+from decomp.network.forward import Unfused, call, floating, to_device_of
+from decomp.network.tracing import Tail
+
+SECONDS_TO_WAIT = 60.0  # and twenty times what a pass takes: no pass that runs needs as long
+PASSES_TO_WAIT = 20
+
+
+class OutOfOrder(Exception):
+    """A pass does not reach the layers in the expected order, each once: it cannot be held at them."""
+
+
+class _Abandoned(BaseException):
+    """Ends a pass that is not needed further. No ``Exception``, which the forward of a model may catch."""
+
+
+@dataclass
+class Arrival:
+    """A call of a layer at which a pass is held: its name, its arguments, and its output if it has run."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+
+class SuspendedPass:
+    """A forward pass in a thread of its own, which runs only while :meth:`advance` waits for it."""
+
+    def __init__(self, gates: "Gates", batch: Any) -> None:
+        self._gates, self._batch = gates, batch
+        self._turn, self._reply = Semaphore(0), Semaphore(0)
+        self._arrival: Arrival | None = None
+        self._error: BaseException | None = None
+        self._is_abandoned = False
+        self.output: Any = None
+        self.finished = False
+        context = contextvars.copy_context()
+        self._thread = Thread(target=context.run, args=(self._run,), daemon=True, name="decomp-pass")
+
+    def advance(self, timeout: float | None = None) -> Arrival | None:
+        """Run on to the next call of a layer at which it is held; None at the end of the pass.
+
+        Raises:
+            TimeoutError: it got nowhere in so many seconds, because another pass that is held has a lock.
+        """
+        if self.finished:
+            return None
+        self._arrival = None
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._turn.release()
+        if not self._reply.acquire(timeout=timeout):
+            raise TimeoutError
+        if self._error is not None:
+            raise self._error
+        return self._arrival
+
+    def abandon(self) -> None:
+        """Let the pass end where it is."""
+        self._is_abandoned = True
+        self._turn.release()
+
+    def join(self) -> None:
+        """Wait for the end of the thread."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        self.finished = True
+
+    def hold(self, arrival: Arrival) -> None:
+        """Called in the thread of the pass: wait at a layer."""
+        self._arrival = arrival
+        del arrival
+        self._reply.release()
+        self._turn.acquire()
+        if self._is_abandoned:
+            raise _Abandoned
+
+    def _run(self) -> None:
+        try:
+            self._gates.passes[get_ident()] = self
+            model = self._gates.model
+            batch = to_device_of(model, self._batch)
+            kind = next((leaf.device.type for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), "cpu")
+            with ExitStack() as stack:
+                # All of these belong to a thread, which begins without them.
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(self._gates.device)
+                stack.enter_context(Unfused())
+                stack.enter_context(torch.autocast(kind, enabled=False))
+                self.output = call(model, batch)
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._gates.passes.pop(get_ident(), None)
+            self.finished, self._batch = True, None
+            self._reply.release()
+
+
+@dataclass
+class Gates:
+    """Hooks that hold the passes of a model at the calls of its layers, before or ``after`` they have run.
+
+    ``replaced`` are layers that passes are no longer held at, with the modules whose output they give instead.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    after: bool
+    passes: dict[int, SuspendedPass] = field(default_factory=dict)
+    replaced: dict[str, nn.Module | None] = field(default_factory=dict)
+    device: Any = field(default_factory=nullcontext)
+
+    @contextmanager
+    def installed(self) -> Iterator["Gates"]:
+        """Run the block with the hooks; passes that are still held then are abandoned."""
+        started: list[SuspendedPass] = []
+        self._started = started
+        if torch.get_default_device().type != "cpu":
+            self.device = torch.get_default_device()
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                stack.callback(layer.register_forward_pre_hook(self._before(name), with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(self._after(name), with_kwargs=True).remove)
+            stack.callback(_end, started)
+            yield self
+
+    def begin(self, batch: Any) -> SuspendedPass:
+        """A pass over a batch, which has not started to run."""
+        begun = SuspendedPass(self, batch)
+        self._started.append(begun)
+        return begun
+
+    def _before(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            here = self.passes.get(get_ident())
+            if here is not None and not self.after and name not in self.replaced:
+                here.hold(Arrival(name, args, kwargs))
+
+        return hook
+
+    def _after(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            here = self.passes.get(get_ident())
+            if here is None:
+                return None
+            if self.after and name not in self.replaced:
+                here.hold(Arrival(name, args, kwargs, output))
+            instead = self.replaced.get(name)
+            return None if instead is None else instead(*args, **kwargs)
+
+        return hook
+
+
+def _end(passes: Sequence[SuspendedPass]) -> None:
+    """Abandon all passes first: one may wait for a lock that another has."""
+    for each in passes:
+        each.abandon()
+    for each in passes:
+        each.join()
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations of this thread have returned, as long as they live.
+
+    Parameters and buffers of the model are left out: operations return views of them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.bytes = 0
+        state = (*model.parameters(), *model.buffers())
+        self._own = [tensor.untyped_storage() for tensor in state]
+        self._known = {id(storage) for storage in self._own}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                storage = leaf.untyped_storage()
+                key, size = id(storage), storage.nbytes()
+                if key not in self._known:
+                    self._known.add(key)
+                    self.bytes += size
+                    weakref.finalize(storage, self._forget, key, size)
+        return result
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def size_of(batch: Any) -> int:
+    """Bytes of the tensors of a batch."""
+    leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+
+@torch.no_grad()
+def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches) -> float:
+    """The most bytes that a pass holds at a call of a layer, per byte of its batch; infinite if passes cannot be held.
+
+    They cannot be held where a pass does not call each layer once, in the order of ``layers``, or where two passes
+    that take turns do not end as each of them alone: where the model keeps what a pass computes in itself, or
+    draws random numbers, or a pass waits for a lock that the other has. This is tried with the first two batches.
+    """
+    first = list(islice(iter(batches), 2))
+    expected, seconds = [], 0.0
+    live, most = _LiveBytes(model), 0
+    order: list[str] = []
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal most
+            if get_ident() == thread:
+                order.append(name)
+                most = max(most, live.bytes)
+
+        return hook
+
+    thread = get_ident()
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(count(name), with_kwargs=True).remove)
+        for number, batch in enumerate(first):
+            start = time.perf_counter()
+            kind = model_device(model)
+            with Unfused(), torch.autocast(kind, enabled=False), live if number == 0 else nullcontext():
+                expected.append([each.clone() for each in floating(call(model, to_device_of(model, batch)))])
+            seconds = time.perf_counter() - start
+            if order != list(layers):
+                return float("inf")
+            order.clear()
+    timeout = SECONDS_TO_WAIT + PASSES_TO_WAIT * seconds
+    with Gates(model, layers, after=True).installed() as gates:
+        passes = [gates.begin(batch) for batch in first]
+        try:
+            for name in [*layers, None]:
+                for each in passes:
+                    arrival = each.advance(timeout)
+                    if (None if arrival is None else arrival.name) != name:
+                        return float("inf")
+        except Exception:  # also a TimeoutError; what is wrong with the model itself was raised above
+            return float("inf")
+        outputs = [floating(each.output) for each in passes]
+    for found, right in zip(outputs, expected, strict=True):
+        if len(found) != len(right) or not all(map(_alike, found, right)):
+            return float("inf")
+    return most / max(1, size_of(first[0]))
+
+
+def model_device(model: nn.Module) -> str:
+    """The type of the device of the model's first parameter."""
+    parameter = next(model.parameters(), None)
+    return "cpu" if parameter is None else parameter.device.type
+
+
+def _alike(found: Tensor, right: Tensor) -> bool:
+    return found.shape == right.shape and torch.allclose(found, right, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+class HeldExamples:
+    """The examples of one layer after the other, in the order of execution, from one pass of each batch.
+
+    The passes over the first batches, as many as fit into ``cache_bytes``, are held at each layer until the layer is
+    :meth:`replace`d; the examples of the others come from passes of their own for each layer, as do all where
+    passes cannot be held. A layer that is called several times gets passes of its own, after which new ones are
+    held. To be used in a ``with`` block, whose end abandons the passes.
+
+    Args:
+        small: the compressed network, whose layers are replaced one after the other.
+        dense: the dense one.
+        pairs: the layers that will be replaced in ``small``, and those of ``dense``, by name.
+        order: the same names in the order of execution, with the tails of the layers.
+        batches: the data.
+        cache_bytes: memory for what is held.
+    """
+
+    def __init__(
+        self,
+        small: nn.Module,
+        dense: nn.Module,
+        pairs: Mapping[str, tuple[nn.Module, nn.Module]],
+        order: Mapping[str, Tail],
+        batches: Batches,
+        cache_bytes: int,
+    ) -> None:
+        self._small, self._dense, self._pairs, self._order = small, dense, pairs, order
+        self._batches, self._cache_bytes = batches, cache_bytes
+        self._waiting = {name: None for name, tail in order.items() if tail.calls == 1}
+        self._bytes_per_byte = float("inf")
+        self._held: list[_Held] | None = None
+        self._gates: tuple[Gates, ...] = ()
+        self._open = ExitStack()
+
+    def __enter__(self) -> "HeldExamples":
+        if self._waiting:
+            dense_layers = {name: self._pairs[name][1] for name in self._waiting}
+            self._bytes_per_byte = held_bytes(self._dense, dense_layers, self._batches)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def of(self, name: str) -> "LayerExamples":
+        """The examples of a layer, which can be gone through several times.
+
+        Raises:
+            RoutedDifferently: the two networks call the layer with inputs of other shapes.
+        """
+        tail = self._order[name]
+        first: list[Example] = []
+        if tail.calls == 1 and self._bytes_per_byte < float("inf"):
+            try:
+                first = self._arrive(name, tail)
+            except OutOfOrder:
+                self._close()
+                self._bytes_per_byte = float("inf")
+        else:
+            self._close()
+        held = self._held or []
+        left = max(0, self._cache_bytes - sum(each.nbytes for each in held))
+        rest = Activations(self._small, self._dense, *self._pairs[name], tail, self._batches, left)
+        return LayerExamples(first, rest, len(held), left)
+
+    def replace(self, name: str, layer: nn.Module, small: nn.Module) -> None:
+        """Go on with another module in place of the layer; ``small`` is the network that holds it."""
+        self._small = small
+        self._waiting.pop(name, None)
+        for gates, instead in zip(self._gates, (layer, None), strict=False):
+            gates.replaced[name] = instead
+
+    def _arrive(self, name: str, tail: Tail) -> list[Example]:
+        if self._held is None:
+            self._begin()
+        examples = []
+        for each in self._held or []:
+            with naming_batch(each.index, each.batch):
+                ours, theirs = (held.advance() for held in each.passes)
+            if ours is None or theirs is None or ours.name != name or theirs.name != name:
+                raise OutOfOrder
+            shapes = ([leaf.shape for leaf in floating((a.args, a.kwargs))] for a in (ours, theirs))
+            if next(shapes) != next(shapes):
+                raise OutOfOrder  # the passes of their own say what it means
+            targets = [tail(output) for output in floating(theirs.output)]
+            if any(target.numel() for target in targets):
+                examples.append(Example(each.index, ours.args, ours.kwargs, targets, each.mask))
+        return examples
+
+    def _begin(self) -> None:
+        """Begin to hold as many of the first batches as the memory is enough for."""
+        layers = [{name: self._pairs[name][place] for name in self._waiting} for place in (0, 1)]
+        self._gates = (
+            self._open.enter_context(Gates(self._small, layers[0], after=False).installed()),
+            self._open.enter_context(Gates(self._dense, layers[1], after=True).installed()),
+        )
+        self._held, total = [], 0.0
+        for index, batch, mask in self._batches.masked():
+            nbytes = 2 * self._bytes_per_byte * size_of(batch)
+            total += nbytes
+            if total > self._cache_bytes:
+                break
+            small, dense = (gates.begin(batch) for gates in self._gates)
+            self._held.append(_Held(index, batch, mask, (small, dense), int(nbytes)))
+
+    def _close(self) -> None:
+        self._held, self._gates = None, ()
+        self._open.close()
+
+
+@dataclass
+class _Held:
+    index: int
+    batch: Any
+    mask: Tensor | None
+    passes: tuple[SuspendedPass, SuspendedPass]
+    nbytes: int
+
+
+class LayerExamples:
+    """The examples of held passes, then those of other batches, which stay in memory if they fit."""
+
+    def __init__(self, held: list[Example], rest: Activations, start: int, cache_bytes: int) -> None:
+        self._held, self._rest, self._start, self._cache_bytes = held, rest, start, cache_bytes
+        self._kept: list[Example] | None = None
+
+    def __iter__(self) -> Iterator[Example]:
+        yield from self._held
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Example] = []
+        size = 0
+        for window in self._rest.windows(self._start):
+            for example in window.items:
+                size += example.nbytes
+                if size <= self._cache_bytes:
+                    kept.append(example)
+                yield example
+            del window
+        if size <= self._cache_bytes:
+            self._kept = kept

@@ -1,0 +1,281 @@
+"""Passes that are held at each layer: the same results as passes of their own for each layer, and fewer of them."""
+
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from networks import plant_spectra
+from torch import nn
+from torch.nn import functional
+
+import decomp
+from decomp.data import suspended
+from decomp.data.batches import Batches
+from decomp.data.suspended import Gates, HeldExamples, held_bytes
+from decomp.network.forward import evaluating
+
+
+class Residual(nn.Module):
+    """BatchNorms, a shortcut with a layer of its own, an activation in place, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(6, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.short = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(6, 12, 1)
+        self.act, self.fc = nn.ReLU(inplace=True), nn.Linear(12, 10)
+
+    def forward(self, x):
+        y = self.act(self.bn1(self.conv1(x)))
+        return self.fc(self.act(self.conv2(y) + self.short(x)).mean((2, 3)))
+
+
+class Shared(nn.Module):
+    """One layer under two names, and called twice; layers before, between and after its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.between, self.last = (nn.Linear(16, 16) for _ in range(4))
+        self.alias = self.twice
+
+    def forward(self, x):
+        return self.last(self.alias(self.between(functional.relu(self.twice(self.first(x))))))
+
+
+class Branching(nn.Module):
+    """Which layer comes first depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        order = (self.a, self.b) if x[0, 0] > 0 else (self.b, self.a)
+        for layer in order:
+            x = functional.relu(layer(x))
+        return self.c(x)
+
+
+class Routed(Branching):
+    """Some batches never reach a layer."""
+
+    def forward(self, x):
+        return self.c(functional.relu((self.a if x[0, 0] > 0 else self.b)(x)))
+
+
+class Remembering(Branching):
+    """Keeps in itself what a pass computes: two passes that take turns would mix."""
+
+    def forward(self, x):
+        self.kept = self.a(x)
+        y = self.b(x)
+        return self.c(functional.relu(y + self.kept))
+
+
+class Locked(Branching):
+    """A pass that is held inside of a lock would keep all others waiting."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __deepcopy__(self, memo):
+        new = Locked()
+        new.load_state_dict(self.state_dict())
+        memo[id(self)] = new
+        return new
+
+    def forward(self, x):
+        with self.lock:
+            return self.c(functional.relu(self.b(functional.relu(self.a(x)))))
+
+
+class Own(Branching):
+    """Changes the grad mode and autocast inside of its forward, and passes a keyword."""
+
+    def forward(self, x):
+        with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.a(input=x)
+        return self.c(functional.relu(self.b(y.float())))
+
+
+def rows(count):
+    mix = torch.randn(16, 16)
+    return [torch.randn(32, 16) @ mix for _ in range(count)]
+
+
+def pictures(count):
+    mix = torch.randn(6, 6)
+    return [torch.einsum("ab,nbij->naij", mix, torch.randn(4, 6, 6, 6)) for _ in range(count)]
+
+
+MODELS = {
+    "residual": (Residual, pictures, True),
+    "shared, called twice": (Shared, rows, True),
+    "order that depends on the data": (Branching, rows, False),
+    "routed": (Routed, rows, False),
+    "keeps state": (Remembering, rows, False),
+    "locks": (Locked, rows, False),
+    "modes of its own": (Own, rows, True),
+    "one layer": (lambda: nn.Sequential(nn.Linear(16, 16)), rows, True),
+    "the model is the layer": (lambda: nn.Linear(16, 16), rows, True),
+}
+
+
+def sequential(model, data, **options):
+    return decomp.svd(model, ranks=4, data=data, sequential=True, progress=False, **options)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(suspended, "SECONDS_TO_WAIT", 0.5)
+    yield
+    assert not passes_alive()
+
+
+def passes_alive():
+    return [thread for thread in threading.enumerate() if thread.name == "decomp-pass"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("make", "batches", "held"), MODELS.values(), ids=MODELS)
+def test_the_same_as_with_a_pass_for_each_layer(make, batches, held, training, monkeypatch):
+    model = plant_spectra(make(), decay=0.5).train(training)
+    data = batches(8)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    layers = {n: m for n, m in layers.items() if n != "twice"}
+    if not isinstance(model, Residual):
+        with evaluating(model):
+            assert (held_bytes(model, layers, Batches(data)) < float("inf")) == held
+    results, plans = [], []
+    for bound in (None, float("inf"), 200.0):
+        if bound is not None:  # infinite: a pass for each layer; 200 bytes per byte: some batches are held
+            monkeypatch.setattr(suspended, "held_bytes", lambda *_, bound=bound: bound)
+        if bound == 200.0:
+            monkeypatch.setattr("decomp.recovery.sequential.CACHE_BYTES", 3 * 400 * suspended.size_of(data[0]) + 1)
+        if bound == 200.0 and not held:
+            break
+        small = sequential(model, data)
+        results.append(small.state_dict())
+        plans.append(small.decomp_plan)
+    for other, plan in zip(results[1:], plans[1:], strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+        assert dict(plan) == dict(plans[0])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_number_of_passes_does_not_grow_with_the_depth():
+    counts = []
+    for depth in (3, 9):
+        model = plant_spectra(nn.Sequential(*(nn.Linear(16, 16) for _ in range(depth))), decay=0.5)
+        data, calls = rows(16), Counter()
+        for place, layer in enumerate(model):
+            layer.register_forward_hook(lambda *_, place=place: calls.update([place]))
+        plan = decomp.plan(nn.Sequential(*(nn.Linear(16, 16) for _ in range(depth))), ranks=4)
+        for layer in model:
+            layer._forward_hooks.clear()
+        model.register_forward_pre_hook(lambda *_: calls.update(["begun"]))
+        sequential_plan = decomp.svd(model, plan, data=data, sequential=True, progress=False)
+        assert len(sequential_plan.decomp_plan) == depth
+        counts.append(calls["begun"])
+    assert counts[0] == counts[1] <= 2 * 16 + 10, "both networks, and the first batches a few times more"
+
+
+def test_layers_before_the_held_one_run_once(monkeypatch):
+    """In the dense network the first layer runs as often as there are batches, and a few times more."""
+    model = plant_spectra(nn.Sequential(*(nn.Linear(16, 16) for _ in range(6))), decay=0.5)
+    data, calls = rows(20), Counter()
+    original = nn.Linear.forward
+
+    def forward(self, x):
+        calls["first"] += self is model[0]
+        return original(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    sequential(model, data)
+    assert calls["first"] <= 2 * 20 + 10  # the first layer itself is run for its moments, and once by data=
+
+
+class Interrupt(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, Interrupt])
+def test_what_ends_a_call_leaves_no_threads_no_hooks_and_no_flags(place, kind, monkeypatch):
+    model, data = plant_spectra(Residual(), decay=0.5), pictures(6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    from decomp.recovery import sequential as module
+
+    done = []
+    original = module.from_moments
+
+    def broken(*given):
+        if len(done) == place:
+            raise kind
+        done.append(1)
+        return original(*given)
+
+    monkeypatch.setattr(module, "from_moments", broken)
+    with pytest.raises(kind):
+        sequential(model, data)
+    assert all(each.training for each in model.modules())
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.is_grad_enabled()
+
+
+def test_an_error_in_a_pass_names_the_batch():
+    class Failing(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            if len(x) == 31:
+                raise RuntimeError("31 rows")
+            return y
+
+    model = plant_spectra(Failing(nn.Linear(16, 16), nn.Linear(16, 16)), decay=0.5)
+    data = [*rows(3), torch.randn(31, 16)]
+    plan = decomp.plan(model, "svd", ranks=4)
+
+    class Early(Failing):
+        def forward(self, x):
+            return super().forward(self[0](x)) if len(x) == 31 else super().forward(x)
+
+    with pytest.raises(RuntimeError, match="shapes|31 rows") as caught:
+        decomp.svd(model, plan, data=[*rows(3), torch.randn(31, 17)], sequential=True, progress=False)
+    assert any("in batch 3 of data" in note for note in caught.value.__notes__)
+    assert decomp.svd(model, plan, data=data, sequential=True, progress=False)  # never run to its end
+
+
+def test_what_is_held_is_bounded():
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
+    data = rows(10)
+    layers = {"0": model[0], "2": model[2]}
+    per_byte = held_bytes(model, layers, Batches(data))
+    # At the second layer: its input of 64 channels and its output of 16, for an input of 16.
+    assert per_byte == (64 + 16) / 16
+    pairs = {name: (layer, layer) for name, layer in layers.items()}
+    order = {name: suspended.Tail() for name in layers}
+    cache = int(3.5 * 2 * per_byte * suspended.size_of(data[0]))
+    with HeldExamples(model, model, pairs, order, Batches(data), cache) as held, torch.no_grad():
+        examples = held.of("0")
+        assert len(passes_alive()) == 6
+        assert [example.batch for example in examples] == list(range(10))
+        assert len(held._held) == 3
+        for example, x in zip(examples, data, strict=True):
+            assert torch.equal(example.received, x)
+            assert torch.equal(example.targets[0], model[0](x))
+
+
+def test_gates_hold_one_thread_at_a_time_and_leave_other_calls_alone():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with Gates(model, {"1": model[1]}, after=True).installed() as gates:
+        passes = [gates.begin(torch.full((1, 16), float(value))) for value in range(3)]
+        arrivals = [each.advance() for each in passes]
+        assert [arrival.name for arrival in arrivals] == ["1"] * 3
+        model(torch.ones(1, 16))  # a call of this thread runs through
+        assert [each.advance() for each in passes] == [None] * 3
+        with torch.no_grad():
+            for value, each in enumerate(passes):
+                assert torch.equal(each.output, model(torch.full((1, 16), float(value))))
+                assert not each.output.requires_grad
