@@ -2,10 +2,10 @@
 
     python benchmarks/recurrent.py [--threads 1] [--batch 8] [--device cpu]
 
-Per row: a one-layer LSTM or GRU with as many inputs as hidden units, a batch of sequences of T steps, and the time of a
-pass in eval mode with every rank a quarter and an eighth of the full one: input weights alone (the fused kernels of torch
-run the recurrence), and input and recurrent weights (a loop in Python). Medians of interleaved rounds. The shares of
-parameters say what the time buys.
+Per row: a one-layer LSTM or GRU with as many inputs as hidden units, a batch of sequences of T steps, and the time
+of a pass in eval mode with every rank a quarter and an eighth of the full one: input weights alone (the fused
+kernels of torch run the recurrence), and input and recurrent weights (a loop in Python). Medians of interleaved
+rounds. The shares of parameters say what the time buys.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from torch import nn
 
 from decomp._util import tables
 from decomp.layers import SVDRNN, InputSVDRNN
-from decomp.planning.latency import latency
 from decomp.planning.cost import count_params
+from decomp.planning.latency import latency
 
 HIDDEN = (64, 128, 256, 512, 1024)
 STEPS = (20, 50, 200)

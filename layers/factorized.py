@@ -14,7 +14,8 @@ from decomp.layers.kernels import is_input_first, join_kernels, memory_format_of
 Absorbs: TypeAlias = Literal["full", "diagonal", "nothing"]
 """Which matrices before or after a layer can be multiplied into its factors, with no factor added."""
 
-# What torch keeps of the parameters of a recurrent layer beside them; it sets these anew in every layer that it makes.
+# What torch keeps of the parameters of a recurrent layer beside them; it sets these anew in every layer that it
+# makes.
 _OF_RECURRENT = ("_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights")
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module), *_OF_RECURRENT))
 _OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape", "input_first"))

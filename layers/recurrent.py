@@ -1,6 +1,8 @@
-"""Low-rank weights inside LSTM, GRU and RNN layers: linear layers before recurrent ones, and a recurrence of its own."""
+"""LSTM, GRU and RNN layers with low-rank weights: linear layers before recurrent ones, or a loop over steps."""
 
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -12,6 +14,8 @@ from decomp.layers.factorized import Factorized
 from decomp.layers.kernels import recurrent_matrices, weight_matrix
 
 States = Tensor | tuple[Tensor, Tensor]
+
+_PARAMETER = re.compile(r"(weight_(ih|hh|hr)|bias_(ih|hh))_l\d+(_reverse)?")
 
 
 class LowRankRecurrence(nn.Module):
@@ -48,7 +52,9 @@ class LowRankRecurrence(nn.Module):
             steps, restored = input.data.split(input.batch_sizes.tolist()), input.unsorted_indices
             batch, sorting = int(input.batch_sizes[0]), input.sorted_indices
         else:
-            by_step = input.unsqueeze(1) if input.dim() == 2 else input.transpose(0, 1) if self.batch_first else input
+            by_step = (
+                input.unsqueeze(1) if input.dim() == 2 else input.transpose(0, 1) if self.batch_first else input
+            )
             steps, batch, sorting, restored = by_step.unbind(0), by_step.shape[1], None, None
         first = self._first_states(hx, steps[0], batch, unbatched=not batched(input), sorting=sorting)
         outputs, last = zip(*(self._run(suffix, steps, first) for suffix in self._suffixes()), strict=True)
@@ -153,25 +159,27 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
 
 
 class InputSVDRNN(Factorized):
-    """An LSTM, GRU or RNN with input weights of low rank: per layer ``nn.Linear(S -> r, no bias)`` and one-layer RNN.
+    """An LSTM, GRU or RNN with input weights of low rank: ``nn.Linear(S -> r)`` and a one-layer RNN per layer.
 
-    W_ih x = B (A x): A is the linear layer, B the input weight of a recurrent layer with r inputs, so that the fused
-    kernels of torch run the recurrence. Both directions share A: [W_ih; W_ih_reverse] is factorized as one matrix
-    (D G H x S), with D directions and G gates. A layer of full rank has no linear layer. Ranks are (input, upper):
-    that of the first layer, and one for all layers above it, where there are any. Params of a layer r (S + D G H), and so many
-    MACs per step, in place of S D G H; recurrent weights, biases and projections stay as they are.
+    W_ih x = B (A x): A is the linear layer, B the input weight of a recurrent layer with r inputs, so that the
+    fused kernels of torch run the recurrence. Both directions share A: [W_ih; W_ih_reverse] is factorized as one
+    matrix (D G H x S), with D directions and G gates. A layer of full rank has no linear layer. Ranks are (input,
+    upper): that of the first layer, and one for all layers above it, where there are any. The input
+    weights of a layer have r (S + D G H) parameters and MACs per step, in place of S D G H; recurrent weights,
+    biases and projections stay as they are.
 
-    It replaces ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` and is called like them. ``weight_ih_l0`` and the other dense
-    parameters can be read; what is written into them is lost.
+    It replaces ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` and is called like them. ``weight_ih_l0`` and the other
+    dense parameters can be read; what is written into them is lost.
 
     Factors are a pair (B, A) of shapes (layers, D G H, r) and (layers, r, S) for each rank; a single tensor is a
     matrix of full rank.
 
-    Source: Prabhavalkar et al. 2016 (On the compression of recurrent neural networks), section 3.
+    Source: Prabhavalkar et al. 2016 (On the compression of recurrent neural networks), who let the recurrent
+    weights and the input weights of the next layer share A.
 
     >>> layer = InputSVDRNN.like(nn.LSTM(64, 32, num_layers=2, bidirectional=True), (8, 64))
-    >>> [(name, str(child)) for name, child in layer.named_children()][:2]
-    [('reduce_l0', 'Linear(in_features=64, out_features=8, bias=False)'), ('layer_l0', 'LSTM(8, 32, bidirectional=True)')]
+    >>> [name for name, child in layer.named_children()], layer.layer_l0
+    (['reduce_l0', 'layer_l0', 'layer_l1'], LSTM(8, 32, bidirectional=True))
     """
 
     method = "svd_rnn_input"
@@ -290,7 +298,8 @@ class InputSVDRNN(Factorized):
         values: dict[str, Tensor] = {}
         for place in range(self.num_layers):
             reduce, layer = self._stage(place)
-            for name, own in layer.named_parameters():
+            for name, parameter in layer.named_parameters():
+                own: Tensor = parameter
                 if name.startswith("reduce_hh"):
                     continue
                 if name.startswith("expand_hh"):
@@ -317,7 +326,9 @@ class InputSVDRNN(Factorized):
             options["nonlinearity"] = self.nonlinearity
         dtype = next(self.parameters()).dtype
         dense: Any = self.dense_type(**options, device="meta", dtype=dtype).train(self.training)
-        trained = {source for name, own in self.named_parameters() if own.requires_grad for source in self._sources(name)}
+        trained = {
+            source for name, own in self.named_parameters() if own.requires_grad for source in self._sources(name)
+        }
         for name, value in self.dense_parameters().items():
             setattr(dense, name, nn.Parameter(value.detach().clone(), requires_grad=name in trained))
         self._give_plain_attributes(dense)
@@ -346,28 +357,27 @@ class InputSVDRNN(Factorized):
                 child.flatten_parameters()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(("weight_", "bias_")) and "_modules" in vars(self) and self._modules:
+        if _PARAMETER.fullmatch(name) and vars(self).get("_modules"):
             values = self.dense_parameters()
             if name in values:
                 return values[name]
         return super().__getattr__(name)
 
     def _require_no_product(self, name: str) -> None:
-        if name in ("weight", "bias") or name.startswith(("weight_", "bias_")):
+        if name in ("weight", "bias") or _PARAMETER.fullmatch(name):
             raise AttributeError(
                 f"{type(self).__name__}.{name} cannot be set or pruned: it is computed from the parameters of the "
-                "layers inside. Use these in its place (layer.layer_l0.weight_ih_l0, layer.reduce_l0.weight), or the "
-                "dense layer that decomp.densify gives"
+                "layers inside. Use these in its place (layer.layer_l0.weight_ih_l0, layer.reduce_l0.weight), or "
+                "the dense layer that decomp.densify gives"
             )
 
-    def forward(self, input: Any, hx: States | None = None) -> tuple[Any, States]:
+    def forward(self, input: Any, hx: States | None = None) -> Any:
         count = len(self._suffixes())
         states = None if hx is None else list(hx) if isinstance(hx, tuple | list) else [hx]
+        total = count * self.num_layers
         for state in states or ():
-            if state.shape[0] != count * self.num_layers:
-                raise RuntimeError(
-                    f"hx: states of {count * self.num_layers} layers and directions are needed, not {state.shape[0]}"
-                )
+            if state.shape[0] != total:
+                raise RuntimeError(f"hx: states of {total} layers and directions are needed, not {state.shape[0]}")
         ends: list[Any] = []
         for place in range(self.num_layers):
             if place and self.dropout and self.training:
@@ -376,7 +386,8 @@ class InputSVDRNN(Factorized):
             if reduce is not None:
                 input = _on_rows(reduce, input)
             own = states and [state[place * count : (place + 1) * count] for state in states]
-            input, end = layer(input, (tuple(own) if self.mode == "LSTM" else own[0]) if own else None)
+            with _keeping_what_backward_needs(layer):
+                input, end = layer(input, (tuple(own) if self.mode == "LSTM" else own[0]) if own else None)
             ends.append(end)
         if self.num_layers == 1:
             return input, ends[0]
@@ -389,9 +400,10 @@ class InputSVDRNN(Factorized):
 class SVDRNN(InputSVDRNN):
     """An LSTM, GRU or RNN with input and recurrent weights of low rank.
 
-    As :class:`InputSVDRNN`, and W_hh h = B (A h) for each direction of each layer, with one rank for all:
-    ranks are (input, recurrent, upper), or the first two for a single layer. A recurrent rank below the full one makes the recurrence a loop in Python (:class:`LowRankRecurrence`):
-    fewer parameters and MACs, but slower than torch's fused kernels at most sizes.
+    As :class:`InputSVDRNN`, and W_hh h = B (A h) for each direction of each layer, with one rank for all: ranks
+    are (input, recurrent, upper), or the first two for a single layer. A recurrent rank below the full one makes
+    the recurrence a loop in Python (:class:`LowRankRecurrence`): fewer parameters and MACs, but on small layers
+    more time than torch's fused kernels take.
 
     >>> layer = SVDRNN.like(nn.GRU(64, 32), (8, 4))
     >>> layer.layer_l0
@@ -400,6 +412,22 @@ class SVDRNN(InputSVDRNN):
 
     method = "svd_rnn"
     roles: ClassVar[tuple[str, ...]] = ("input", "recurrent", "upper")
+
+
+@contextmanager
+def _keeping_what_backward_needs(layer: nn.Module) -> Iterator[None]:
+    """Run a one-layer recurrence as in training mode where gradients are on: else cuDNN refuses the backward pass.
+
+    There is nothing in it that behaves otherwise in training: dropout is between the layers.
+    """
+    if layer.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        yield
+        return
+    layer.training = True
+    try:
+        yield
+    finally:
+        layer.training = False
 
 
 def _one_layer(dense: Any, inputs: int, device: Any, dtype: Any) -> nn.RNNBase:

@@ -19,7 +19,15 @@ from decomp.layers.kernels import is_input_first
 from decomp.linalg import as_float64, eigenbasis
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
-from decomp.network.forward import Unfused, call, evaluating, flat_output, hooked, to_device_of
+from decomp.network.forward import (
+    Unfused,
+    call,
+    differentiable_in_eval,
+    evaluating,
+    flat_output,
+    hooked,
+    to_device_of,
+)
 from decomp.network.selection import Selector
 
 KEPT_ENERGY = 0.75
@@ -106,7 +114,8 @@ def _fisher(
 
         return hook
 
-    with hooked(after=[(layer, watch(name)) for name, layer in layers.items()]):
+    hooks = [(layer, watch(name)) for name, layer in layers.items()]
+    with hooked(after=hooks), differentiable_in_eval(model):
         for batch in batches:
             outputs.clear()
             with torch.enable_grad():
@@ -121,7 +130,9 @@ def _fisher(
 def _cut(layer: nn.Module) -> tuple[dict[str, Tensor], float]:
     """The weights by name, each projected on its leading output directions, and their squared relative error."""
     if isinstance(layer, nn.RNNBase):
-        dense = {name: p[None] for name, p in layer.named_parameters() if name.startswith(("weight_ih", "weight_hh"))}
+        dense = {
+            name: p[None] for name, p in layer.named_parameters() if name.startswith(("weight_ih", "weight_hh"))
+        }
     else:
         dense = {"weight": group_kernels(layer)}
     dense = {name: as_float64(kernels) for name, kernels in dense.items()}

@@ -77,7 +77,10 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
         _held_by_torch(module)
         or hooks_of(module)
         or _odd_parts(module, own)
-        or next(filter(None, (_odd_weight(p, needs_values) for name, p in own.items() if name.startswith("weight"))), "")
+        or next(
+            filter(None, (_odd_weight(p, needs_values) for name, p in own.items() if name.startswith("weight"))),
+            "",
+        )
         or next(
             (
                 f"its weight is tied: {', '.join(shared[_memory(p)])} share it"

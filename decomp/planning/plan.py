@@ -10,7 +10,7 @@ from torch import nn
 from decomp._util import tables
 from decomp._util.arguments import with_arguments
 from decomp._util.naming import matches, some
-from decomp.calibration.moments import Moments
+from decomp.calibration.recurrent import AnyMoments
 from decomp.methods import METHODS, Method
 from decomp.network import surgery
 from decomp.network.eligibility import ALREADY_FACTORIZED
@@ -59,7 +59,7 @@ class Plan(Mapping[str, Choice]):
         before: Cost,
         candidates: Mapping[str, Sequence[Candidate]] | None = None,
         *,
-        statistics: Mapping[str, Moments] | None = None,
+        statistics: Mapping[str, AnyMoments] | None = None,
         methods: Mapping[str, Method] | None = None,
         seconds: Change | None = None,
         request: Request | None = None,
@@ -117,7 +117,7 @@ class Plan(Mapping[str, Choice]):
         return self._candidates
 
     @property
-    def statistics(self) -> Mapping[str, Moments]:
+    def statistics(self) -> Mapping[str, AnyMoments]:
         """The moments of each layer; empty for a plan made without data, or from a file or a model."""
         return self._statistics
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from decomp._util.progress import bar
 from decomp.calibration.calibrate import Statistics, calibrate
-from decomp.calibration.moments import Moments
+from decomp.calibration.recurrent import AnyMoments
 from decomp.layers import Factorized
+from decomp.layers.kernels import shape_of
 from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_named, row_named
 from decomp.network.eligibility import WhyNot
 from decomp.planning.arguments import BudgetArguments, Scope
@@ -115,7 +116,7 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     return plan.with_budget(**bound)
 
 
-def _statistics(model: nn.Module, scope: Scope) -> Mapping[str, Moments]:
+def _statistics(model: nn.Module, scope: Scope) -> Mapping[str, AnyMoments]:
     """``data`` if it is statistics already, else those of its batches; empty without data."""
     data = scope["data"]
     if data is None:
@@ -137,7 +138,7 @@ def _survey(
     model: nn.Module,
     methods: Sequence[Method],
     why_not: WhyNot,
-    statistics: Mapping[str, Moments],
+    statistics: Mapping[str, AnyMoments],
     scope: Scope,
 ) -> Survey:
     """Survey the layers, with sizes from the example inputs, else from the data."""
@@ -148,7 +149,7 @@ def _survey(
 
 
 def _others(
-    earlier: Plan | None, first: Candidate, module: nn.Module, surveyed: Survey, moments: Moments | None
+    earlier: Plan | None, first: Candidate, module: nn.Module, surveyed: Survey, moments: AnyMoments | None
 ) -> list[Candidate]:
     """Candidates of the other methods of an earlier plan's budget, so that it can be changed again."""
     if earlier is None or earlier.request.budget is None:
@@ -161,7 +162,7 @@ def _others(
 def _require_same_model(statistics: Statistics, model: nn.Module) -> None:
     known = dict(model.named_modules())
     for name, moments in statistics.items():
-        shape = tuple(getattr(getattr(known.get(name), "weight", None), "shape", ()))
+        shape = shape_of(known.get(name))
         if moments.shape != shape and not isinstance(known.get(name), Factorized):
             raise ValueError(
                 f"data: the statistics are of another model, layer {name!r} had weight {moments.shape}, "

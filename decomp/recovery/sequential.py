@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
-from decomp.calibration.moments import moments_of
+from decomp.calibration.moments import Moments, moments_of
 from decomp.calibration.unfold import rows_of
 from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
@@ -92,9 +92,9 @@ class _LayerStep:
 
     def decompose(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
-        if not plan.method_of(name).reads_moments:
+        if not plan.method_of(name).affine:
             return self._alone(name, plan)
-        calibrated = plan.statistics.get(name)
+        calibrated = cast(Moments | None, plan.statistics.get(name))
         try:
             self._refit()
             received = ((example.received, CLOSED_FORM_SPLIT.held_out(example.batch)) for example in self.examples)
