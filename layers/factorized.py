@@ -3,7 +3,6 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
 import torch
@@ -194,14 +193,11 @@ class Factorized(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Multiply the factors: the weight that this layer applies, in the layout and dtype of the dense layer."""
-        with self._full_precision():
-            return join_kernels(self.dense_kernels(), input_first=self.input_first)
-
-    def _full_precision(self) -> AbstractContextManager[Any]:
-        """Keep autocast away, which would give the product of float32 factors in bfloat16."""
         device = next(self.parameters()).device.type
-        enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return torch.autocast(device, enabled=False) if enabled else nullcontext()
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # it would give the product of float32 factors in bfloat16
+                return self.dense_weight()
+        return join_kernels(self.dense_kernels(), input_first=self.input_first)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:

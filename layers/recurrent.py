@@ -1,8 +1,6 @@
 """LSTM, GRU and RNN layers with low-rank weights: linear layers before recurrent ones, or a loop over steps."""
 
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -15,7 +13,7 @@ from decomp.layers.kernels import recurrent_matrices, weight_matrix
 
 States = Tensor | tuple[Tensor, Tensor]
 
-_PARAMETER = re.compile(r"(weight_(ih|hh|hr)|bias_(ih|hh))_l\d+(_reverse)?")
+_PARAMETERS = ("weight_ih_l", "weight_hh_l", "weight_hr_l", "bias_ih_l", "bias_hh_l")
 
 
 class LowRankRecurrence(nn.Module):
@@ -291,10 +289,10 @@ class InputSVDRNN(Factorized):
 
     def dense_parameters(self) -> dict[str, Tensor]:
         """The parameters of the dense layer by name, with products of factors in their place."""
-        with self._full_precision():
-            return self._products()
-
-    def _products(self) -> dict[str, Tensor]:
+        device = next(self.parameters()).device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # as for ``dense_weight``
+                return self.dense_parameters()
         values: dict[str, Tensor] = {}
         for place in range(self.num_layers):
             reduce, layer = self._stage(place)
@@ -357,14 +355,14 @@ class InputSVDRNN(Factorized):
                 child.flatten_parameters()
 
     def __getattr__(self, name: str) -> Any:
-        if _PARAMETER.fullmatch(name) and vars(self).get("_modules"):
+        if name.startswith(_PARAMETERS) and vars(self).get("_modules"):
             values = self.dense_parameters()
             if name in values:
                 return values[name]
         return super().__getattr__(name)
 
     def _require_no_product(self, name: str) -> None:
-        if name in ("weight", "bias") or _PARAMETER.fullmatch(name):
+        if name in ("weight", "bias") or name.startswith(_PARAMETERS):
             raise AttributeError(
                 f"{type(self).__name__}.{name} cannot be set or pruned: it is computed from the parameters of the "
                 "layers inside. Use these in its place (layer.layer_l0.weight_ih_l0, layer.reduce_l0.weight), or "
@@ -386,8 +384,8 @@ class InputSVDRNN(Factorized):
             if reduce is not None:
                 input = _on_rows(reduce, input)
             own = states and [state[place * count : (place + 1) * count] for state in states]
-            with _keeping_what_backward_needs(layer):
-                input, end = layer(input, (tuple(own) if self.mode == "LSTM" else own[0]) if own else None)
+            given = (tuple(own) if self.mode == "LSTM" else own[0]) if own else None
+            input, end = _run_differentiably(layer, input, given)
             ends.append(end)
         if self.num_layers == 1:
             return input, ends[0]
@@ -414,18 +412,16 @@ class SVDRNN(InputSVDRNN):
     roles: ClassVar[tuple[str, ...]] = ("input", "recurrent", "upper")
 
 
-@contextmanager
-def _keeping_what_backward_needs(layer: nn.Module) -> Iterator[None]:
+def _run_differentiably(layer: nn.Module, input: Any, hx: States | None) -> tuple[Any, States]:
     """Run a one-layer recurrence as in training mode where gradients are on: else cuDNN refuses the backward pass.
 
     There is nothing in it that behaves otherwise in training: dropout is between the layers.
     """
     if layer.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        yield
-        return
+        return cast(Any, layer)(input, hx)
     layer.training = True
     try:
-        yield
+        return cast(Any, layer)(input, hx)
     finally:
         layer.training = False
 

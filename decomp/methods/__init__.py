@@ -34,8 +34,8 @@ def kinds_of(*methods: Method) -> set[Any]:
 
 
 # The methods that a budget chooses from by default. Adding asymmetric, tensor train and the depthwise methods
-# lowered the error of the weights, but without fine-tuning also the accuracy. svd_rnn makes recurrent layers
-# slower than they were at most sizes (benchmarks/recurrent.py).
+# lowered the error of the weights, but without fine-tuning also the accuracy. svd_rnn makes small recurrent layers
+# several times slower (benchmarks/recurrent.py).
 AUTO = ("svd", "tucker", "svd_rnn_input")
 
 # The method for linear layers and 1x1 convolutions in calls with a method for spatial kernels.
