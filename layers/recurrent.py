@@ -412,16 +412,16 @@ class SVDRNN(InputSVDRNN):
     roles: ClassVar[tuple[str, ...]] = ("input", "recurrent", "upper")
 
 
-def _run_differentiably(layer: nn.Module, input: Any, hx: States | None) -> tuple[Any, States]:
+def _run_differentiably(layer: nn.Module, input: Any, hx: States | None) -> Any:
     """Run a one-layer recurrence as in training mode where gradients are on: else cuDNN refuses the backward pass.
 
     There is nothing in it that behaves otherwise in training: dropout is between the layers.
     """
     if layer.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return cast(Any, layer)(input, hx)
+        return layer(input, hx)
     layer.training = True
     try:
-        return cast(Any, layer)(input, hx)
+        return layer(input, hx)
     finally:
         layer.training = False
 
