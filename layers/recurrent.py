@@ -417,7 +417,8 @@ def _run_differentiably(layer: nn.Module, input: Any, hx: States | None) -> Any:
 
     There is nothing in it that behaves otherwise in training: dropout is between the layers.
     """
-    if layer.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if layer.training or recorded or not torch.is_grad_enabled():
         return layer(input, hx)
     layer.training = True
     try:
