@@ -384,7 +384,7 @@ class InputSVDRNN(Factorized):
             if reduce is not None:
                 input = _on_rows(reduce, input)
             own = states and [state[place * count : (place + 1) * count] for state in states]
-            given = (tuple(own) if self.mode == "LSTM" else own[0]) if own else None
+            given: Any = (tuple(own) if self.mode == "LSTM" else own[0]) if own else None
             input, end = _run_differentiably(layer, input, given)
             ends.append(end)
         if self.num_layers == 1:
