@@ -792,3 +792,22 @@ def test_devices(name, kind):
     torch.testing.assert_close(small(x.cuda())[0].cpu(), copy.deepcopy(small).cpu()(x)[0], rtol=1e-4, atol=1e-4)
     small(x.cuda())[0].sum().backward()
     assert all(p.grad is not None for p in small.parameters())
+
+
+def test_a_shared_factor_is_trained_where_one_direction_is():
+    dense = nn.LSTM(INPUTS, HIDDEN, bidirectional=True)
+    dense.weight_ih_l0.requires_grad_(False)
+    small = factorized("svd_rnn_input", dense, (3,))
+    flags = {name: p.requires_grad for name, p in small.named_parameters() if "ih" in name or "reduce" in name}
+    assert flags["reduce_l0.weight"]
+    assert not flags["layer_l0.weight_ih_l0"]
+    assert flags["layer_l0.weight_ih_l0_reverse"]
+
+
+def test_a_weight_that_has_changed_since_the_plan_has_its_own_error():
+    model = nn.Sequential(nn.GRU(16, 16))
+    plan = decomp.plan(model, ranks=5)
+    model[0].weight_hh_l0.data.mul_(3)
+    choice = plan.apply(model).decomp_plan["0"]
+    assert "the weight has changed since the plan was made" in choice.note
+    assert 0 < choice.error < plan["0"].error
