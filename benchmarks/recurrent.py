@@ -2,10 +2,10 @@
 
     python benchmarks/recurrent.py [--threads 1] [--batch 8] [--device cpu]
 
-Per row: a one-layer LSTM or GRU with as many inputs as hidden units, a batch of sequences of T steps, and the time of a
-pass in eval mode with every rank a quarter and an eighth of the full one: input weights alone (the fused kernels of torch
-run the recurrence), and input and recurrent weights (a loop in Python). Medians of interleaved rounds. The shares of
-parameters say what the time buys.
+Per row: a one-layer LSTM or GRU with as many inputs as hidden units, a batch of sequences of T steps, and the time
+of a pass in eval mode with every rank a quarter and an eighth of the full one: input weights alone (the fused
+kernels of torch run the recurrence), and input and recurrent weights (a loop in Python). Medians of interleaved
+rounds. The shares of parameters say what the time buys.
 """
 
 import argparse

@@ -27,6 +27,7 @@ from decomp.layers.trains import AsymmetricConv, SpatialSVDConv, TensorTrainConv
 from decomp.layers.tucker import TuckerConv
 
 __all__ = [
+    "SVDRNN",
     "AsymmetricConv",
     "BlockTermConv",
     "CP4Conv",
@@ -40,7 +41,6 @@ __all__ = [
     "KroneckerLinear",
     "MonochromaticConv",
     "PointwiseDepthwiseConv",
-    "SVDRNN",
     "SVDConv",
     "SVDEmbedding",
     "SVDLinear",

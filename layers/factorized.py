@@ -3,7 +3,6 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
 import torch
@@ -14,7 +13,8 @@ from decomp.layers.kernels import is_input_first, join_kernels, kind_of, memory_
 Absorbs: TypeAlias = Literal["full", "diagonal", "nothing"]
 """Which matrices before or after a layer can be multiplied into its factors, with no factor added."""
 
-# What torch keeps of the parameters of a recurrent layer beside them; it sets these anew in every layer that it makes.
+# What torch keeps of the parameters of a recurrent layer beside them; it sets these anew in every layer that it
+# makes.
 _OF_RECURRENT = ("_flat_weights", "_flat_weight_refs", "_flat_weights_names", "_all_weights")
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), *dir(nn.Module), *_OF_RECURRENT))
 _OF_FACTORIZED = frozenset(("ranks", "dense_type", "dense_shape", "input_first"))
@@ -193,14 +193,11 @@ class Factorized(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Multiply the factors: the weight that this layer applies, in the layout and dtype of the dense layer."""
-        with self._full_precision():
-            return join_kernels(self.dense_kernels(), input_first=self.input_first)
-
-    def _full_precision(self) -> AbstractContextManager[Any]:
-        """Keep autocast away, which would give the product of float32 factors in bfloat16."""
         device = next(self.parameters()).device.type
-        enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return torch.autocast(device, enabled=False) if enabled else nullcontext()
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # it would give the product of float32 factors in bfloat16
+                return self.dense_weight()
+        return join_kernels(self.dense_kernels(), input_first=self.input_first)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:

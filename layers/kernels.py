@@ -178,8 +178,8 @@ def recurrent_matrices(dense: nn.RNNBase) -> dict[str, Tensor]:
 
     ``input`` (1, D G H, S) are the input weights of the first layer, ``upper`` (L - 1, D G H, D P) those of the
     layers above it, if there are any, the directions one below the other; ``recurrent`` (L D, G H, P) are the
-    recurrent weights. D is the number of directions, G of gates, L of layers, H and P the sizes of the cell and of the
-    output.
+    recurrent weights. D is the number of directions, G of gates, L of layers, H and P the sizes of the cell and of
+    the output.
 
     >>> matrices = recurrent_matrices(nn.LSTM(5, 3, num_layers=3, bidirectional=True))
     >>> {role: tuple(each.shape) for role, each in matrices.items()}

@@ -1,4 +1,4 @@
-"""Low-rank weights inside LSTM, GRU and RNN layers: linear layers before recurrent ones, and a recurrence of its own."""
+"""LSTM, GRU and RNN layers with low-rank weights: linear layers before recurrent ones, or a loop over steps."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self, cast
@@ -12,6 +12,8 @@ from decomp.layers.factorized import Factorized
 from decomp.layers.kernels import recurrent_matrices, weight_matrix
 
 States = Tensor | tuple[Tensor, Tensor]
+
+_PARAMETERS = ("weight_ih_l", "weight_hh_l", "weight_hr_l", "bias_ih_l", "bias_hh_l")
 
 
 class LowRankRecurrence(nn.Module):
@@ -155,25 +157,27 @@ def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
 
 
 class InputSVDRNN(Factorized):
-    """An LSTM, GRU or RNN with input weights of low rank: per layer ``nn.Linear(S -> r, no bias)`` and one-layer RNN.
+    """An LSTM, GRU or RNN with input weights of low rank: ``nn.Linear(S -> r)`` and a one-layer RNN per layer.
 
-    W_ih x = B (A x): A is the linear layer, B the input weight of a recurrent layer with r inputs, so that the fused
-    kernels of torch run the recurrence. Both directions share A: [W_ih; W_ih_reverse] is factorized as one matrix
-    (D G H x S), with D directions and G gates. A layer of full rank has no linear layer. Ranks are (input, upper):
-    that of the first layer, and one for all layers above it, where there are any. Params of a layer r (S + D G H), and so many
-    MACs per step, in place of S D G H; recurrent weights, biases and projections stay as they are.
+    W_ih x = B (A x): A is the linear layer, B the input weight of a recurrent layer with r inputs, so that the
+    fused kernels of torch run the recurrence. Both directions share A: [W_ih; W_ih_reverse] is factorized as one
+    matrix (D G H x S), with D directions and G gates. A layer of full rank has no linear layer. Ranks are (input,
+    upper): that of the first layer, and one for all layers above it, where there are any. The input
+    weights of a layer have r (S + D G H) parameters and MACs per step, in place of S D G H; recurrent weights,
+    biases and projections stay as they are.
 
-    It replaces ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` and is called like them. ``weight_ih_l0`` and the other dense
-    parameters can be read; what is written into them is lost.
+    It replaces ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` and is called like them. ``weight_ih_l0`` and the other
+    dense parameters can be read; what is written into them is lost.
 
     Factors are a pair (B, A) of shapes (layers, D G H, r) and (layers, r, S) for each rank; a single tensor is a
     matrix of full rank.
 
-    Source: Prabhavalkar et al. 2016 (On the compression of recurrent neural networks), section 3.
+    Source: Prabhavalkar et al. 2016 (On the compression of recurrent neural networks), who let the recurrent
+    weights and the input weights of the next layer share A.
 
     >>> layer = InputSVDRNN.like(nn.LSTM(64, 32, num_layers=2, bidirectional=True), (8, 64))
-    >>> [(name, str(child)) for name, child in layer.named_children()][:2]
-    [('reduce_l0', 'Linear(in_features=64, out_features=8, bias=False)'), ('layer_l0', 'LSTM(8, 32, bidirectional=True)')]
+    >>> [name for name, child in layer.named_children()], layer.layer_l0
+    (['reduce_l0', 'layer_l0', 'layer_l1'], LSTM(8, 32, bidirectional=True))
     """
 
     method = "svd_rnn_input"
@@ -285,14 +289,15 @@ class InputSVDRNN(Factorized):
 
     def dense_parameters(self) -> dict[str, Tensor]:
         """The parameters of the dense layer by name, with products of factors in their place."""
-        with self._full_precision():
-            return self._products()
-
-    def _products(self) -> dict[str, Tensor]:
+        device = next(self.parameters()).device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # as for ``dense_weight``
+                return self.dense_parameters()
         values: dict[str, Tensor] = {}
         for place in range(self.num_layers):
             reduce, layer = self._stage(place)
-            for name, own in layer.named_parameters():
+            for name, parameter in layer.named_parameters():
+                own: Tensor = parameter
                 if name.startswith("reduce_hh"):
                     continue
                 if name.startswith("expand_hh"):
@@ -350,28 +355,27 @@ class InputSVDRNN(Factorized):
                 child.flatten_parameters()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(("weight_", "bias_")) and "_modules" in vars(self) and self._modules:
+        if name.startswith(_PARAMETERS) and vars(self).get("_modules"):
             values = self.dense_parameters()
             if name in values:
                 return values[name]
         return super().__getattr__(name)
 
     def _require_no_product(self, name: str) -> None:
-        if name in ("weight", "bias") or name.startswith(("weight_", "bias_")):
+        if name in ("weight", "bias") or name.startswith(_PARAMETERS):
             raise AttributeError(
                 f"{type(self).__name__}.{name} cannot be set or pruned: it is computed from the parameters of the "
-                "layers inside. Use these in its place (layer.layer_l0.weight_ih_l0, layer.reduce_l0.weight), or the "
-                "dense layer that decomp.densify gives"
+                "layers inside. Use these in its place (layer.layer_l0.weight_ih_l0, layer.reduce_l0.weight), or "
+                "the dense layer that decomp.densify gives"
             )
 
-    def forward(self, input: Any, hx: States | None = None) -> tuple[Any, States]:
+    def forward(self, input: Any, hx: States | None = None) -> Any:
         count = len(self._suffixes())
         states = None if hx is None else list(hx) if isinstance(hx, tuple | list) else [hx]
+        total = count * self.num_layers
         for state in states or ():
-            if state.shape[0] != count * self.num_layers:
-                raise RuntimeError(
-                    f"hx: states of {count * self.num_layers} layers and directions are needed, not {state.shape[0]}"
-                )
+            if state.shape[0] != total:
+                raise RuntimeError(f"hx: states of {total} layers and directions are needed, not {state.shape[0]}")
         ends: list[Any] = []
         for place in range(self.num_layers):
             if place and self.dropout and self.training:
@@ -380,7 +384,8 @@ class InputSVDRNN(Factorized):
             if reduce is not None:
                 input = _on_rows(reduce, input)
             own = states and [state[place * count : (place + 1) * count] for state in states]
-            input, end = layer(input, (tuple(own) if self.mode == "LSTM" else own[0]) if own else None)
+            given: Any = (tuple(own) if self.mode == "LSTM" else own[0]) if own else None
+            input, end = _run_differentiably(layer, input, given)
             ends.append(end)
         if self.num_layers == 1:
             return input, ends[0]
@@ -393,9 +398,10 @@ class InputSVDRNN(Factorized):
 class SVDRNN(InputSVDRNN):
     """An LSTM, GRU or RNN with input and recurrent weights of low rank.
 
-    As :class:`InputSVDRNN`, and W_hh h = B (A h) for each direction of each layer, with one rank for all:
-    ranks are (input, recurrent, upper), or the first two for a single layer. A recurrent rank below the full one makes the recurrence a loop in Python (:class:`LowRankRecurrence`):
-    fewer parameters and MACs, but slower than torch's fused kernels at most sizes.
+    As :class:`InputSVDRNN`, and W_hh h = B (A h) for each direction of each layer, with one rank for all: ranks
+    are (input, recurrent, upper), or the first two for a single layer. A recurrent rank below the full one makes
+    the recurrence a loop in Python (:class:`LowRankRecurrence`): fewer parameters and MACs, but on small layers
+    more time than torch's fused kernels take.
 
     >>> layer = SVDRNN.like(nn.GRU(64, 32), (8, 4))
     >>> layer.layer_l0
@@ -404,6 +410,21 @@ class SVDRNN(InputSVDRNN):
 
     method = "svd_rnn"
     roles: ClassVar[tuple[str, ...]] = ("input", "recurrent", "upper")
+
+
+def _run_differentiably(layer: nn.Module, input: Any, hx: States | None) -> Any:
+    """Run a one-layer recurrence as in training mode where gradients are on: else cuDNN refuses the backward pass.
+
+    There is nothing in it that behaves otherwise in training: dropout is between the layers.
+    """
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if layer.training or recorded or not torch.is_grad_enabled():
+        return layer(input, hx)
+    layer.training = True
+    try:
+        return layer(input, hx)
+    finally:
+        layer.training = False
 
 
 def _one_layer(dense: Any, inputs: int, device: Any, dtype: Any) -> nn.RNNBase:

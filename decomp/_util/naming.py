@@ -46,7 +46,8 @@ def require_finite(name: str, module: nn.Module) -> None:
     weights = [each.detach() for key, each in module.named_parameters(recurse=False) if key.startswith("weight")]
     bad = sum(int((~torch.isfinite(weight)).sum()) for weight in weights)
     if bad:
+        count = sum(weight.numel() for weight in weights)
         raise ValueError(
-            f"layer {name!r}: {bad} of {sum(weight.numel() for weight in weights)} weights are NaN or infinite; repair the "
+            f"layer {name!r}: {bad} of {count} weights are NaN or infinite; repair the "
             f"weights, or exclude the layer with exclude={name!r}"
         )

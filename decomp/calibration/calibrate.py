@@ -1,7 +1,8 @@
 """Calibration: second moments of the inputs and outputs of every layer, in memory independent of the data."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +13,25 @@ from decomp._util.by_layer import ByLayer
 from decomp._util.naming import naming
 from decomp._util.progress import bar
 from decomp.calibration.gradients import SensitivityScalar, tracked
-from decomp.calibration.moments import LayerSums, Moments
+from decomp.calibration.moments import LayerSums
+from decomp.calibration.recurrent import AnyMoments, RecurrentSums, requiring_gradients
 from decomp.calibration.sampling import Positions, Sampling
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, naming_batch
 from decomp.methods import kinds_of
 from decomp.network.attention import unpacked
 from decomp.network.eligibility import eligible
-from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_of
+from decomp.network.forward import Unfused, call, differentiable_in_eval, evaluating, hooked, to_device_of
 from decomp.network.selection import Selector
 from decomp.network.tracing import following_norms
 
 
-class Statistics(ByLayer[Moments]):
+class Statistics(ByLayer[AnyMoments]):
     """The moments of every layer by its name: ``data=`` of any number of plans, from one pass over the data.
 
     Printed, it is a table of how many samples and positions were used, and of the standard errors.
     """
 
-    def __init__(self, moments: Mapping[str, Moments], example: Any) -> None:
+    def __init__(self, moments: Mapping[str, AnyMoments], example: Any) -> None:
         super().__init__(moments)
         self.example = example
 
@@ -109,8 +111,8 @@ def calibrate(
     batches = Batches.in_fixed_order(data, None if is_function else inputs, mask, one_pass=True)
     sampling = Sampling(positions, batches.length)
     model = unpacked(model)
-    modules = eligible(model, kinds_of(moments=True), layers, exclude)
-    sums = {name: LayerSums(name, module, sampling) for name, module in modules.items()}
+    modules = eligible(model, kinds_of(), layers, exclude)
+    sums = {name: _sums_of(name, module, sampling) for name, module in modules.items()}
     example = None
     scalar = None if loss is None else SensitivityScalar(loss)
     with evaluating(model), Unfused(), torch.inference_mode(False):
@@ -119,7 +121,7 @@ def calibrate(
                 if example is None:
                     example = to_inputs(batch) if is_function else batch
                     for name, norm in following_norms(model, example, modules).items():
-                        sums[name].set_following_norm(norm, model.get_submodule(norm))
+                        cast(LayerSums, sums[name]).set_following_norm(norm, model.get_submodule(norm))
                 _watch(model, batch, sums, count, kept, scalar)
     if example is None:
         raise ValueError("data is empty: at least one batch is needed")
@@ -127,18 +129,33 @@ def calibrate(
     return Statistics({name: each.moments(energy) for name, each in sums.items() if each.samples}, example)
 
 
+def _sums_of(name: str, module: nn.Module, sampling: Sampling) -> LayerSums | RecurrentSums:
+    return RecurrentSums(name, module) if isinstance(module, nn.RNNBase) else LayerSums(name, module, sampling)
+
+
 def _watch(
     model: nn.Module,
     batch: Any,
-    sums: Mapping[str, LayerSums],
+    sums: Mapping[str, LayerSums | RecurrentSums],
     index: int,
     mask: Tensor | None,
     scalar: SensitivityScalar | None,
 ) -> None:
     outputs: list[tuple[LayerSums, Tensor]] = []
     held_out = CLOSED_FORM_SPLIT.held_out(index)
+    recurrent = [each for each in sums.values() if isinstance(each, RecurrentSums)]
 
-    def watch(each: LayerSums) -> Any:
+    def watch_recurrent(each: RecurrentSums) -> Any:
+        def hook(module: nn.Module, positional: Any, keywords: Any, output: Any) -> None:
+            with naming(each.name):
+                each.add(positional, keywords, held_out=held_out)
+
+        return hook
+
+    def watch(each: LayerSums | RecurrentSums) -> Any:
+        if isinstance(each, RecurrentSums):
+            return watch_recurrent(each)
+
         def hook(module: nn.Module, positional: Any, keywords: Any, output: Tensor) -> Tensor | None:
             received = positional[0] if positional else next(iter(keywords.values()))
             with naming(each.name), torch.no_grad():
@@ -157,19 +174,23 @@ def _watch(
             with torch.no_grad():
                 call(model, moved)
             return
-        with torch.enable_grad():
+        weights = [weight for each in recurrent for weight in each.weights]
+        with torch.enable_grad(), requiring_gradients(weights), differentiable_in_eval(model):
             value = scalar(model, tree_map(_normal, moved))
-            if not outputs:
+            if not outputs and not weights:
                 return
             if not value.requires_grad:
                 raise ValueError(
                     "loss=: its value has no gradient, because the model runs under torch.no_grad, or the loss "
                     "does not depend on the outputs of the layers: write loss=None"
                 )
-            grads = torch.autograd.grad(value, [output for _, output in outputs], allow_unused=True)
-        for (each, _), grad in zip(outputs, grads, strict=True):
+            wanted = [*(output for _, output in outputs), *weights]
+            grads = iter(torch.autograd.grad(value, wanted, allow_unused=True))
+        for (each, _), grad in zip(outputs, grads, strict=False):
             if grad is not None:
                 each.add_gradient(grad, batch=index, mask=mask)
+        for layer in recurrent:
+            layer.add_gradients(list(islice(grads, len(layer.weights))))
 
 
 def _normal(leaf: Any) -> Any:

@@ -20,7 +20,15 @@ from decomp.linalg import as_float64, eigenbasis
 from decomp.methods import kinds_of
 from decomp.network.attention import unpacked
 from decomp.network.eligibility import eligible
-from decomp.network.forward import Unfused, call, evaluating, flat_output, hooked, to_device_of
+from decomp.network.forward import (
+    Unfused,
+    call,
+    differentiable_in_eval,
+    evaluating,
+    flat_output,
+    hooked,
+    to_device_of,
+)
 from decomp.network.selection import Selector
 
 KEPT_ENERGY = 0.75
@@ -107,7 +115,8 @@ def _fisher(
 
         return hook
 
-    with hooked(after=[(layer, watch(name)) for name, layer in layers.items()]):
+    hooks = [(layer, watch(name)) for name, layer in layers.items()]
+    with hooked(after=hooks), differentiable_in_eval(model):
         for batch in batches:
             outputs.clear()
             with torch.enable_grad():

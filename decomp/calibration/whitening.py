@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from decomp.calibration.moments import Moments
+from decomp.calibration.recurrent import AnyMoments, RecurrentMoments, gate_error, gate_factors, gate_kernels
 from decomp.calibration.reduced_rank import refitted
 from decomp.layers import Factorized, SVDLinear, group_kernels
 from decomp.layers.factorized import Absorbs
@@ -16,7 +17,7 @@ RELATIVE_RIDGE = 1e-6
 MAX_PATCH_SHRINKAGE = 0.1
 
 
-def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -> Tensor | None:
+def output_kernels(layer: type[Factorized], kernels: Any, moments: AnyMoments) -> Any:
     """Whitened kernels: the Frobenius norm of their error is the error of the output; None without the moments.
 
     For a matrix, K = W C^1/2: E ||(W - W') x||^2 = ||(W - W') C^1/2||^2 with C = E[x x^T]. Without the moments
@@ -25,6 +26,8 @@ def output_kernels(layer: type[Factorized], kernels: Tensor, moments: Moments) -
     kernel, and the result is scaled to the energy of the outputs. Where patches are too large, or the factors
     cannot absorb a metric, the kernel is only scaled to the energy of the outputs.
     """
+    if isinstance(moments, RecurrentMoments):
+        return gate_kernels(kernels, moments)
     if _is_matrix(kernels) and layer.absorbs_inputs == "nothing":
         return _scaled(as_float64(kernels), _output_energy(as_float64(kernels), moments))
     kernels = _weighted(layer, as_float64(kernels), moments)
@@ -71,8 +74,10 @@ def _marginals(patches: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def output_error(layer: Factorized, dense: nn.Module, moments: Moments) -> float | None:
+def output_error(layer: Factorized, dense: nn.Module, moments: AnyMoments) -> float | None:
     """Relative error of the output, ||(W - W') x|| / ||W x||, by the moments of the inputs; None without."""
+    if isinstance(moments, RecurrentMoments):
+        return gate_error(layer, cast(nn.RNNBase, dense), moments)
     kernels = as_float64(group_kernels(dense))
     inside = moments.inputs if _is_matrix(kernels) else moments.patches
     if inside is None:
@@ -84,7 +89,11 @@ def output_error(layer: Factorized, dense: nn.Module, moments: Moments) -> float
 
 
 def output_factors(
-    method: Method, layer: type[Factorized], dense: nn.Module, ranks: Ranks, moments: Moments
+    method: Method,
+    layer: type[Factorized],
+    dense: nn.Module,
+    ranks: Ranks,
+    moments: AnyMoments,
 ) -> Any:
     """One kernel per role for ``from_kernels``, with a small error of the output.
 
@@ -95,6 +104,8 @@ def output_factors(
     Source: Zhang et al. 2016, section 3.1, for the outputs; whitening as in SVD-LLM (Wang et al. 2024), section
     3.1.
     """
+    if isinstance(moments, RecurrentMoments):
+        return layer.factor_kernels(dense, gate_factors(method, method.kernels(dense), ranks, moments))
     kernels = _weighted(layer, as_float64(group_kernels(dense)), moments)
     basis = None
     if moments.outputs is not None and method.out_rank is not None and ranks[method.out_rank] < kernels.shape[1]:

@@ -28,17 +28,14 @@ _ROWS = (
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
 
-def kinds_of(*methods: Method, moments: bool = False) -> set[Any]:
-    """Types of layers, or qualified names of types, that any method of the table or any of these supports.
-
-    With ``moments`` only the types for which some method uses statistics of data.
-    """
-    return {kind for method in (*_ROWS, *methods) if method.reads_moments or not moments for kind in method.layers}
+def kinds_of(*methods: Method) -> set[Any]:
+    """Types of layers, or qualified names of types, that any method of the table or any of these supports."""
+    return {kind for method in (*_ROWS, *methods) for kind in method.layers}
 
 
 # The methods that a budget chooses from by default. Adding asymmetric, tensor train and the depthwise methods
-# lowered the error of the weights, but without fine-tuning also the accuracy. svd_rnn makes recurrent layers
-# slower than they were at most sizes (benchmarks/recurrent.py).
+# lowered the error of the weights, but without fine-tuning also the accuracy. svd_rnn makes small recurrent layers
+# several times slower (benchmarks/recurrent.py).
 AUTO = ("svd", "tucker", "svd_rnn_input")
 
 # The method for linear layers and 1x1 convolutions in calls with a method for spatial kernels.

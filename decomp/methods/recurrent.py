@@ -85,7 +85,7 @@ def _row(layer: type[InputSVDRNN]) -> Method:
         partial(analyse, roles=layer.roles),
         partial(factors, roles=layer.roles),
         kernels=matrices,
-        reads_moments=False,
+        affine=False,
     )
 
 

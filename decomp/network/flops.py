@@ -144,12 +144,13 @@ def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> F
 
     def before(name: str, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         running.append(name)
-        received = positional[0] if positional else next(iter(keywords.values()), None)
+        received: Any = positional[0] if positional else next(iter(keywords.values()), None)
         size = keywords.get("output_size", positional[1] if len(positional) > 1 else None)
         size = tuple(size) if isinstance(size, tuple | list) else None
         batch_sizes = None
         if isinstance(received, PackedSequence):
-            received, batch_sizes = received.data, tuple(received.batch_sizes.tolist())
+            batch_sizes = tuple(received.batch_sizes.tolist())
+            received = received.data
         shape = tuple(getattr(received, "shape", ()))
         result.calls.setdefault(name, []).append(Call(shape, size, batch_sizes))
 

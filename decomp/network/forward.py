@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import is_dataclass
 from threading import get_ident
 from typing import Any
@@ -43,6 +43,12 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def differentiable_in_eval(model: nn.Module) -> AbstractContextManager[Any]:
+    """Keep cuDNN away from a model with recurrent layers: it has no backward pass of these in eval mode."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from decomp._util.io import digest
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp._util.warn import warn
-from decomp.calibration.moments import Moments
+from decomp.calibration.recurrent import AnyMoments, RecurrentMoments
 from decomp.calibration.whitening import mean_error, output_error, output_factors
-from decomp.layers import Factorized, group_kernels
+from decomp.layers import Factorized
 from decomp.layers.attention import PROJECTIONS
 from decomp.layers.kernels import shape_of, weight_of
 from decomp.linalg import as_float64
@@ -128,7 +128,7 @@ def decomposed(
     choices: Mapping[str, Choice],
     method_of: MethodOf,
     candidates: Mapping[str, Sequence[Candidate]],
-    statistics: Mapping[str, Moments],
+    statistics: Mapping[str, AnyMoments],
     progress: bool | None,
 ) -> dict[str, Factorized]:
     """Decompose each layer as chosen, by its output if it has statistics, else by its weight; none is changed.
@@ -184,10 +184,10 @@ def _from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Can
     return layer.from_factors(module, method.factors(kernels, ranks) if factors is None else factors)
 
 
-def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: Moments) -> Factorized:
+def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: AnyMoments) -> Factorized:
     """Decompose a layer so that the error of its output is small, under these moments."""
-    layer, kernels = _layer(method, module), group_kernels(module).detach()
-    moments = moments.to(kernels.device)
+    layer, kernels = _layer(method, module), method.kernels(module)
+    moments = moments.to(next(module.parameters()).device)
     role_kernels = output_factors(method, layer, module, ranks, moments)
     whitened = layer.from_kernels(module, role_kernels)
     if layer.absorbs_inputs == "nothing" or (layer.refittable(role_kernels) and layer.absorbs_inputs == "full"):
@@ -203,7 +203,7 @@ def correct_means(
     model: nn.Module,
     dense: Mapping[str, nn.Module],
     new: Mapping[str, Factorized],
-    statistics: Mapping[str, Moments],
+    statistics: Mapping[str, AnyMoments],
 ) -> None:
     """Correct the mean of the outputs by the bias, or by the running mean of the BatchNorm that follows.
 
@@ -211,8 +211,10 @@ def correct_means(
     """
     for name, layer in new.items():
         moments = statistics.get(name)
-        shift = None if moments is None else mean_error(layer, dense[name], moments)
-        if moments is None or shift is None:
+        if moments is None or isinstance(moments, RecurrentMoments):
+            continue
+        shift = mean_error(layer, dense[name], moments)
+        if shift is None:
             continue
         bias = layer.bias
         if bias is not None:
@@ -228,7 +230,7 @@ def measured(
     dense: Mapping[str, nn.Module],
     new: Mapping[str, Factorized],
     candidates: Mapping[str, Sequence[Candidate]],
-    statistics: Mapping[str, Moments],
+    statistics: Mapping[str, AnyMoments],
 ) -> dict[str, Choice]:
     """The choices whose errors differ from those that were planned, with the measured errors.
 

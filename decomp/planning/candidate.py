@@ -12,7 +12,7 @@ from torch import nn
 
 from decomp._util.io import digest
 from decomp._util.naming import naming, require_finite
-from decomp.calibration.moments import Moments
+from decomp.calibration.recurrent import AnyMoments
 from decomp.calibration.whitening import output_kernels
 from decomp.layers import Factorized
 from decomp.layers.kernels import weight_of
@@ -122,7 +122,7 @@ class Candidate:
         calls: list[Call] | None,
         *,
         timed: bool = False,
-        moments: Moments | None = None,
+        moments: AnyMoments | None = None,
     ) -> "Candidate":
         """Analyse the weight of ``module``, and with moments of the data its output.
 

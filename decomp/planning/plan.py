@@ -11,7 +11,7 @@ from decomp._util import tables
 from decomp._util.arguments import with_arguments
 from decomp._util.naming import matches, some
 from decomp._util.schema import Value
-from decomp.calibration.moments import Moments
+from decomp.calibration.recurrent import AnyMoments
 from decomp.methods import METHODS, Method
 from decomp.network import surgery
 from decomp.network.attention import unpacked
@@ -60,7 +60,7 @@ class Plan(Mapping[str, Choice]):
         before: Cost,
         candidates: Mapping[str, Sequence[Candidate]] | None = None,
         *,
-        statistics: Mapping[str, Moments] | None = None,
+        statistics: Mapping[str, AnyMoments] | None = None,
         methods: Mapping[str, Method] | None = None,
         seconds: Change | None = None,
         request: Request | None = None,
@@ -133,7 +133,7 @@ class Plan(Mapping[str, Choice]):
         return self._methods
 
     @property
-    def statistics(self) -> Mapping[str, Moments]:
+    def statistics(self) -> Mapping[str, AnyMoments]:
         """The moments of each layer; empty for a plan made without data, or from a file or a model."""
         return self._statistics
 

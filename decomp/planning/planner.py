@@ -8,8 +8,9 @@ from torch import nn
 
 from decomp._util.progress import bar
 from decomp.calibration.calibrate import Statistics, calibrate
-from decomp.calibration.moments import Moments
-from decomp.layers import Factorized, group_kernels
+from decomp.calibration.recurrent import AnyMoments
+from decomp.layers import Factorized
+from decomp.layers.kernels import shape_of
 from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_named, row_named
 from decomp.network.attention import unpacked
 from decomp.network.eligibility import WhyNot
@@ -162,13 +163,13 @@ def with_macs(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
         elif choice.ranks and now:
             module, method = modules[name], plan.method_of(name)
             layer = cast(type[Factorized], method.layer_of(module))
-            price = Price(module, layer, method.limits(group_kernels(module)), forward_pass.calls[name])
+            price = Price(module, layer, method.limits(method.kernels(module)), forward_pass.calls[name])
             after = price(choice.ranks).macs
         macs[name] = Change(before, after)
     return plan.with_macs(macs, forward_pass.total_macs + round(saved), forward_pass.uncounted)
 
 
-def _statistics(model: nn.Module, scope: Scope) -> Mapping[str, Moments]:
+def _statistics(model: nn.Module, scope: Scope) -> Mapping[str, AnyMoments]:
     """``data`` if it is statistics already, else those of its batches; empty without data."""
     data = scope["data"]
     if data is None:
@@ -190,7 +191,7 @@ def _survey(
     model: nn.Module,
     methods: Sequence[Method],
     why_not: WhyNot,
-    statistics: Mapping[str, Moments],
+    statistics: Mapping[str, AnyMoments],
     scope: Scope,
 ) -> Survey:
     """Survey the layers, with sizes from the example inputs, else from the data."""
@@ -218,7 +219,7 @@ def _unsupported(methods: Sequence[Method]) -> str:
 def _require_same_model(statistics: Statistics, model: nn.Module) -> None:
     known = dict(model.named_modules())
     for name, moments in statistics.items():
-        shape = tuple(getattr(getattr(known.get(name), "weight", None), "shape", ()))
+        shape = shape_of(known.get(name))
         if moments.shape != shape and not isinstance(known.get(name), Factorized):
             raise ValueError(
                 f"data: the statistics are of another model, layer {name!r} had weight {moments.shape}, "

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
-from decomp.calibration.moments import moments_of
+from decomp.calibration.moments import Moments, moments_of
 from decomp.calibration.sampling import Positions, Sampling
 from decomp.data.activations import Example, RoutedDifferently, reached_tails
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, unpadded
@@ -103,9 +103,9 @@ class _LayerStep:
 
     def decompose(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
-        if not plan.method_of(name).reads_moments:
+        if not plan.method_of(name).affine:
             return self._alone(name, plan)
-        calibrated = plan.statistics.get(name)
+        calibrated = cast(Moments | None, plan.statistics.get(name))
         try:
             self._refit()
             received = ((example.received, example.batch, example.mask) for example in self.examples)
