@@ -118,7 +118,12 @@ def pages(count: int, seed: int = 0) -> list[Tensor]:
         page = Image.new("RGB", (WIDTH, HEIGHT), ground)
         pen = ImageDraw.Draw(page)
         for _ in range(draws.randint(0, 3)):
-            ends = [draws.randint(0, WIDTH), draws.randint(0, HEIGHT), draws.randint(0, WIDTH), draws.randint(0, HEIGHT)]
+            ends = [
+                draws.randint(0, WIDTH),
+                draws.randint(0, HEIGHT),
+                draws.randint(0, WIDTH),
+                draws.randint(0, HEIGHT),
+            ]
             pen.line(ends, fill=tuple(draws.randint(60, 200) for _ in range(3)), width=draws.randint(1, 2))
         top = draws.randint(4, 16)
         while top < HEIGHT - 30:

@@ -37,7 +37,13 @@ class Statistics(ByLayer[Moments]):
 
     def __str__(self) -> str:
         rows = [
-            (name or "(the model)", str(m.samples), str(m.positions), str(m.of_positions), f"{m.standard_error:.3f}")
+            (
+                name or "(the model)",
+                str(m.samples),
+                str(m.positions),
+                str(m.of_positions),
+                f"{m.standard_error:.3f}",
+            )
             for name, m in self.items()
         ]
         return tables.render("", ("layer", ">samples", ">positions", ">of", ">standard error"), rows)

@@ -23,7 +23,9 @@ def patches_like(dense: Any) -> nn.Module | None:
         return None
     taps = math.prod(kernel_size)
     channels = dense.in_channels
-    patches = _uninitialized(dense, channels, channels * taps, groups=channels).to_empty(device=dense.weight.device)
+    patches = _uninitialized(dense, channels, channels * taps, groups=channels).to_empty(
+        device=dense.weight.device
+    )
     units = torch.eye(taps, dtype=dense.weight.dtype, device=dense.weight.device).reshape(taps, 1, *kernel_size)
     with torch.no_grad():
         kernels = units.expand(channels, *units.shape)

@@ -43,9 +43,7 @@ class Batches:
     [(0, (2, 3))]
     """
 
-    def __init__(
-        self, data: Iterable[Any], inputs: Callable[[Any], Any] | None = None, mask: Mask = None
-    ) -> None:
+    def __init__(self, data: Iterable[Any], inputs: Callable[[Any], Any] | None = None, mask: Mask = None) -> None:
         require_passes(data)
         if not (mask is None or isinstance(mask, str) or callable(mask)):
             raise TypeError(f"mask={mask!r}: write a key of the batches, a function of a batch, or None")

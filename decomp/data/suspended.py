@@ -190,7 +190,7 @@ class _LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         state = (*model.parameters(), *model.buffers())
         self._own = [tensor.untyped_storage() for tensor in state]
@@ -258,10 +258,10 @@ def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batch
     with Gates(model, layers, after=True).installed() as gates:
         passes = [gates.begin(batch) for batch in first]
         try:
-            for name in [*layers, None]:
+            for expected_name in [*layers, None]:
                 for each in passes:
                     arrival = each.advance(timeout)
-                    if (None if arrival is None else arrival.name) != name:
+                    if (None if arrival is None else arrival.name) != expected_name:
                         return math.inf
         except Exception:  # also a TimeoutError; what is wrong with the model itself was raised above
             return math.inf

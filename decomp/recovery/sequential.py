@@ -106,9 +106,7 @@ class _LayerStep:
             patches = self._refit()
             received = ((example.received, example.batch, example.mask) for example in self.examples)
             centred = self.norm_shift is not None
-            moments = moments_of(
-                self.own, received, calibrated, self.sampling, centred=centred, patches=patches
-            )
+            moments = moments_of(self.own, received, calibrated, self.sampling, centred=centred, patches=patches)
         except RoutedDifferently:
             dense = {name: self.dense}
             alone = decomposed(dense, plan, plan.method_of, plan.candidates, plan.statistics, False)

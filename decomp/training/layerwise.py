@@ -193,9 +193,10 @@ def finetune_layerwise(
         part = _NeededBatches(split, most)
         # Passes are held for several layers of one process: otherwise there is nothing to share.
         orders = reached if group.size == 1 and len(reached) > 1 else {}
-        with evaluating(small, dense), HeldExamples(
-            small, dense, pairs, orders, batches, cache_bytes, part
-        ) as held:
+        with (
+            evaluating(small, dense),
+            HeldExamples(small, dense, pairs, orders, batches, cache_bytes, part) as held,
+        ):
             trainers = {}
             for name, tail in reached.items():
                 layer, parameters = pairs[name][0], _parameters_within(small, name, selected)
