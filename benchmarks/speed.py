@@ -1,7 +1,8 @@
 """What the benchmarks of speed share: a stand-in network, the library of another commit, medians, tables.
 
-A benchmark runs itself once per library: ``--worker`` in a process of its own, whose first import path is the tree of
-the commit that is compared with. The processes take turns, so that all numbers of a table come from one run.
+A benchmark runs itself once per library: ``--worker`` in a process of its own, whose first import path is the
+tree of the commit that is compared with. The processes take turns, so that all numbers of a table come from one
+run.
 """
 
 import argparse

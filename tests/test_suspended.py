@@ -1,4 +1,4 @@
-"""Passes that are held at each layer: the same results as passes of their own for each layer, and fewer of them."""
+"""Passes that are held at each layer: the results of a pass for each layer, from fewer passes."""
 
 import threading
 from collections import Counter

@@ -41,11 +41,12 @@ class Moments:
     differ from those over all positions, ||C' - C|| relative to ||C||, for positions that are independent; a
     stratified sample of smooth images does better. All three are those of the largest moments.
 
-    ``means`` holds one mean input per input size, with its number of samples, over all positions. ``shrinkage`` in [0, 1] is the share
-    rho of the shrinkage target in the shrunk moments, (1 - rho) C + rho target. ``row_metric`` D (groups, T, T),
-    or its diagonal (groups, T), weights errors dy of the output as ||D dy||^2: by gradients of a loss or of the
-    network's output where they were measured, else by the scale of the BatchNorm that follows. D is normalized per
-    layer; ``importance`` is the factor that was divided out, None without gradients.
+    ``means`` holds one mean input per input size, with its number of samples, over all positions. ``shrinkage``
+    in [0, 1] is the share rho of the shrinkage target in the shrunk moments, (1 - rho) C + rho target.
+    ``row_metric`` D (groups, T, T), or its diagonal (groups, T), weights errors dy of the output as ||D dy||^2:
+    by gradients of a loss or of the network's output where they were measured, else by the scale of the
+    BatchNorm that follows. D is normalized per layer; ``importance`` is the factor that was divided out, None
+    without gradients.
     """
 
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Forward passes that are held at each layer: one pass of every batch serves all layers, however many there are."""
+"""Forward passes that are held at each layer: one pass of every batch serves all layers, however many."""
 
 import contextvars
 import math
@@ -221,7 +221,7 @@ def size_of(batch: Any) -> int:
 
 @torch.no_grad()
 def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches) -> float:
-    """The most bytes that a pass holds at a call of a layer, per byte of its batch; infinite if passes cannot be held.
+    """The most bytes a pass holds at a call of a layer, per byte of its batch; infinite if passes cannot be held.
 
     They cannot be held where a pass does not call each layer once, in the order of ``layers``, or where two passes
     that take turns do not end as each of them alone: where the model keeps what a pass computes in itself, or
@@ -285,10 +285,10 @@ def _alike(found: Tensor, right: Tensor) -> bool:
 class HeldExamples:
     """The examples of one layer after the other, in the order of execution, from one pass of each batch.
 
-    The passes over the first batches, as many as fit into ``cache_bytes``, are held at each layer until the layer is
-    :meth:`replace`d; the examples of the others come from passes of their own for each layer, as do all where
-    passes cannot be held. A layer that is called several times gets passes of its own, after which new ones are
-    held. To be used in a ``with`` block, whose end abandons the passes.
+    The passes over the first batches, as many as fit into ``cache_bytes``, are held at each layer until the
+    layer is :meth:`replace`d; the examples of the others come from passes of their own for each layer, as do all
+    where passes cannot be held. A layer that is called several times gets passes of its own, after which new
+    ones are held. To be used in a ``with`` block, whose end abandons the passes.
 
     Args:
         small: the compressed network, whose layers are replaced one after the other.
@@ -364,7 +364,7 @@ class HeldExamples:
         return first
 
     def replace(self, name: str, layer: nn.Module | None, small: nn.Module) -> None:
-        """Go on with another module in place of the layer, None for itself; ``small`` is the network that holds it."""
+        """Go on with another module in place of the layer, None for itself; ``small`` is the network it is in."""
         self._small = small
         self._waiting.pop(name, None)
         for gates, instead in zip(self._gates, (layer, None), strict=False):
@@ -428,7 +428,7 @@ class HeldActivations:
     def windows(
         self, start: int = 0, part: Part | None = None, share: float = 1.0, most: float = math.inf
     ) -> Iterator[Window[Example]]:
-        """The examples of the batches from ``start`` on; they are in memory whatever ``share`` and ``most`` say."""
+        """The examples of the batches from ``start`` on; all are in memory, whatever ``share`` and ``most`` say."""
         items = [each for each in self._examples if each.batch >= start and (part is None or part(each.batch))]
         if items:
             yield Window(start, items, start == 0)

@@ -110,10 +110,7 @@ class Refit:
             if count_rows(y, axes) != (count_rows(x, 0) if self._patches is None else self._patches.count(x)):
                 raise OutputSizeMismatch
             for part in [None] if indices is None else indices.split(self._rows_per_chunk):
-                if self._patches is None:
-                    z = some_rows(x, 0, groups, part)
-                else:
-                    z = self._patches.rows(x, part)
+                z = some_rows(x, 0, groups, part) if self._patches is None else self._patches.rows(x, part)
                 yield z.to(torch.float64), some_rows(y, axes, groups, part).to(torch.float64)
 
     @property

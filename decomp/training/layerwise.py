@@ -107,12 +107,13 @@ def finetune_layerwise(
 ) -> FinetuneReport:
     """Train each factorized layer of ``small``, in place, to reproduce what the layer gave in ``dense``.
 
-    Layer by layer in the order of execution: minimize ||phi(f(x)) - phi(y)||^2 / ||phi(y)||^2 over the factors of
-    f, with x the input that the layer gets in the partly compressed network, y the output of the dense layer in
-    the dense network, and phi the normalization and activation that follow the layer, where there are any. No
-    labels are needed. A copy of the layer is trained, and its best state copied back if its error fell; errors are
-    measured on batches that are held out from training, in between on the first few of these. A NaN ends the layer at its best state before. A pass of a
-    network ends, by an exception, where the layer was called as often as in the first batch that reached it.
+    Layer by layer in the order of execution: minimize ||phi(f(x)) - phi(y)||^2 / ||phi(y)||^2 over the factors
+    of f, with x the input that the layer gets in the partly compressed network, y the output of the dense layer
+    in the dense network, and phi the normalization and activation that follow the layer, where there are any. No
+    labels are needed. A copy of the layer is trained, and its best state copied back if its error fell; errors
+    are measured on batches that are held out from training, in between on the first few of these. A NaN ends the
+    layer at its best state before. A pass of a network ends, by an exception, where the layer was called as
+    often as in the first batch that reached it.
 
     Runs on Hugging Face accelerate. Started in several processes, each takes its share of the batches, gradients
     are averaged, and all end with the same model. With ``checkpoint``, a run that was killed and is started again
@@ -210,7 +211,7 @@ def finetune_layerwise(
 
 @dataclass
 class _NeededBatches:
-    """Which batches are measured or trained on, asked for in ascending order: of the latter no more than ``most``."""
+    """Which batches are measured or trained on: of the latter the first ``most``."""
 
     split: BatchSplit
     most: int
