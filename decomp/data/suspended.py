@@ -428,7 +428,7 @@ class HeldActivations:
     def windows(
         self, start: int = 0, part: Part | None = None, share: float = 1.0, most: float = math.inf
     ) -> Iterator[Window[Example]]:
-        """The examples of the batches from ``start`` on; all are in memory, whatever ``share`` and ``most`` say."""
+        """The examples of the batches from ``start`` on; all are in memory, whatever the other arguments are."""
         items = [each for each in self._examples if each.batch >= start and (part is None or part(each.batch))]
         if items:
             yield Window(start, items, start == 0)
