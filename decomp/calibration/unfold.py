@@ -71,7 +71,8 @@ def _channels_last(tensor: Tensor, axes: int) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    flat: Tensor = tensor.reshape(-1, tensor.shape[-1])
+    return flat
 
 
 def _grouped(rows: Tensor, groups: int) -> Tensor:

@@ -102,7 +102,7 @@ class Refit:
         indices = None if wanted >= total else stratified(total, max(1, math.ceil(wanted)), seed=batch)
         if indices is None:
             per_chunk = max(1, EQUATION_CHUNK_ELEMENTS // max(1, target[0].numel() * self._weight.shape[2]))
-            chunks = zip(received.split(per_chunk), target.split(per_chunk), strict=True)
+            chunks: Any = zip(received.split(per_chunk), target.split(per_chunk), strict=True)
         else:
             chunks = iter([(received, target)])
         for x, y in chunks:
