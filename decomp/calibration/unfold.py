@@ -76,7 +76,8 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _grouped(rows: Tensor, groups: int) -> Tensor:
-    return rows.unflatten(-1, (groups, -1)).transpose(0, 1)
+    grouped: Tensor = rows.unflatten(-1, (groups, -1)).transpose(0, 1)
+    return grouped
 
 
 def _split(indices: Tensor, length: int) -> tuple[Tensor, Tensor]:
