@@ -7,6 +7,7 @@ import inspect
 import random
 import string
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ class Backbone(nn.Module):
                 continue
             layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
             inputs = width
-        for number, (start, end) in enumerate(zip(CUTS, CUTS[1:], strict=False), 1):
+        for number, (start, end) in enumerate(pairwise(CUTS), 1):
             part = nn.Sequential()
             for index in range(start, end):
                 part.add_module(str(index), layers[index])

@@ -127,7 +127,7 @@ def test_sampled_moments_are_unbiased_and_as_far_off_as_they_say(kind, known):
 
 
 def test_digits_with_a_sample_are_digits_with_all_positions():
-    """Errors and ranks for one shrinkage, which is one of five values chosen by a near tie, within a standard error."""
+    """Errors and ranks within a standard error, for one shrinkage: of its five values two may nearly tie."""
     digits = load_digits()
     model = train(digits, progress=False)
     full, some = (

@@ -1,4 +1,4 @@
-"""Passes that are held at each layer: the same results as passes of their own for each layer, and fewer of them."""
+"""Passes that are held at each layer: the results of a pass for each layer, from fewer passes."""
 
 import threading
 from collections import Counter
@@ -75,15 +75,7 @@ class Remembering(Branching):
 class Locked(Branching):
     """A pass that is held inside of a lock would keep all others waiting."""
 
-    def __init__(self):
-        super().__init__()
-        self.lock = threading.Lock()
-
-    def __deepcopy__(self, memo):
-        new = Locked()
-        new.load_state_dict(self.state_dict())
-        memo[id(self)] = new
-        return new
+    lock = threading.Lock()
 
     def forward(self, x):
         with self.lock:
@@ -168,16 +160,11 @@ def test_the_number_of_passes_does_not_grow_with_the_depth():
     counts = []
     for depth in (3, 9):
         model = plant_spectra(nn.Sequential(*(nn.Linear(16, 16) for _ in range(depth))), decay=0.5)
-        data, calls = rows(16), Counter()
-        for place, layer in enumerate(model):
-            layer.register_forward_hook(lambda *_, place=place: calls.update([place]))
-        plan = decomp.plan(nn.Sequential(*(nn.Linear(16, 16) for _ in range(depth))), ranks=4)
-        for layer in model:
-            layer._forward_hooks.clear()
-        model.register_forward_pre_hook(lambda *_: calls.update(["begun"]))
-        sequential_plan = decomp.svd(model, plan, data=data, sequential=True, progress=False)
-        assert len(sequential_plan.decomp_plan) == depth
-        counts.append(calls["begun"])
+        plan, data, begun = decomp.plan(model, ranks=4), rows(16), []
+        model.register_forward_pre_hook(lambda *_, begun=begun: begun.append(1))
+        small = decomp.svd(model, plan, data=data, sequential=True, progress=False)
+        assert len(small.decomp_plan) == depth
+        counts.append(len(begun))
     assert counts[0] == counts[1] <= 2 * 16 + 10, "both networks, and the first batches a few times more"
 
 
@@ -194,6 +181,39 @@ def test_layers_before_the_held_one_run_once(monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", forward)
     sequential(model, data)
     assert calls["first"] <= 2 * 20 + 10  # the first layer itself is run for its moments, and once by data=
+
+
+@pytest.mark.parametrize(("make", "batches", "held"), MODELS.values(), ids=MODELS)
+def test_fine_tuning_is_the_same_as_with_passes_for_each_layer(make, batches, held, monkeypatch):
+    model = plant_spectra(make(), decay=0.5).train()
+    data, results, reports = batches(8), [], []
+    for cache in (2**30, 2**30, 1):
+        small = decomp.svd(model, ranks=4)
+        report = decomp.finetune_layerwise(small, model, data, steps=12, cache_bytes=cache, progress=False)
+        reports.append([(name, each.error_after, each.note) for name, each in report.items()])
+        results.append(small.state_dict())
+        monkeypatch.setattr(suspended, "held_bytes", lambda *_: float("inf"))
+    assert reports[0] == reports[1]
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[2][name], rtol=1e-4, atol=1e-5)
+
+
+def test_fine_tuning_takes_one_pass_for_all_layers():
+    counts = []
+    for depth in (3, 9):
+        model = plant_spectra(nn.Sequential(*(nn.Linear(16, 16) for _ in range(depth))), decay=0.5)
+        small = decomp.svd(model, ranks=4)
+        calls, begun = Counter(), []
+        model.register_forward_pre_hook(lambda *_, begun=begun: begun.append(1))
+        handle = small[0].register_forward_hook(
+            lambda module, *_, calls=calls: calls.update([threading.current_thread().name == "decomp-pass"])
+        )
+        decomp.finetune_layerwise(small, model, rows(16), steps=6, progress=False)
+        handle.remove()
+        assert calls[True] == 9  # 3 held out, 6 steps: no more batches are needed
+        counts.append(len(begun))
+    assert counts[0] == counts[1] <= 16 + 6
 
 
 class Interrupt(BaseException):
@@ -225,6 +245,25 @@ def test_what_ends_a_call_leaves_no_threads_no_hooks_and_no_flags(place, kind, m
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_what_ends_fine_tuning_leaves_nothing_either(kind):
+    model = plant_spectra(Residual(), decay=0.5)
+    small = decomp.svd(model, ranks=2)
+    made = []
+
+    def broken(parameters, lr):
+        made.append(1)
+        if len(made) == 2:
+            raise kind
+        return torch.optim.Adam(parameters, lr)
+
+    with pytest.raises(kind):
+        decomp.finetune_layerwise(small, model, pictures(6), steps=3, optimizer=broken, progress=False)
+    for network in (small, model):
+        assert all(each.training for each in network.modules())
+        assert not any(each._forward_hooks or each._forward_pre_hooks for each in network.modules())
+
+
 def test_an_error_in_a_pass_names_the_batch():
     class Failing(nn.Sequential):
         def forward(self, x):
@@ -241,7 +280,7 @@ def test_an_error_in_a_pass_names_the_batch():
         def forward(self, x):
             return super().forward(self[0](x)) if len(x) == 31 else super().forward(x)
 
-    with pytest.raises(RuntimeError, match="shapes|31 rows") as caught:
+    with pytest.raises(RuntimeError, match=r"shapes|31 rows") as caught:
         decomp.svd(model, plan, data=[*rows(3), torch.randn(31, 17)], sequential=True, progress=False)
     assert any("in batch 3 of data" in note for note in caught.value.__notes__)
     assert decomp.svd(model, plan, data=data, sequential=True, progress=False)  # never run to its end

@@ -198,18 +198,30 @@ def test_cosine_ends_at_a_hundredth():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
 
 
-def test_a_teacher_brings_the_outputs_back_and_frozen_factors_stay(dense, data):
+@pytest.mark.parametrize("seed", range(4))
+def test_a_teacher_brings_the_outputs_back_and_frozen_factors_stay(dense, data, seed):
+    """The teacher has the ranks and the frozen factor of the student, whose other factors are disturbed.
+
+    So nothing but training stands between the student and a loss of zero. For a teacher of full rank and white
+    inputs the loss is at best 0.4 to 0.6 of the first one, as the seed wants it: four of 32 directions are let in.
+    """
+    torch.manual_seed(seed)
     small = decomp.tucker(dense, ranks=4)
+    dense = decomp.densify(small)
     small[0].reduce.weight.requires_grad_(False)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * parameter.std() * torch.randn_like(parameter))
     kept, before = small[0].reduce.weight.clone(), output_error(small, dense, data)
     teacher = copy.deepcopy(dense.state_dict())
     small.eval()
     small[4].train()
-    report = decomp.finetune(small, data, teacher=dense, epochs=20, lr=3e-3)
+    report = decomp.finetune(small, data, teacher=dense, epochs=20, lr=1e-2)
     assert report.steps == 120
     assert len(report.losses) == 20
-    assert report.loss_after < 0.5 * report.loss_before
-    assert output_error(small, dense, data) < 0.8 * before
+    assert report.loss_after < 0.25 * report.loss_before
+    assert output_error(small, dense, data) < 0.5 * before
     assert torch.equal(small[0].reduce.weight, kept)
     assert all(torch.equal(dense.state_dict()[name], value) for name, value in teacher.items())
     assert [layer.training for layer in (small[0], small[4])] == [False, True]

@@ -68,12 +68,13 @@ def calibrate(
 
     They are the ``data=`` of any call that plans.
 
-    One pass in eval mode; the model is not changed, nor are its BatchNorm statistics. Per layer the sums of x x^T
-    over the input channels and of y y^T over the output channels are accumulated in float64: memory depends only
-    on the number of channels. The sums are over a sample of the positions, drawn with a fixed seed, evenly over
-    batches and positions: ten positions per channel, and more where they cost little, say as much as all, because
-    neighbouring positions are alike. ``print(statistics)`` shows how many were used. Every fourth batch is held out to choose how strongly the moments are shrunk, those
-    of the inputs towards a multiple of the identity and those of the outputs towards W W^T.
+    One pass in eval mode; the model is not changed, nor are its BatchNorm statistics. Per layer the sums of x
+    x^T over the input channels and of y y^T over the output channels are accumulated in float64: memory depends
+    only on the number of channels. The sums are over a sample of the positions, drawn with a fixed seed, evenly
+    over batches and positions: ten positions per channel, and more where they cost little, say as much as all,
+    because neighbouring positions are alike. ``print(statistics)`` shows how many were used. Every fourth batch
+    is held out to choose how strongly the moments are shrunk, those of the inputs towards a multiple of the
+    identity and those of the outputs towards W W^T.
 
     Args:
         model: the dense model.
@@ -98,8 +99,8 @@ def calibrate(
         ValueError: the data is empty, or ``positions`` is none of these.
         TypeError: a batch does not fit the model, or ``mask`` is none of these.
 
-    Source: Zhang et al. 2016, section 3.1 (outputs; ten positions of each image); Theis et al. 2018 (Fisher); the change of an output f is
-    ||J dy||^2, and E[J^T v v^T J] = J^T J for random v (Gauss-Newton).
+    Source: Zhang et al. 2016, section 3.1 (outputs; ten positions of each image); Theis et al. 2018 (Fisher);
+    the change of an output f is ||J dy||^2, and E[J^T v v^T J] = J^T J for random v (Gauss-Newton).
 
     >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
     >>> statistics = calibrate(model, [torch.randn(16, 32) for _ in range(4)], progress=False)

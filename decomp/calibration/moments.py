@@ -18,6 +18,7 @@ LARGEST_MOMENTS = 4096  # channels: 134 MB in float64
 LARGEST_VALIDATED_MOMENTS = 1024  # with more channels the shrinkage is that of the formula
 LARGEST_PATCH_MOMENTS = 2304  # input channels of a group times kernel positions
 MOMENT_CHUNK_ELEMENTS = 2**22
+ROWS_PER_PRODUCT = 2048
 MAX_INPUT_SIZES = 8
 LARGEST_ROW_METRIC = 1536
 LEAST_WEIGHT = 0.02  # of an output whose gradient is zero, relative to the mean
@@ -40,11 +41,12 @@ class Moments:
     differ from those over all positions, ||C' - C|| relative to ||C||, for positions that are independent; a
     stratified sample of smooth images does better. All three are those of the largest moments.
 
-    ``means`` holds one mean input per input size, with its number of samples, over all positions. ``shrinkage`` in [0, 1] is the share
-    rho of the shrinkage target in the shrunk moments, (1 - rho) C + rho target. ``row_metric`` D (groups, T, T),
-    or its diagonal (groups, T), weights errors dy of the output as ||D dy||^2: by gradients of a loss or of the
-    network's output where they were measured, else by the scale of the BatchNorm that follows. D is normalized per
-    layer; ``importance`` is the factor that was divided out, None without gradients.
+    ``means`` holds one mean input per input size, with its number of samples, over all positions. ``shrinkage``
+    in [0, 1] is the share rho of the shrinkage target in the shrunk moments, (1 - rho) C + rho target.
+    ``row_metric`` D (groups, T, T), or its diagonal (groups, T), weights errors dy of the output as ||D dy||^2:
+    by gradients of a loss or of the network's output where they were measured, else by the scale of the
+    BatchNorm that follows. D is normalized per layer; ``importance`` is the factor that was divided out, None
+    without gradients.
     """
 
     shape: tuple[int, ...]
@@ -81,7 +83,15 @@ class Moments:
 class LayerSums:
     """Running sums over the inputs, outputs and gradients of one layer; also those of held-out inputs alone."""
 
-    def __init__(self, name: str, module: Any, sampling: Sampling | None = None, *, centred: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: Any,
+        sampling: Sampling | None = None,
+        *,
+        centred: bool = False,
+        patches: bool = True,
+    ) -> None:
         self.name, self.module = name, module
         self._absorbs_shift = centred or getattr(module, "bias", None) is not None
         self.kernels = group_kernels(module).detach()
@@ -93,7 +103,7 @@ class LayerSums:
         needs_outputs = outputs <= LARGEST_MOMENTS and (spatial or outputs < inputs)
         if isinstance(module, nn.Embedding):
             needs_inputs, needs_outputs = False, True
-        needs_patches = spatial and inputs * taps <= LARGEST_PATCH_MOMENTS
+        needs_patches = patches and spatial and inputs * taps <= LARGEST_PATCH_MOMENTS
 
         def sums(needed: bool, channels: int) -> MomentSums | None:
             return MomentSums(groups, channels, sampling) if needed else None
@@ -243,6 +253,7 @@ def moments_of(
     sampling: Sampling,
     *,
     centred: bool,
+    patches: Tensor | None = None,
 ) -> Moments:
     """The moments of a layer over these inputs.
 
@@ -252,16 +263,52 @@ def moments_of(
         calibrated: earlier moments of the layer, of which the row metric and the importance are used again.
         sampling: how many positions are used.
         centred: whether a shift of the outputs will be absorbed even if the layer has no bias.
+        patches: the moments of the patches, where they are known already.
     """
-    sums = LayerSums("", layer, sampling, centred=centred)
+    sums = LayerSums("", layer, sampling, centred=centred, patches=patches is None)
     for given, batch, mask in received:
         held_out = CLOSED_FORM_SPLIT.held_out(batch)
         sums.add(given, layer(given), batch=batch, held_out=held_out, mask=mask)
     moments = sums.moments()
+    if patches is not None and patches.shape[1] <= LARGEST_PATCH_MOMENTS:
+        moments = replace(moments, patches=patches)
     if calibrated is None:
         return moments
     metric = None if calibrated.row_metric is None else calibrated.row_metric.to(sums.kernels.device)
     return replace(moments, row_metric=metric, importance=calibrated.importance)
+
+
+class Products:
+    """The sum of x y^T over rows x and y, in float64; rows wait until there are enough for one product.
+
+    Adding n x n numbers for the few rows of every batch would take longer than the products themselves.
+    """
+
+    def __init__(self) -> None:
+        self._total: Any = None
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []
+        self._rows = 0
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Accumulate x y^T, or x x^T, of rows (groups, rows, channels)."""
+        self._waiting.append((x, y))
+        self._rows += x.shape[1]
+        if self._rows >= max(x.shape[2], ROWS_PER_PRODUCT):
+            self._multiply()
+
+    def _multiply(self) -> None:
+        x = torch.cat([x for x, _ in self._waiting], 1)
+        pairs = [y for _, y in self._waiting if y is not None]
+        product = (x.mT @ (torch.cat(pairs, 1) if pairs else x)).to(torch.float64)
+        self._total = product if self._total is None else self._total + product
+        self._waiting, self._rows = [], 0
+
+    @property
+    def total(self) -> Any:
+        """The sum over all rows; 0.0 if there are none."""
+        if self._waiting:
+            self._multiply()
+        return 0.0 if self._total is None else self._total
 
 
 class MomentSums:
@@ -275,7 +322,8 @@ class MomentSums:
         self.sampler = Sampler(sampling or Sampling("all"), channels)
         self._shape = groups, channels
         self._origin: Any = None
-        self._parts: dict[bool, tuple[float, Tensor, Tensor]] = {}
+        self._parts: dict[bool, tuple[float, Tensor]] = {}
+        self._products = {held_out: Products() for held_out in (False, True)}
         # Sums of w (w - 1) and of w (w - 1) ||x||^4, about the origin and about zero: for the standard error.
         self._spread: Any = torch.zeros(3, dtype=torch.float64)
 
@@ -287,12 +335,10 @@ class MomentSums:
             self._origin = rows.mean(1, dtype=torch.float64).to(rows.dtype)
         moved = rows - self._origin[:, None].to(rows)
         empty = (0.0, torch.zeros((), dtype=torch.float64, device=rows.device))
-        count, total, outer = self._parts.get(held_out, (*empty, empty[1]))
-        self._parts[held_out] = (
-            count + weight * rows.shape[1],
-            total + weight * moved.sum(1, dtype=torch.float64),
-            outer + weight * (moved.mT @ moved).to(torch.float64),
-        )
+        count, total = self._parts.get(held_out, empty)
+        total = total + weight * moved.sum(1, dtype=torch.float64)
+        self._parts[held_out] = count + weight * rows.shape[1], total
+        self._products[held_out].add(moved if weight == 1 else moved * weight**0.5)
         if weight != 1:
             fourth = [each.square().sum((0, 2)).to(torch.float64).square().sum() for each in (moved, rows)]
             ones = torch.full_like(fourth[0], rows.shape[1])
@@ -304,12 +350,13 @@ class MomentSums:
 
     def second(self, *, centred: bool, held_out: bool | None = None) -> Tensor:
         """Second moments about the mean or about zero, of all rows, or of those that are held out or are not."""
-        parts = [part for key, part in self._parts.items() if held_out in (None, key)]
+        chosen = [key for key in self._parts if held_out in (None, key)]
+        parts = [self._parts[key] for key in chosen]
         if not parts:
             return torch.zeros(self._shape[0], self._shape[1], self._shape[1], dtype=torch.float64)
         count = sum(part[0] for part in parts)
         mean: Any = sum(part[1] for part in parts) / count
-        moved: Any = sum(part[2] for part in parts) / count
+        moved: Any = sum(self._products[key].total for key in chosen) / count
         origin = self._origin.to(torch.float64)
         central: Tensor = moved - mean[:, :, None] * mean[:, None]
         mean = mean + origin

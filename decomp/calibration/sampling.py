@@ -19,9 +19,10 @@ Positions = TypeAliasType("Positions", int | Literal["auto", "all"])
 class Sampling:
     """How many positions of a layer its statistics are summed over.
 
-    ``positions`` is a number, "all", or "auto": ten for each of the n channels of the rows x that are summed, and
-    more of them, up to 2^30 / n^2, where the sum of x x^T costs little. The positions of images and of texts are correlated, so that more of them say little that is new (Zhang
-    et al. 2016 take ten per image). ``batches`` is the number of batches in a pass, None if it is not known.
+    ``positions`` is a number, "all", or "auto": ten for each of the n channels of the rows x that are summed,
+    and more of them, up to 2^30 / n^2, where the sum of x x^T costs little. The positions of images and of texts
+    are correlated, so that more of them say little that is new (Zhang et al. 2016 take ten per image).
+    ``batches`` is the number of batches in a pass, None if it is not known.
 
     Raises:
         ValueError: ``positions`` is none of these.

@@ -40,7 +40,7 @@ def _uninitialized(dense: Any, inputs: int, outputs: int, groups: int) -> Any:
 
 def rows_of(tensor: Tensor, axes: int, groups: int) -> Tensor:
     """(batch, channels, *positions), or (..., channels), to (groups, rows, channels of a group) in float64."""
-    return _grouped(_channels_last(tensor, axes).flatten(0, -2), groups).to(torch.float64)
+    return _grouped(_flat(_channels_last(tensor, axes)), groups).to(torch.float64)
 
 
 def count_rows(tensor: Tensor, axes: int) -> int:
@@ -51,7 +51,7 @@ def count_rows(tensor: Tensor, axes: int) -> int:
 def some_rows(tensor: Tensor, axes: int, groups: int, indices: Tensor | None) -> Tensor:
     """The rows of :func:`rows_of` with these indices, None for all, in the dtype that they are multiplied in."""
     if indices is None:
-        rows = _channels_last(tensor, axes).flatten(0, -2)
+        rows = _flat(_channels_last(tensor, axes))
     elif axes > 0:
         positions = tensor.reshape(-1, *tensor.shape[-axes - 1 :]).flatten(2)
         image, place = _split(indices.to(tensor.device), positions.shape[2])
@@ -70,8 +70,14 @@ def _channels_last(tensor: Tensor, axes: int) -> Tensor:
     return tensor.movedim(tensor.dim() - axes - 1, -1)
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    flat: Tensor = tensor.reshape(-1, tensor.shape[-1])
+    return flat
+
+
 def _grouped(rows: Tensor, groups: int) -> Tensor:
-    return rows.unflatten(-1, (groups, -1)).transpose(0, 1)
+    grouped: Tensor = rows.unflatten(-1, (groups, -1)).transpose(0, 1)
+    return grouped
 
 
 def _split(indices: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +118,7 @@ class Patches:
         dtype = product_dtype(received)
         if indices is None:
             patches = received if self._unfold is None else self._unfold(received)
-            return _grouped(_channels_last(patches, self._axes).flatten(0, -2), self._groups).to(dtype)
+            return _grouped(_flat(_channels_last(patches, self._axes)), self._groups).to(dtype)
         read = self.positions_read(tuple(received.shape[2:]))
         image, place = _split(indices, read.shape[1])
         source = read[:, place].T.long().to(received.device)  # (rows, taps)

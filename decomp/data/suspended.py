@@ -1,6 +1,7 @@
-"""Forward passes that are held at each layer: one pass of every batch serves all layers, however many there are."""
+"""Forward passes that are held at each layer: one pass of every batch serves all layers, however many."""
 
 import contextvars
+import math
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from decomp.data.activations import Activations, Example
-from decomp.data.batches import Batches, naming_batch
+from decomp.data.activations import Activations, Example, Window
+from decomp.data.batches import Batches, Part, naming_batch
 from decomp.network.forward import Unfused, call, floating, to_device_of
 from decomp.network.tracing import Tail
 
@@ -189,7 +190,7 @@ class _LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         state = (*model.parameters(), *model.buffers())
         self._own = [tensor.untyped_storage() for tensor in state]
@@ -220,7 +221,7 @@ def size_of(batch: Any) -> int:
 
 @torch.no_grad()
 def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches) -> float:
-    """The most bytes that a pass holds at a call of a layer, per byte of its batch; infinite if passes cannot be held.
+    """The most bytes a pass holds at a call of a layer, per byte of its batch; infinite if passes cannot be held.
 
     They cannot be held where a pass does not call each layer once, in the order of ``layers``, or where two passes
     that take turns do not end as each of them alone: where the model keeps what a pass computes in itself, or
@@ -251,23 +252,23 @@ def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batch
                 expected.append([each.clone() for each in floating(call(model, to_device_of(model, batch)))])
             seconds = time.perf_counter() - start
             if order != list(layers):
-                return float("inf")
+                return math.inf
             order.clear()
     timeout = SECONDS_TO_WAIT + PASSES_TO_WAIT * seconds
     with Gates(model, layers, after=True).installed() as gates:
         passes = [gates.begin(batch) for batch in first]
         try:
-            for name in [*layers, None]:
+            for expected_name in [*layers, None]:
                 for each in passes:
                     arrival = each.advance(timeout)
-                    if (None if arrival is None else arrival.name) != name:
-                        return float("inf")
+                    if (None if arrival is None else arrival.name) != expected_name:
+                        return math.inf
         except Exception:  # also a TimeoutError; what is wrong with the model itself was raised above
-            return float("inf")
+            return math.inf
         outputs = [floating(each.output) for each in passes]
     for found, right in zip(outputs, expected, strict=True):
         if len(found) != len(right) or not all(map(_alike, found, right)):
-            return float("inf")
+            return math.inf
     return most / max(1, size_of(first[0]))
 
 
@@ -284,10 +285,10 @@ def _alike(found: Tensor, right: Tensor) -> bool:
 class HeldExamples:
     """The examples of one layer after the other, in the order of execution, from one pass of each batch.
 
-    The passes over the first batches, as many as fit into ``cache_bytes``, are held at each layer until the layer is
-    :meth:`replace`d; the examples of the others come from passes of their own for each layer, as do all where
-    passes cannot be held. A layer that is called several times gets passes of its own, after which new ones are
-    held. To be used in a ``with`` block, whose end abandons the passes.
+    The passes over the first batches, as many as fit into ``cache_bytes``, are held at each layer until the
+    layer is :meth:`replace`d; the examples of the others come from passes of their own for each layer, as do all
+    where passes cannot be held. A layer that is called several times gets passes of its own, after which new
+    ones are held. To be used in a ``with`` block, whose end abandons the passes.
 
     Args:
         small: the compressed network, whose layers are replaced one after the other.
@@ -296,6 +297,7 @@ class HeldExamples:
         order: the same names in the order of execution, with the tails of the layers.
         batches: the data.
         cache_bytes: memory for what is held.
+        part: which batches are needed, by their number; all by default.
     """
 
     def __init__(
@@ -306,11 +308,13 @@ class HeldExamples:
         order: Mapping[str, Tail],
         batches: Batches,
         cache_bytes: int,
+        part: Part | None = None,
     ) -> None:
         self._small, self._dense, self._pairs, self._order = small, dense, pairs, order
-        self._batches, self._cache_bytes = batches, cache_bytes
+        self._batches, self._cache_bytes, self._part = batches, cache_bytes, part
+        self._holds_all = False
         self._waiting = {name: None for name, tail in order.items() if tail.calls == 1}
-        self._bytes_per_byte = float("inf")
+        self._bytes_per_byte = math.inf
         self._held: list[_Held] | None = None
         self._gates: tuple[Gates, ...] = ()
         self._open = ExitStack()
@@ -330,23 +334,37 @@ class HeldExamples:
         Raises:
             RoutedDifferently: the two networks call the layer with inputs of other shapes.
         """
-        tail = self._order[name]
-        first: list[Example] = []
-        if tail.calls == 1 and self._bytes_per_byte < float("inf"):
-            try:
-                first = self._arrive(name, tail)
-            except OutOfOrder:
-                self._close()
-                self._bytes_per_byte = float("inf")
-        else:
-            self._close()
+        tail, first = self._order[name], self._first(name)
         held = self._held or []
         left = max(0, self._cache_bytes - sum(each.nbytes for each in held))
         rest = Activations(self._small, self._dense, *self._pairs[name], tail, self._batches, left)
         return LayerExamples(first, rest, len(held), left)
 
-    def replace(self, name: str, layer: nn.Module, small: nn.Module) -> None:
-        """Go on with another module in place of the layer; ``small`` is the network that holds it."""
+    def activations(self, name: str) -> "Activations | HeldActivations":
+        """The examples of a layer in windows: held ones if those of all batches are held, else from passes."""
+        first = self._first(name)
+        if self._held is not None and self._holds_all:
+            return HeldActivations(first)
+        self._close()
+        self._bytes_per_byte = math.inf
+        small, dense, batches = self._small, self._dense, self._batches
+        return Activations(small, dense, *self._pairs[name], self._order[name], batches, self._cache_bytes)
+
+    def _first(self, name: str) -> list[Example]:
+        """The examples of the batches whose passes are held."""
+        tail, first = self._order[name], list[Example]()
+        if tail.calls == 1 and self._bytes_per_byte < math.inf:
+            try:
+                first = self._arrive(name, tail)
+            except OutOfOrder:
+                self._close()
+                self._bytes_per_byte = math.inf
+        else:
+            self._close()
+        return first
+
+    def replace(self, name: str, layer: nn.Module | None, small: nn.Module) -> None:
+        """Go on with another module in place of the layer, None for itself; ``small`` is the network it is in."""
         self._small = small
         self._waiting.pop(name, None)
         for gates, instead in zip(self._gates, (layer, None), strict=False):
@@ -376,14 +394,16 @@ class HeldExamples:
             self._open.enter_context(Gates(self._small, layers[0], after=False).installed()),
             self._open.enter_context(Gates(self._dense, layers[1], after=True).installed()),
         )
-        self._held, total = [], 0.0
-        for index, batch, mask in self._batches.masked():
+        self._held, total, self._holds_all = [], 0.0, False
+        for index, batch, mask in self._batches.masked(part=self._part):
             nbytes = 2 * self._bytes_per_byte * size_of(batch)
             total += nbytes
             if total > self._cache_bytes:
                 break
             small, dense = (gates.begin(batch) for gates in self._gates)
             self._held.append(_Held(index, batch, mask, (small, dense), int(nbytes)))
+        else:
+            self._holds_all = True
 
     def _close(self) -> None:
         self._held, self._gates = None, ()
@@ -397,6 +417,21 @@ class _Held:
     mask: Tensor | None
     passes: tuple[SuspendedPass, SuspendedPass]
     nbytes: int
+
+
+class HeldActivations:
+    """The examples of held passes, as one window of each part of the data; see :class:`Activations`."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self._examples = examples
+
+    def windows(
+        self, start: int = 0, part: Part | None = None, share: float = 1.0, most: float = math.inf
+    ) -> Iterator[Window[Example]]:
+        """The examples of the batches from ``start`` on; all are in memory, whatever the other arguments are."""
+        items = [each for each in self._examples if each.batch >= start and (part is None or part(each.batch))]
+        if items:
+            yield Window(start, items, start == 0)
 
 
 class LayerExamples:

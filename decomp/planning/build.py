@@ -190,9 +190,11 @@ def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: AnyMo
     moments = moments.to(next(module.parameters()).device)
     role_kernels = output_factors(method, layer, module, ranks, moments)
     whitened = layer.from_kernels(module, role_kernels)
-    if layer.absorbs_inputs == "nothing" or (layer.refittable(role_kernels) and layer.absorbs_inputs == "full"):
+    is_best = method.closed_form and layer.refittable(role_kernels) and layer.absorbs_inputs == "full"
+    if layer.absorbs_inputs == "nothing" or is_best:
         return whitened
-    # The metric of the channels only approximates that of the patches: use the plain factors if they are better.
+    # The metric of the channels only approximates that of the patches, and a fit may end in a worse minimum: use
+    # the plain factors if they are better.
     plain = layer.from_factors(module, method.factors(kernels, ranks))
     errors = [output_error(each, module, moments) for each in (whitened, plain)]
     return plain if errors[0] is not None and errors[1] is not None and errors[1] < errors[0] else whitened

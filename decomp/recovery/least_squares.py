@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from decomp.calibration.moments import Products
 from decomp.calibration.sampling import Sampling, stratified
 from decomp.calibration.unfold import Patches, count_rows, some_rows
 from decomp.data.batches import unpadded
@@ -55,6 +56,12 @@ class Refit:
         """Whether the patches are small enough for normal equations."""
         return self._weight.shape[2] <= LARGEST_NORMAL_EQUATIONS
 
+    def patch_moments(self, *, centred: bool) -> Tensor | None:
+        """Second moments of the rows z of a spatial layer, from the sums of the equations; None without them."""
+        if not self.equations.count + self._held_out.count:
+            return None
+        return self.equations.moments_with(self._held_out, centred=centred)
+
     @property
     def axes(self) -> int:
         """The number of spatial axes of the layer."""
@@ -95,7 +102,7 @@ class Refit:
         indices = None if wanted >= total else stratified(total, max(1, math.ceil(wanted)), seed=batch)
         if indices is None:
             per_chunk = max(1, EQUATION_CHUNK_ELEMENTS // max(1, target[0].numel() * self._weight.shape[2]))
-            chunks = zip(received.split(per_chunk), target.split(per_chunk), strict=True)
+            chunks: Any = zip(received.split(per_chunk), target.split(per_chunk), strict=True)
         else:
             chunks = iter([(received, target)])
         for x, y in chunks:
@@ -103,10 +110,7 @@ class Refit:
             if count_rows(y, axes) != (count_rows(x, 0) if self._patches is None else self._patches.count(x)):
                 raise OutputSizeMismatch
             for part in [None] if indices is None else indices.split(self._rows_per_chunk):
-                if self._patches is None:
-                    z = some_rows(x, 0, groups, part)
-                else:
-                    z = self._patches.rows(x, part)
+                z = some_rows(x, 0, groups, part) if self._patches is None else self._patches.rows(x, part)
                 yield z.to(torch.float64), some_rows(y, axes, groups, part).to(torch.float64)
 
     @property
@@ -166,21 +170,22 @@ class NormalEquations:
 
     def __init__(self) -> None:
         self.count = 0
-        self._zz: Any = 0.0
-        self._yz: Any = 0.0
+        self._zz, self._yz = Products(), Products()
         self._z: Any = 0.0
         self._y: Any = 0.0
         self._yy: Any = 0.0
 
     def add(self, z: Tensor, y: Tensor) -> None:
         """Accumulate rows z (groups, n, inputs) and their targets y (groups, n, outputs)."""
-        self._zz, self._z = self._zz + z.mT @ z, self._z + z.sum(1)
+        self._zz.add(z)
+        self._z = self._z + z.sum(1)
         self.count += z.shape[1]
         self.add_targets(z, y)
 
     def add_targets(self, z: Tensor, y: Tensor) -> None:
         """Accumulate targets y of rows z that are in the sums over the inputs already."""
-        self._yz, self._y = self._yz + y.mT @ z, self._y + y.sum(1)
+        self._yz.add(y, z)
+        self._y = self._y + y.sum(1)
         self._yy = self._yy + y.square().sum((1, 2))
 
     def without_targets(self) -> "NormalEquations":
@@ -189,25 +194,39 @@ class NormalEquations:
         new._zz, new._z, new.count = self._zz, self._z, self.count
         return new
 
+    def moments_with(self, other: "NormalEquations", *, centred: bool) -> Tensor:
+        """Second moments of the inputs of both, about their mean or about zero."""
+        count = self.count + other.count
+        mean = (self._z + other._z) / count
+        second: Tensor = (self._zz.total + other._zz.total) / count
+        return second - mean[:, :, None] * mean[:, None] if centred else second
+
     def solve(self, weight: Tensor, ridge: float, *, centred: bool) -> tuple[Tensor, Tensor | None]:
         """A = (S_yz + rho A_0) (S_zz + rho I)^-1, b = mean(y) - A mean(z)."""
-        zz, yz = self._zz / self.count, self._yz / self.count
+        zz, yz = self._zz.total / self.count, self._yz.total / self.count
         z, y = self._z / self.count, self._y / self.count
         if centred:
             zz, yz = zz - z[:, :, None] * z[:, None], yz - y[:, :, None] * z[:, None]
         identity = torch.eye(zz.shape[1], dtype=zz.dtype, device=zz.device)
         mean = zz.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(zz.dtype).tiny)
         rho = ridge * mean[:, None, None]
-        solved = torch.linalg.solve(zz + rho * identity, (yz + rho * weight).mT).mT
+        solved = _solve(zz + rho * identity, (yz + rho * weight).mT).mT
         return solved, y - torch.einsum("gtz,gz->gt", solved, z) if centred else None
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """sqrt(sum ||y - A z - b||^2 / sum ||y||^2), computed from the sums."""
         if not self.count:
             return math.nan
-        squared = self._yy.sum() - 2 * (weight * self._yz).sum() + ((weight @ self._zz) * weight).sum()
+        squared = self._yy.sum() - 2 * (weight * self._yz.total).sum()
+        squared = squared + ((weight @ self._zz.total) * weight).sum()
         if bias is not None:
             shift = torch.einsum("gtz,gz->gt", weight, self._z) - self._y
             squared = squared + 2 * (bias * shift).sum() + self.count * bias.square().sum()
         energy = float(self._yy.sum())
         return math.sqrt(max(float(squared), 0.0) / energy) if energy else 0.0
+
+
+def _solve(symmetric: Tensor, right: Tensor) -> Tensor:
+    """Solve with positive definite matrices, which are singular to rounding at worst."""
+    factor, info = torch.linalg.cholesky_ex(symmetric)
+    return torch.linalg.solve(symmetric, right) if bool(info.any()) else torch.cholesky_solve(right, factor)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
@@ -107,10 +107,10 @@ class _LayerStep:
             return self._alone(name, plan)
         calibrated = cast(Moments | None, plan.statistics.get(name))
         try:
-            self._refit()
+            patches = self._refit()
             received = ((example.received, example.batch, example.mask) for example in self.examples)
             centred = self.norm_shift is not None
-            moments = moments_of(self.own, received, calibrated, self.sampling, centred=centred)
+            moments = moments_of(self.own, received, calibrated, self.sampling, centred=centred, patches=patches)
         except RoutedDifferently:
             layer, choice = self._alone(name, plan)
             return layer, replace(choice, note="routed differently: decomposed by itself")
@@ -125,19 +125,25 @@ class _LayerStep:
         choice = measured(plan, dense, alone, plan.candidates, plan.statistics).get(name, plan[name])
         return alone[name], choice
 
-    def _refit(self) -> None:
-        """Fit the weight of the layer, and its bias, to the targets on the inputs that it receives."""
+    def _refit(self) -> Tensor | None:
+        """Fit the weight of the layer, and its bias, to the targets on the inputs that it receives.
+
+        Returns the second moments of the patches, if the sums of the fit hold them.
+        """
         refit = Refit(self.own, self.norm_shift, self.sampling)
         try:
             for example in self.examples:
                 if not example.received.is_floating_point():
-                    return
+                    return None
                 held_out = CLOSED_FORM_SPLIT.held_out(example.batch)
                 target = example.targets[0]
                 refit.add(example.received, target, held_out=held_out, batch=example.batch, mask=example.mask)
         except OutputSizeMismatch:
-            return
+            return None
         refit.apply()
+        is_spatial = math.prod(getattr(self.own, "kernel_size", ())) > 1
+        absorbs = self.norm_shift is not None or getattr(self.own, "bias", None) is not None
+        return refit.patch_moments(centred=absorbs) if is_spatial else None
 
     def _centre(self, layer: Any) -> float:
         """Correct the mean of the output by the bias or the BatchNorm; return the remaining relative error."""

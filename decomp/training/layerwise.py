@@ -3,9 +3,10 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ from decomp.data.activations import (
 from decomp.data.batches import (
     Batches,
     BatchSplit,
+    Mask,
     OwnRandomness,
     Part,
     random_state,
     require_passes,
     set_random_state,
+    unpadded,
 )
+from decomp.data.suspended import HeldActivations, HeldExamples
 from decomp.network.attention import unpacked
 from decomp.network.forward import evaluating
 from decomp.network.pairing import blocks_of, factorized_names, pairs_of
@@ -101,15 +105,17 @@ def finetune_layerwise(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     accelerator: Any = None,
+    mask: Mask = "attention_mask",
 ) -> FinetuneReport:
     """Train each factorized layer of ``small``, in place, to reproduce what the layer gave in ``dense``.
 
-    Layer by layer in the order of execution: minimize ||phi(f(x)) - phi(y)||^2 / ||phi(y)||^2 over the factors of
-    f, with x the input that the layer gets in the partly compressed network, y the output of the dense layer in
-    the dense network, and phi the normalization and activation that follow the layer, where there are any. No
-    labels are needed. A copy of the layer is trained, and its best state copied back if its error fell; errors are
-    measured on batches that are held out from training. A NaN ends the layer at its best state before. A pass of a
-    network ends, by an exception, where the layer was called as often as in the first batch that reached it.
+    Layer by layer in the order of execution: minimize ||phi(f(x)) - phi(y)||^2 / ||phi(y)||^2 over the factors
+    of f, with x the input that the layer gets in the partly compressed network, y the output of the dense layer
+    in the dense network, and phi the normalization and activation that follow the layer, where there are any. No
+    labels are needed. A copy of the layer is trained, and its best state copied back if its error fell; errors
+    are measured on batches that are held out from training, in between on the first few of these. A NaN ends the
+    layer at its best state before. A pass of a network ends, by an exception, where the layer was called as
+    often as in the first batch that reached it.
 
     Runs on Hugging Face accelerate. Started in several processes, each takes its share of the batches, gradients
     are averaged, and all end with the same model. With ``checkpoint``, a run that was killed and is started again
@@ -124,7 +130,9 @@ def finetune_layerwise(
         steps: gradient steps per layer, at most.
         lr: learning rate at the start.
         inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
-        cache_bytes: inputs and targets of a layer that are held in memory at once.
+        cache_bytes: memory for inputs and targets. Where that is enough for what one pass of every batch through
+            both networks holds at a layer, these passes serve all layers, each held until its layer is trained;
+            else each layer takes passes of its own.
         progress: show a progress bar; by default where there is a terminal.
         layers: which factorized layers, by globs on their names, by types (``nn.Linear``, or ``SVDLinear``) or
             predicates of the name and the dense layer; by default all.
@@ -141,6 +149,7 @@ def finetune_layerwise(
         checkpoint: a folder, which all processes see.
         checkpoint_every: steps between two checkpoints; there is one after every layer as well.
         accelerator: an ``accelerate.Accelerator``, for mixed precision, accumulated gradients or another device.
+        mask: what is padding and does not count; see :func:`decomp.calibrate`.
 
     Raises:
         ValueError: there is nothing to train, ``dense`` does not match ``small``, a batch is empty or not finite,
@@ -179,20 +188,52 @@ def finetune_layerwise(
             }
             saved = Checkpoint(checkpoint, identity, writes=group.rank == 0)
         state = _first_random_state(saved, data, group)
-        batches = Batches(OwnRandomness(data, state, same_order=True), inputs)
-        activations = partial(Activations, small, dense, batches=batches, cache_bytes=cache_bytes)
+        batches = Batches(OwnRandomness(data, state, same_order=True), inputs, mask)
         tails, dense_tails = (
             reached_tails(model, batches, {name: pair[which] for name, pair in pairs.items()})
             for which, model in enumerate((small, dense))
         )
-        trainers = {}
-        for name in (name for name in tails if name in dense_tails):
-            layer, parameters = pairs[name][0], _parameters_within(small, name, selected)
-            examples = activations(*pairs[name], tail=dense_tails[name])
-            trainers[name] = LayerTrainer(layer, parameters, examples, tails[name], settings, split, group)
-        with evaluating(small, dense):
-            reports = _train_layers(trainers, saved, steps, progress if group.rank == 0 else False)
+        reached = {name: dense_tails[name] for name in tails if name in dense_tails}
+        most = steps * group.accumulation_steps
+        part = _NeededBatches(split, most)
+        # Passes are held for several layers of one process: otherwise there is nothing to share.
+        orders = reached if group.size == 1 and len(reached) > 1 else {}
+        with (
+            evaluating(small, dense),
+            HeldExamples(small, dense, pairs, orders, batches, cache_bytes, part) as held,
+        ):
+            trainers = {}
+            for name, tail in reached.items():
+                layer, parameters = pairs[name][0], _parameters_within(small, name, selected)
+                plain = Activations(small, dense, *pairs[name], tail, batches, cache_bytes)
+                examples = partial(held.activations, name) if orders else partial(_same, plain)
+                trainers[name] = LayerTrainer(layer, parameters, examples, tails[name], settings, split, group)
+            done = partial(_pass_on, held, small)
+            reports = _train_layers(trainers, saved, steps, progress if group.rank == 0 else False, done)
     return FinetuneReport(reports | {name: UNREACHED for name in pairs if name not in reports})
+
+
+@dataclass
+class _NeededBatches:
+    """Which batches are measured or trained on: of the latter the first ``most``."""
+
+    split: BatchSplit
+    most: int
+
+    def __call__(self, index: int) -> bool:
+        """Whether the batch of this number is needed."""
+        if self.split.held_out(index):
+            return True
+        before = sum(self.split.train(earlier) for earlier in range(index)) if index < 2 * self.most + 2 else index
+        return self.split.train(index) and before < self.most
+
+
+def _same(activations: Activations) -> Activations:
+    return activations
+
+
+def _pass_on(held: HeldExamples, small: nn.Module, name: str) -> None:
+    held.replace(name, None, small)
 
 
 def _first_random_state(saved: Checkpoint | None, data: Any, group: ProcessGroup) -> dict[str, Any]:
@@ -217,7 +258,11 @@ def _parameters_within(small: nn.Module, module: str, selected: set[str]) -> set
 
 
 def _train_layers(
-    trainers: Mapping[str, "LayerTrainer"], saved: Checkpoint | None, steps: int, progress: bool | None
+    trainers: Mapping[str, "LayerTrainer"],
+    saved: Checkpoint | None,
+    steps: int,
+    progress: bool | None,
+    done: Callable[[str], None],
 ) -> dict[str, LayerReport]:
     """Train layer by layer; a layer that an earlier run has finished is loaded from its checkpoint."""
     reports = {}
@@ -237,12 +282,29 @@ def _train_layers(
                     reports[name] = LayerReport(**finished["report"])
                     trainer.layer.load_state_dict(finished["layer"])
                     advance(steps, math.nan)
+                    done(name)
                     continue
                 reports[name] = trainer.train(name, saved, advance)
                 if saved is not None:
                     layer = dict(trainer.layer.state_dict())
                     saved.save(file, {"layer": layer, "report": asdict(reports[name])})
+            done(name)
     return reports
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """The first of the held-out examples, by which the states of a layer are compared while it is trained.
+
+    There are as many as take a sixth of the time of the steps between two evaluations, and at least two: a step
+    runs a layer forwards and backwards, which takes three times as long as an evaluation on an example.
+    """
+
+    examples: ExampleCache[Example]
+    most: int
+
+    def __iter__(self) -> Iterator[Example]:
+        return islice(iter(self.examples), self.most)
 
 
 class LayerTrainer:
@@ -251,7 +313,7 @@ class LayerTrainer:
     Args:
         layer: a factorized layer, or a module that holds some.
         trained: the names of its parameters that are trained.
-        activations: its inputs and targets.
+        activations: returns its inputs and targets, when its turn has come.
         tail: the functions that follow it in the compressed network.
         settings: steps, learning rate, optimizer, schedule, early stopping.
         split: the batches that it is trained on, and those held out.
@@ -262,14 +324,14 @@ class LayerTrainer:
         self,
         layer: nn.Module,
         trained: set[str],
-        activations: Activations,
+        activations: Callable[[], Activations | HeldActivations],
         tail: Tail,
         settings: TrainingSettings,
         split: BatchSplit,
         group: ProcessGroup,
     ) -> None:
         self.layer = layer
-        self._trained, self._activations, self._tail = trained, activations, tail
+        self._trained, self._make_activations, self._tail = trained, activations, tail
         self._settings, self._split, self._group = settings, split, group
 
     def train(self, name: str, saved: Checkpoint | None, advance: Callable[[int, float], None]) -> LayerReport:
@@ -289,7 +351,7 @@ class LayerTrainer:
         return replace(report, seconds=time.perf_counter() - start)
 
     def _train(self, name: str, saved: Checkpoint | None, advance: Callable[[int, float], None]) -> LayerReport:
-        stream, held_out, before = self._examples()
+        stream, held_out, before = self._examples(self._make_activations())
         if stream is None:
             return LayerReport(before, before, 0, 0.0, "the data of some processes never reaches it: not trained")
         if not self._trained:
@@ -299,8 +361,9 @@ class LayerTrainer:
             student.float()  # half precision is too coarse for the steps of an optimizer
         tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
         loop = TrainingLoop(tensors, self._trained, self._settings, self._group)
-        loop.best_error = before
-        self._run(loop, student, stream, held_out, name, saved, advance)
+        judged = _Judged(held_out, max(2, self._settings.interval // 2))
+        loop.best_error = self._error(self.layer, judged) or 0.0
+        self._run(loop, student, stream, judged, name, saved, advance)
         trained = copy.deepcopy(self.layer)
         trained.load_state_dict(student.state_dict())
         after = self._error(trained, held_out) or 0.0
@@ -310,7 +373,9 @@ class LayerTrainer:
         self.layer.load_state_dict(trained.state_dict())
         return LayerReport(before, after, loop.steps_done, 0.0, loop.note)
 
-    def _examples(self) -> tuple[ExampleStream[Example] | None, ExampleCache[Example], float]:
+    def _examples(
+        self, activations: Activations | HeldActivations
+    ) -> tuple[ExampleStream[Example] | None, ExampleCache[Example], float]:
         """The examples to train on, those to measure on, and the error of the layer on the latter.
 
         A layer that is not reached by both parts of the data is trained and measured on all of it.
@@ -320,13 +385,13 @@ class LayerTrainer:
             (self._split.own, self._split.own),
         ]
         for train, measure in parts:
-            windows = partial(self._activations.windows, part=measure, share=HELD_OUT_SHARE_OF_CACHE)
+            windows = partial(activations.windows, part=measure, share=HELD_OUT_SHARE_OF_CACHE)
             held_out = ExampleCache[Example](windows)
             error = self._error(self.layer, held_out)
             if error is None:
                 continue
             most = self._settings.steps * self._group.accumulation_steps  # no step would read more
-            windows = partial(self._activations.windows, part=train, share=1 - HELD_OUT_SHARE_OF_CACHE, most=most)
+            windows = partial(activations.windows, part=train, share=1 - HELD_OUT_SHARE_OF_CACHE, most=most)
             stream = ExampleStream[Example](windows)
             if self._all_begin(stream):
                 return stream, held_out, error
@@ -349,7 +414,7 @@ class LayerTrainer:
         loop: TrainingLoop,
         student: nn.Module,
         stream: ExampleStream[Example],
-        held_out: ExampleCache[Example],
+        judged: "_Judged",
         name: str,
         saved: Checkpoint | None,
         advance: Callable[[int, float], None],
@@ -380,14 +445,14 @@ class LayerTrainer:
 
         def evaluate() -> float:
             try:
-                return self._error(student, held_out) or 0.0
+                return self._error(student, judged) or 0.0
             except RoutedDifferently:
                 return math.nan
 
         loop.run(loss, evaluate, save, lambda value: advance(1, value))
 
     @torch.no_grad()
-    def _error(self, layer: nn.Module, examples: ExampleCache[Example]) -> float | None:
+    def _error(self, layer: nn.Module, examples: Iterable[Example]) -> float | None:
         """sqrt(sum ||phi(f(x)) - phi(y)||^2 / sum ||phi(y)||^2) over all processes; None without examples."""
         lost = energy = 0.0
         count = routed = 0
@@ -408,6 +473,9 @@ class LayerTrainer:
     def _squares(self, layer: nn.Module, example: Example) -> tuple[Tensor, Tensor]:
         """||phi(f(x)) - phi(y)||^2 and ||phi(y)||^2 over all outputs."""
         outputs = example.run(layer, self._tail)
-        pairs = [(output.float(), target.float()) for output, target in zip(outputs, example.targets, strict=True)]
+        pairs = [
+            (unpadded(output, example.mask).float(), unpadded(target, example.mask).float())
+            for output, target in zip(outputs, example.targets, strict=True)
+        ]
         lost = torch.stack([(output - target).square().sum() for output, target in pairs]).sum()
         return lost, torch.stack([target.square().sum() for _, target in pairs]).sum()
