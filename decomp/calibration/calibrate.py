@@ -13,12 +13,13 @@ from decomp._util.progress import bar
 from decomp.calibration.gradients import SensitivityScalar, tracked
 from decomp.calibration.moments import LayerSums, Moments
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, naming_batch
+from decomp.layers import routes_rows
 from decomp.methods import kinds_of
-from decomp.network.attention import unpacked
 from decomp.network.eligibility import eligible
 from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_of
 from decomp.network.selection import Selector
 from decomp.network.tracing import following_norms
+from decomp.network.unpacking import unpacked
 
 
 class Statistics(ByLayer[Moments]):
@@ -105,17 +106,18 @@ def _watch(
     held_out: bool,
     scalar: SensitivityScalar | None,
 ) -> None:
-    outputs: list[tuple[LayerSums, Tensor]] = []
+    outputs: list[tuple[LayerSums, Tensor, Tensor | None]] = []
 
     def watch(each: LayerSums) -> Any:
         def hook(module: nn.Module, positional: Any, keywords: Any, output: Tensor) -> Tensor | None:
             received = positional[0] if positional else next(iter(keywords.values()))
             with naming(each.name), torch.no_grad():
-                each.add(received.detach(), output.detach(), held_out=held_out)
+                experts = positional[1] if routes_rows(module) else None
+                each.add(received.detach(), output.detach(), held_out=held_out, experts=experts)
             if scalar is None:
                 return None
             differentiable, copy = tracked(output)
-            outputs.append((each, differentiable))
+            outputs.append((each, differentiable, experts))
             return copy
 
         return hook
@@ -135,10 +137,10 @@ def _watch(
                     "loss=: its value has no gradient, because the model runs under torch.no_grad, or the loss "
                     "does not depend on the outputs of the layers: write loss=None"
                 )
-            grads = torch.autograd.grad(value, [output for _, output in outputs], allow_unused=True)
-        for (each, _), grad in zip(outputs, grads, strict=True):
+            grads = torch.autograd.grad(value, [output for _, output, _ in outputs], allow_unused=True)
+        for (each, _, experts), grad in zip(outputs, grads, strict=True):
             if grad is not None:
-                each.add_gradient(grad)
+                each.add_gradient(grad, experts)
 
 
 def _normal(leaf: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from decomp.calibration.unfold import patches_like, rows_of
-from decomp.layers import group_kernels
+from decomp.calibration.unfold import patches_like, rows_of, rows_of_experts
+from decomp.layers import group_kernels, routes_rows
 from decomp.linalg import leading_eigenvectors, symmetric_power
 from decomp.network.forward import norm_scale
 
@@ -18,6 +18,7 @@ LARGEST_PATCH_MOMENTS = 2304  # input channels of a group times kernel positions
 MOMENT_CHUNK_ELEMENTS = 2**22
 MAX_INPUT_SIZES = 8
 LARGEST_ROW_METRIC = 1536
+SHARE_OF_ALL_EXPERTS = 0.01  # in the moments of each: data may hardly reach one
 LEAST_WEIGHT = 0.02  # of an output whose gradient is zero, relative to the mean
 ROUNDING = 1e-12
 SHRINKAGES = (0.01, 0.1, 0.5, 1.0)
@@ -90,6 +91,7 @@ class LayerSums:
         self._unfold = patches_like(module) if needs_patches else None
         self._means: dict[tuple[int, ...], tuple[Tensor, int]] = {}
         self._gradients: Any = None
+        self._experts: Any = torch.zeros(groups) if routes_rows(module) else None  # rows of each
         self.samples = 0
         self.normalization = ""
         self._norm_scale: Tensor | None = None
@@ -103,9 +105,12 @@ class LayerSums:
         self.normalization = name
         self._norm_scale = norm_scale(norm.running_var, norm.eps, norm.weight).abs()
 
-    def add(self, received: Tensor, output: Tensor, *, held_out: bool) -> None:
-        """Accumulate the input and the output of one call."""
+    def add(self, received: Tensor, output: Tensor, *, held_out: bool, experts: Tensor | None = None) -> None:
+        """Accumulate the input and the output of one call; ``experts`` are those of the rows, where they route."""
         if not received.numel():
+            return
+        if experts is not None:
+            self._add_routed(received, output, experts, held_out=held_out)
             return
         axes = len(getattr(self.module, "kernel_size", ()))
         is_embedding = isinstance(self.module, nn.Embedding)
@@ -125,10 +130,21 @@ class LayerSums:
             self._outputs.add(rows_of(output, axes, self.kernels.shape[0]))
         self.samples += received.numel() if is_embedding else len(received)
 
-    def add_gradient(self, grad: Tensor) -> None:
+    def _add_routed(self, received: Tensor, output: Tensor, experts: Tensor, *, held_out: bool) -> None:
+        groups = self.kernels.shape[0]
+        self._experts = self._experts.to(experts.device) + torch.bincount(experts, minlength=groups)
+        if self._inputs is not None and self._held_out is not None:
+            rows = rows_of_experts(received, experts, groups)
+            for sums in (self._inputs, self._held_out) if held_out else (self._inputs,):
+                sums.add(rows, len(received))
+        if self._outputs is not None:
+            self._outputs.add(rows_of_experts(output, experts, groups), len(output))
+        self.samples += len(received)
+
+    def add_gradient(self, grad: Tensor, experts: Tensor | None = None) -> None:
         """Accumulate the gradient g by the output: g g^T, or only its diagonal g^2 for very many channels."""
         axes, (groups, outputs) = len(getattr(self.module, "kernel_size", ())), self.kernels.shape[:2]
-        rows = rows_of(grad, axes, groups)
+        rows = rows_of(grad, axes, groups) if experts is None else rows_of_experts(grad, experts, groups)
         products = rows.mT @ rows if outputs <= LARGEST_ROW_METRIC else rows.square().sum(1)
         self._gradients = products if self._gradients is None else self._gradients + products
 
@@ -153,6 +169,8 @@ class LayerSums:
         centred = self._centred
         inputs = None if self._inputs is None else self._inputs.second(centred=centred)
         outputs = None if self._outputs is None else self._outputs.second(centred=centred)
+        if self._experts is not None:
+            inputs, outputs = self._with_all_experts(inputs, outputs)
         patches = None if self._patches is None else self._patches.second(centred=centred)
         means = tuple((total / count, count) for total, count in self._means.values())
         shape = tuple(self.module.weight.shape)
@@ -168,6 +186,20 @@ class LayerSums:
             patches,
         )
 
+    def _with_all_experts(
+        self, inputs: Tensor | None, outputs: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Mix into the moments of each expert those of all inputs, or the outputs that white inputs would give."""
+        share = SHARE_OF_ALL_EXPERTS
+        if inputs is not None:
+            inputs = (1 - share) * inputs + share * inputs.mean(0)
+        if outputs is not None:
+            kernels = self.kernels.flatten(2).to(outputs)
+            gram = kernels @ kernels.mT
+            scale = outputs.diagonal(dim1=1, dim2=2).sum() / gram.diagonal(dim1=1, dim2=2).sum().clamp(min=1e-300)
+            outputs = (1 - share) * outputs + share * scale * gram
+        return inputs, outputs
+
     def _row_metric(self, energy: float) -> tuple[Tensor | None, float | None]:
         """The metric D of output errors or its diagonal, normalized to mean 1; the importance of the layer."""
         if self._gradients is None and self._norm_scale is None:
@@ -175,6 +207,10 @@ class LayerSums:
         squared = self._gradients
         if squared is None:
             squared = cast(Tensor, self._norm_scale).square().reshape(self.kernels.shape[:2])
+        elif self._experts is not None:
+            # The moments of an expert are sums over its rows divided by all rows: count the rows only once.
+            share = self._experts / self._experts.sum()
+            squared = squared / share.clamp(min=1e-6).to(squared).reshape(-1, *(1,) * (squared.dim() - 1))
         diagonal = squared if squared.dim() == 2 else squared.diagonal(dim1=1, dim2=2)
         scale = float(diagonal.mean())
         importance = None if self._gradients is None else scale / energy
@@ -232,11 +268,11 @@ class MomentSums:
         self._outer: Any = torch.zeros(groups, channels, channels, dtype=torch.float64)
         self.count = 0
 
-    def add(self, rows: Tensor) -> None:
-        """Accumulate rows (groups, rows, channels)."""
+    def add(self, rows: Tensor, count: int | None = None) -> None:
+        """Accumulate rows (groups, rows, channels), of which there are ``count`` without those of padding."""
         self._total = self._total.to(rows.device) + rows.sum(1)
         self._outer = self._outer.to(rows.device) + rows.mT @ rows
-        self.count += rows.shape[1]
+        self.count += rows.shape[1] if count is None else count
 
     def without(self, other: "MomentSums") -> "MomentSums":
         """The sums over the rows that are not among those of ``other``, a part of this one."""

@@ -10,8 +10,8 @@ from decomp.calibration.calibrate import Statistics, calibrate
 from decomp.calibration.moments import Moments
 from decomp.layers import Factorized
 from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_named, row_named
-from decomp.network.attention import unpacked
 from decomp.network.eligibility import WhyNot
+from decomp.network.unpacking import unpacked
 from decomp.planning.arguments import BudgetArguments, Scope
 from decomp.planning.budget import Budget, Request
 from decomp.planning.candidate import Candidate

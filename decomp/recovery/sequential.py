@@ -14,11 +14,11 @@ from decomp.calibration.moments import moments_of
 from decomp.calibration.unfold import rows_of
 from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
-from decomp.layers import Factorized
+from decomp.layers import Factorized, routes_rows
 from decomp.network import surgery
-from decomp.network.attention import unpacked
 from decomp.network.forward import Unfused, evaluating
 from decomp.network.tracing import Tail
+from decomp.network.unpacking import unpacked
 from decomp.planning.build import (
     decomposed,
     from_moments,
@@ -96,6 +96,8 @@ class _LayerStep:
         """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
         calibrated = plan.statistics.get(name)
         try:
+            if routes_rows(self.own):
+                raise RoutedDifferently  # a refit has one weight for all rows
             self._refit()
             received = ((example.received, CLOSED_FORM_SPLIT.held_out(example.batch)) for example in self.examples)
             moments = moments_of(self.own, received, calibrated, centred=self.norm_shift is not None)

@@ -33,10 +33,10 @@ from decomp.data.batches import (
     require_passes,
     set_random_state,
 )
-from decomp.network.attention import unpacked
 from decomp.network.forward import evaluating
 from decomp.network.pairing import blocks_of, factorized_names, pairs_of
 from decomp.network.tracing import Tail
+from decomp.network.unpacking import unpacked
 from decomp.training.checkpoint import Checkpoint, identify
 from decomp.training.distributed import ProcessGroup, process_group
 from decomp.training.loop import (
