@@ -146,7 +146,7 @@ class UnpackedExperts(Unpacked):
     def takes(cls, module: nn.Module) -> bool:
         """Experts under the contract of ``use_experts_implementation`` in transformers, with fused gates."""
         weights = [module._parameters.get(role) for role in cls.roles]
-        flags = ("num_experts", "act_fn", "has_gate", "has_bias", "is_transposed")
+        flags = ("num_experts", "has_gate", "has_bias", "is_transposed")
         is_fused = all(weight is not None and weight.dim() == 3 for weight in weights)
         return is_fused and hasattr(type(module), "_apply_gate") and all(hasattr(module, flag) for flag in flags)
 
@@ -163,7 +163,8 @@ class UnpackedExperts(Unpacked):
             layer = ExpertLinear(experts, inputs, outputs, "meta", weight.dtype)
             layer.weight = parameter_like(weight.flatten(0, 1), share=share)
             self.add_module(role, layer.train(packed.training))
-        self.act_fn = packed.act_fn if share else copy.deepcopy(packed.act_fn)
+        if hasattr(packed, "act_fn"):  # of _apply_gate, which may have an activation of its own
+            self.act_fn = packed.act_fn if share else copy.deepcopy(packed.act_fn)
         self.training = packed.training
 
     @torch.no_grad()
@@ -176,7 +177,8 @@ class UnpackedExperts(Unpacked):
         for role, layer in self.layers(parts).items():
             weight = layer.weight.unflatten(0, (layer.groups, layer.out_features))
             experts.register_parameter(role, parameter_like(weight, share=False))
-        experts.act_fn = copy.deepcopy(self.act_fn)
+        if hasattr(self, "act_fn"):
+            experts.act_fn = copy.deepcopy(self.act_fn)
         experts.training = self.training
         return experts
 

@@ -286,6 +286,34 @@ def test_half_precision_and_every_mode(dtype, context):
     assert float((logits - expected).norm() / expected.norm()) < 0.1
 
 
+class OwnGate(MixtralExperts):
+    """A gate with numbers of its own and no activation, as in several models of transformers."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.limit = 0.5
+        del self.act_fn
+
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gate.clamp(max=self.limit).sigmoid() * up
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_the_gate_is_that_of_the_packed_class(implementation):
+    config = MixtralConfig(**SIZES, intermediate_size=64, num_local_experts=4)
+    config._experts_implementation = implementation
+    model = nn.ModuleDict({"experts": OwnGate(config)})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    view, dense = unpacked(model)["experts"], decomp.densify(decomp.svd(model, ranks=8))["experts"]
+    rows, experts, weights = torch.randn(9, 32), torch.randint(4, (9, 2)), torch.rand(9, 2)
+    torch.testing.assert_close(view(rows, experts, weights), model["experts"](rows, experts, weights))
+    assert type(dense) is OwnGate
+    assert dense.limit == 0.5
+    assert dense(rows, experts, weights).shape == (9, 32)
+
+
 def refused():
     def changed(**attributes):
         experts = MixtralExperts(MixtralConfig(**SIZES, intermediate_size=64, num_local_experts=4))
@@ -329,6 +357,21 @@ def test_moments_of_experts_are_those_of_their_rows():
     assert (torch.linalg.eigvalsh(moments.inputs) > 0).all()
     assert moments.importance > 0
     assert moments.row_metric.isfinite().all()
+
+
+def test_an_expert_of_nine_times_the_rows_counts_nine_times():
+    layer = expert_linear(2, 4, 6)
+    sums, experts = LayerSums("", layer), torch.tensor([0] * 90 + [1] * 10)
+    rows, grads = torch.ones(100, 4, dtype=torch.float64), torch.ones(100, 6, dtype=torch.float64)
+    sums.add(rows, layer(rows, experts).detach(), held_out=False, experts=experts)
+    sums.add_gradient(grads, experts)
+    moments = sums.moments()
+    first, second = (
+        (moments.row_metric[e] @ moments.row_metric[e]).trace() * moments.inputs[e].trace() for e in (0, 1)
+    )
+    assert float(first / second) == pytest.approx(
+        9, rel=0.1
+    )  # 1 % are moments of both, 2 % weights of all outputs
 
 
 def correlated(count=6):

@@ -59,10 +59,11 @@ def why_packed(model: nn.Module, module: nn.Module, shared: Mapping[int, list[st
     )
     odd = sorted({*own, *parts} - known)
     more = f"holds more than the weights that are unpacked: {', '.join(odd)}" if odd else ""
-    held = surgery.held_by_torch(module) or more or surgery.hooks_of(module)
+    held = surgery.held_by_torch(module) or ("" if attention else _odd_experts(module)) or more
+    held = held or surgery.hooks_of(module)
     if held:
         return held
-    reason = _odd_attention(model, module, shared) if attention else _odd_experts(module)
+    reason = _odd_attention(model, module, shared) if attention else ""
     unpacker: Any = surgery.unpacker_of(module)
     reasons = (
         *(surgery.odd_weight(weight, needs_values=False) for weight, _ in unpacker.weights_of(module).values()),
