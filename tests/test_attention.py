@@ -496,6 +496,10 @@ class Own(nn.MultiheadAttention):
     pass
 
 
+class Adapted(nn.Linear):
+    pass
+
+
 def refused():
     hooked, child, replaced, masked, burdened, tied, used = (nn.MultiheadAttention(16, 2) for _ in range(7))
     hooked.register_forward_hook(lambda *_: None)
@@ -522,6 +526,9 @@ def refused():
     shared = nn.MultiheadAttention(16, 2)
     packed_partner.weight = shared.in_proj_weight
     yield shared, "its weight is tied", [packed_partner]
+    adapted = nn.MultiheadAttention(16, 2)
+    adapted.out_proj = Adapted(16, 16)
+    yield adapted, "Adapted, not a torch.nn.Linear", []
     yield used, "its out_proj is a layer of another module as well", [used.out_proj]
     yield nn.MultiheadAttention(16, 2, dtype=torch.complex64), "complex64", []
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from decomp.layers.kernels import qualified_name
 from decomp.layers.unpacked import Unpacked
 from decomp.network import surgery
 
@@ -76,7 +77,7 @@ def _odd_attention(model: nn.Module, attention: Any, shared: Mapping[int, list[s
     if type(attention) is not nn.MultiheadAttention:
         return f"{type(attention).__name__}, a subclass of MultiheadAttention: its forward may differ"
     if type(attention.out_proj) not in _LINEAR:
-        return f"its out_proj is {type(attention.out_proj).__name__}, a Linear is needed"
+        return f"its out_proj is a {qualified_name(type(attention.out_proj))}, not a torch.nn.Linear"
     places = [child for module in model.modules() for child in module._modules.values()]
     if sum(child is attention.out_proj for child in places) > 1:
         return "its out_proj is a layer of another module as well"
