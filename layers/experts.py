@@ -145,9 +145,9 @@ class UnpackedExperts(Unpacked):
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
         """Experts under the contract of ``use_experts_implementation`` in transformers, with fused gates."""
-        weights = [module._parameters.get(role) for role in cls.roles]
+        weights = [getattr(module, role, None) for role in cls.roles]
         flags = ("num_experts", "has_gate", "has_bias", "is_transposed")
-        is_fused = all(weight is not None and weight.dim() == 3 for weight in weights)
+        is_fused = all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights)
         return is_fused and hasattr(type(module), "_apply_gate") and all(hasattr(module, flag) for flag in flags)
 
     @classmethod
