@@ -9,6 +9,7 @@ if __name__ != "decomp.layers":
 from decomp.layers.attention import UnpackedAttention
 from decomp.layers.block_term import BlockTermConv
 from decomp.layers.cp import CP4Conv, CPConv
+from decomp.layers.experts import ExpertLinear, SVDExpertLinear, UnpackedExperts, routes_rows
 from decomp.layers.factorized import Factorized
 from decomp.layers.filters import (
     DepthwisePointwiseConv,
@@ -25,6 +26,7 @@ from decomp.layers.recurrent import SVDRNN, InputSVDRNN
 from decomp.layers.svd import SVDConv, SVDEmbedding, SVDLinear
 from decomp.layers.trains import AsymmetricConv, SpatialSVDConv, TensorTrainConv
 from decomp.layers.tucker import TuckerConv
+from decomp.layers.unpacked import Unpacked
 
 __all__ = [
     "SVDRNN",
@@ -34,6 +36,7 @@ __all__ = [
     "CPConv",
     "ChannelSVDConv",
     "DepthwisePointwiseConv",
+    "ExpertLinear",
     "Factorized",
     "FlattenedConv",
     "InputSVDConv",
@@ -43,13 +46,17 @@ __all__ = [
     "PointwiseDepthwiseConv",
     "SVDConv",
     "SVDEmbedding",
+    "SVDExpertLinear",
     "SVDLinear",
     "SeparableConv",
     "SharedBankConv",
     "SpatialSVDConv",
     "TensorTrainConv",
     "TuckerConv",
+    "Unpacked",
     "UnpackedAttention",
+    "UnpackedExperts",
     "group_kernels",
     "join_kernels",
+    "routes_rows",
 ]

@@ -1,6 +1,5 @@
 """Multi-head attention whose four projections are layers, in place of torch's packed weights."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -8,12 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from decomp.layers.factorized import attributes_of, is_plain
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+from decomp.layers.unpacked import Unpacked, parameter_like, take_plain_attributes
 
 
-class UnpackedAttention(nn.Module):
+class UnpackedAttention(Unpacked):
     """``nn.MultiheadAttention`` whose projections are the layers ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``.
 
     torch packs the weights of the first three into one, and reads that of the last without calling the layer: none
@@ -21,10 +18,7 @@ class UnpackedAttention(nn.Module):
     and attributes are those of ``nn.MultiheadAttention``. ``in_proj_weight`` and ``in_proj_bias`` are read-only,
     concatenated at each access.
 
-    Args:
-        attention: the attention to copy.
-        parts: projections to take in place of the dense ones, by name.
-        share: use the memory of the packed weights instead of copying it.
+    Args: see :class:`Unpacked`.
 
     >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
     >>> unpacked, x = UnpackedAttention(attention), torch.randn(1, 5, 8)
@@ -34,6 +28,8 @@ class UnpackedAttention(nn.Module):
     'MultiheadAttention'
     """
 
+    roles = ("q_proj", "k_proj", "v_proj", "out_proj")
+    part = nn.Linear
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -50,37 +46,36 @@ class UnpackedAttention(nn.Module):
     bias_v: Tensor | None
     _qkv_same_embed_dim: bool
 
-    def __init__(
-        self,
-        attention: nn.MultiheadAttention,
-        parts: Mapping[str, nn.Module] | None = None,
-        *,
-        share: bool = False,
-    ) -> None:
-        super().__init__()
-        for name, value in attributes_of(attention):
-            if is_plain(value) and not hasattr(type(self), name):
-                setattr(self, name, copy.deepcopy(value))
-        parts = parts or {}
-        for role, (weight, bias) in projections_of(attention).items():
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+    @classmethod
+    def weights_of(cls, packed: nn.Module) -> dict[str, tuple[Tensor, Tensor | None]]:
+        attention: Any = packed
+        if attention.in_proj_weight is not None:
+            weights = attention.in_proj_weight.chunk(3)
+        else:
+            weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+        biases = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+        pairs = (*zip(weights, biases, strict=True), (attention.out_proj.weight, attention.out_proj.bias))
+        return dict(zip(cls.roles, pairs, strict=True))
+
+    def unpack(self, packed: Any, parts: Mapping[str, nn.Module], *, share: bool) -> None:
+        for role, (weight, bias) in self.weights_of(packed).items():
             self.add_module(role, parts[role] if role in parts else _linear(weight, bias, share=share))
         for name in ("bias_k", "bias_v"):
-            given = getattr(attention, name)
+            given = getattr(packed, name)
             if given is not None:
-                self.register_parameter(name, _parameter(given, given, share=share))
-        self.train(attention.training)
-        self.out_proj.training = attention.out_proj.training
+                self.register_parameter(name, parameter_like(given, share=share))
+        self.train(packed.training)
+        self.out_proj.training = packed.out_proj.training
 
     @torch.no_grad()
     def packed(self, parts: Mapping[str, nn.Module] | None = None) -> nn.MultiheadAttention:
-        """Build the ``nn.MultiheadAttention`` with these projections, which must be ``nn.Linear``.
-
-        Args:
-            parts: projections to take in place of its own, by name.
-        """
-        layers: dict[str, Any] = dict(self.named_children()) | dict(parts or {})
-        weights = [layers[role].weight for role in PROJECTIONS]
-        biases = [layers[role].bias for role in PROJECTIONS]
+        """Build the ``nn.MultiheadAttention``; see :meth:`Unpacked.packed`."""
+        layers = self.layers(parts)
+        weights, biases = [each.weight for each in layers.values()], [each.bias for each in layers.values()]
         options = ("dropout", "add_zero_attn", "kdim", "vdim", "batch_first")
         with torch.device("meta"):
             attention: Any = nn.MultiheadAttention(
@@ -90,13 +85,12 @@ class UnpackedAttention(nn.Module):
                 add_bias_kv=self.bias_k is not None,
                 **{name: getattr(self, name) for name in options},
             )
-        for name, value in attributes_of(self):
-            if is_plain(value) and not hasattr(attention, name):
-                setattr(attention, name, copy.deepcopy(value))
+        take_plain_attributes(attention, self)
+        del attention.dense_type
         if self._qkv_same_embed_dim:
             attention.in_proj_weight = _joined(weights[:3])
         else:
-            for role, weight in zip(PROJECTIONS[:3], weights[:3], strict=True):
+            for role, weight in zip(self.roles[:3], weights[:3], strict=True):
                 setattr(attention, f"{role}_weight", _joined([weight]))
         if biases[0] is not None:
             attention.in_proj_bias = _joined(biases[:3])
@@ -224,34 +218,13 @@ class UnpackedAttention(nn.Module):
         return f"{self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
 
 
-def projections_of(attention: nn.MultiheadAttention) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """The weight and the bias of each projection of a packed attention, without copying them.
-
-    >>> [tuple(weight.shape) for weight, bias in projections_of(nn.MultiheadAttention(8, 2, kdim=6)).values()]
-    [(8, 8), (8, 6), (8, 8), (8, 8)]
-    """
-    packed: Any = attention
-    if packed.in_proj_weight is not None:
-        weights = packed.in_proj_weight.chunk(3)
-    else:
-        weights = (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)
-    biases = (None,) * 3 if packed.in_proj_bias is None else packed.in_proj_bias.chunk(3)
-    pairs = (*zip(weights, biases, strict=True), (packed.out_proj.weight, packed.out_proj.bias))
-    return dict(zip(PROJECTIONS, pairs, strict=True))
-
-
 def _linear(weight: Tensor, bias: Tensor | None, *, share: bool) -> nn.Linear:
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=bias is not None, device="meta", dtype=weight.dtype)
-    layer.weight = _parameter(weight, weight, share=share)
+    layer.weight = parameter_like(weight, share=share)
     if bias is not None:
-        layer.bias = _parameter(bias, bias, share=share)
+        layer.bias = parameter_like(bias, share=share)
     return layer
-
-
-def _parameter(tensor: Tensor, source: Tensor, *, share: bool) -> nn.Parameter:
-    values = tensor.detach()
-    return nn.Parameter(values if share else values.clone(), requires_grad=source.requires_grad)
 
 
 def _joined(tensors: list[Tensor]) -> nn.Parameter:

@@ -9,7 +9,7 @@ from decomp.layers.factorized import Factorized
 from decomp.layers.kernels import ConvNd, group_kernels, pointwise_like, spatial_like
 
 
-class _Matrix(Factorized):
+class SVDMatrix(Factorized):
     """W = B A per group, with factors (B, A) of shapes (groups, T, r) and (groups, r, S)."""
 
     method = "svd"
@@ -31,7 +31,7 @@ class _Matrix(Factorized):
         return product.reshape(*product.shape, *left.shape[3:])
 
 
-class SVDLinear(_Matrix):
+class SVDLinear(SVDMatrix):
     """``nn.Linear(S -> r, no bias)`` then ``nn.Linear(r -> T)``: params and MACs r (S + T).
 
     It replaces ``nn.Linear`` and the ``Conv1D`` of Hugging Face, which is a linear layer too.
@@ -51,7 +51,7 @@ class SVDLinear(_Matrix):
         self.expand = nn.Linear(rank, outputs, bias=has_bias, device=device, dtype=dtype)
 
 
-class SVDEmbedding(_Matrix):
+class SVDEmbedding(SVDMatrix):
     """``nn.Embedding(n, r)`` then ``nn.Linear(r -> dim, no bias)``: params r (n + dim), MACs r dim per entry.
 
     The dense embedding is the matrix W (dim x n) that multiplies one-hot vectors.
@@ -81,7 +81,7 @@ class SVDEmbedding(_Matrix):
         return self.dense_type(self.num_embeddings, self.embedding_dim, **options)
 
 
-class SVDConv(_Matrix):
+class SVDConv(SVDMatrix):
     """A 1x1 convolution as two, of r channels per group in between: params r (S + T) per group.
 
     Stride and padding are on the factor where they make the other one cheap: the first of a convolution (the

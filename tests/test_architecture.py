@@ -15,7 +15,7 @@ ALLOWED = {
     "ranks": {"_util"},
     "methods": {"_util", "layers", "linalg"},
     "network": {"_util", "layers", "linalg"},
-    "data": {"network"},
+    "data": {"layers", "network"},
     "calibration": {"_util", "data", "layers", "linalg", "methods", "network"},
     "planning": {"_util", "calibration", "layers", "linalg", "methods", "network", "ranks"},
     "recovery": {"_util", "calibration", "data", "layers", "network", "planning"},

@@ -12,11 +12,11 @@ from torch.nn.utils import parametrizations, prune
 
 import decomp
 from decomp.layers import SVDLinear, UnpackedAttention
-from decomp.layers.attention import PROJECTIONS, projections_of
 from decomp.methods import METHODS
-from decomp.network.attention import unpacked
 from decomp.network.flops import observe
+from decomp.network.unpacking import unpacked
 
+PROJECTIONS, projections_of = UnpackedAttention.roles, UnpackedAttention.weights_of
 LENGTH, BATCH = 5, 3
 NO_WARNINGS = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor")
 
@@ -496,6 +496,10 @@ class Own(nn.MultiheadAttention):
     pass
 
 
+class Adapted(nn.Linear):
+    pass
+
+
 def refused():
     hooked, child, replaced, masked, burdened, tied, used = (nn.MultiheadAttention(16, 2) for _ in range(7))
     hooked.register_forward_hook(lambda *_: None)
@@ -508,7 +512,7 @@ def refused():
     yield child, "has hooks", []
     yield replaced, "forward was replaced", []
     yield masked, "in_proj_weight_mask", []
-    yield burdened, "holds more than its projections: scale", []
+    yield burdened, "holds more than the weights that are unpacked: scale", []
     yield Own(16, 2), "Own, a subclass of MultiheadAttention", []
     yield (
         parametrizations.weight_norm(nn.MultiheadAttention(16, 2), "in_proj_weight"),
@@ -522,6 +526,9 @@ def refused():
     shared = nn.MultiheadAttention(16, 2)
     packed_partner.weight = shared.in_proj_weight
     yield shared, "its weight is tied", [packed_partner]
+    adapted = nn.MultiheadAttention(16, 2)
+    adapted.out_proj = Adapted(16, 16)
+    yield adapted, "Adapted, not a torch.nn.Linear", []
     yield used, "its out_proj is a layer of another module as well", [used.out_proj]
     yield nn.MultiheadAttention(16, 2, dtype=torch.complex64), "complex64", []
 
@@ -543,7 +550,7 @@ def test_a_model_that_cannot_be_copied_keeps_its_attention():
     model = nn.ModuleDict({"a": nn.MultiheadAttention(16, 2), "fc": nn.Linear(32, 32)})
     model.lock = (item for item in ())  # a generator cannot be copied
     plan = decomp.plan(model, ranks=4)
-    assert plan["a"].reason == "its projections are packed, and the model cannot be copied to unpack them"
+    assert plan["a"].reason == "its weights are packed, and the model cannot be copied to unpack them"
     assert projections(plan) == {"fc"}
 
 

@@ -244,7 +244,7 @@ def refused():
     yield nn.LazyLinear(16), "not initialized yet"
     yield nn.LSTMCell(16, 16), "one fused kernel that reads both weights"
     yield nn.GRUCell(16, 16), "one fused kernel that reads both weights"
-    yield burdened_attention, "holds more than its projections: scale"
+    yield burdened_attention, "holds more than the weights that are unpacked: scale"
     yield nn.Bilinear(16, 16, 16), "three-way"
     yield nn.Conv2d(16, 16, 3, groups=16), "depthwise"
     yield nn.Linear(16, 16, dtype=torch.complex64), "complex64"

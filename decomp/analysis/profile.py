@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from decomp._util import tables
-from decomp.layers import Factorized, UnpackedAttention
+from decomp.layers import Factorized, Unpacked
 from decomp.network import surgery
 from decomp.network.flops import ForwardPass, observe, uncounted_note
 from decomp.planning.choice import describe
@@ -128,16 +128,17 @@ def _profile(
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What has a row: factorized layers, attention, and modules with parameters and without children."""
-    whole = (Factorized, nn.MultiheadAttention, UnpackedAttention)
+    """What has a row: factorized layers, attention, experts, and modules with parameters and without children."""
+    whole = (Factorized, nn.MultiheadAttention, Unpacked)
     for name, module in surgery.walk(model, whole):
-        if isinstance(module, whole) or (not list(module.children()) and list(module.parameters())):
+        is_whole = isinstance(module, whole) or surgery.unpacker_of(module)
+        if is_whole or (not list(module.children()) and list(module.parameters())):
             yield name, module
 
 
 def _label(layer: nn.Module) -> str:
-    if isinstance(layer, UnpackedAttention):
-        ranks = (f"{role} {getattr(part, 'ranks', 'dense')}" for role, part in layer.named_children())
+    if isinstance(layer, Unpacked):
+        ranks = (f"{role} {getattr(part, 'ranks', 'dense')}" for role, part in layer.layers().items())
         return f"{type(layer).__name__} {', '.join(ranks)}"
     return f"{type(layer).__name__} {layer.ranks}" if isinstance(layer, Factorized) else describe(layer)
 

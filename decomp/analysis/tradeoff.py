@@ -20,8 +20,8 @@ from decomp.analysis.scores import Evaluate, Scorer
 from decomp.calibration.calibrate import Statistics
 from decomp.methods import METHODS, Method, kinds_of, row_named
 from decomp.network import surgery
-from decomp.network.attention import unpacked
 from decomp.network.selection import Selector
+from decomp.network.unpacking import unpacked
 from decomp.planning.budget import OutOfReach
 from decomp.planning.choice import DENSE
 from decomp.planning.cost import COSTS, COUNTED

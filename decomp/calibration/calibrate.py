@@ -17,12 +17,13 @@ from decomp.calibration.moments import LayerSums
 from decomp.calibration.recurrent import AnyMoments, RecurrentSums, requiring_gradients
 from decomp.calibration.sampling import Positions, Sampling
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, naming_batch
+from decomp.layers import routes_rows
 from decomp.methods import kinds_of
-from decomp.network.attention import unpacked
 from decomp.network.eligibility import eligible
 from decomp.network.forward import Unfused, call, differentiable_in_eval, evaluating, hooked, to_device_of
 from decomp.network.selection import Selector
 from decomp.network.tracing import following_norms
+from decomp.network.unpacking import unpacked
 
 
 class Statistics(ByLayer[AnyMoments]):
@@ -142,7 +143,7 @@ def _watch(
     mask: Tensor | None,
     scalar: SensitivityScalar | None,
 ) -> None:
-    outputs: list[tuple[LayerSums, Tensor]] = []
+    outputs: list[tuple[LayerSums, Tensor, Tensor | None]] = []
     held_out = CLOSED_FORM_SPLIT.held_out(index)
     recurrent = [each for each in sums.values() if isinstance(each, RecurrentSums)]
 
@@ -160,11 +161,14 @@ def _watch(
         def hook(module: nn.Module, positional: Any, keywords: Any, output: Tensor) -> Tensor | None:
             received = positional[0] if positional else next(iter(keywords.values()))
             with naming(each.name), torch.no_grad():
-                each.add(received.detach(), output.detach(), batch=index, held_out=held_out, mask=mask)
+                experts = positional[1] if routes_rows(module) else None
+                each.add(
+                    received.detach(), output.detach(), batch=index, held_out=held_out, mask=mask, experts=experts
+                )
             if scalar is None:
                 return None
             differentiable, copy = tracked(output)
-            outputs.append((each, differentiable))
+            outputs.append((each, differentiable, experts))
             return copy
 
         return hook
@@ -185,11 +189,11 @@ def _watch(
                     "loss=: its value has no gradient, because the model runs under torch.no_grad, or the loss "
                     "does not depend on the outputs of the layers: write loss=None"
                 )
-            wanted = [*(output for _, output in outputs), *weights]
+            wanted = [*(output for _, output, _ in outputs), *weights]
             grads = iter(torch.autograd.grad(value, wanted, allow_unused=True))
-        for (each, _), grad in zip(outputs, grads, strict=False):
+        for (each, _, experts), grad in zip(outputs, grads, strict=False):
             if grad is not None:
-                each.add_gradient(grad, batch=index, mask=mask)
+                each.add_gradient(grad, batch=index, mask=mask, experts=experts)
         for layer in recurrent:
             layer.add_gradients(list(islice(grads, len(layer.weights))))
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from decomp.calibration.sampling import Sampler, Sampling
-from decomp.calibration.unfold import Patches, count_rows, some_rows
+from decomp.calibration.unfold import Patches, count_rows, rows_of_experts, some_rows
 from decomp.data.batches import CLOSED_FORM_SPLIT, unpadded
-from decomp.layers import group_kernels
+from decomp.layers import group_kernels, routes_rows
 from decomp.linalg import leading_eigenvectors, symmetric_power
 from decomp.network.forward import norm_scale
 
@@ -21,6 +21,7 @@ MOMENT_CHUNK_ELEMENTS = 2**22
 ROWS_PER_PRODUCT = 2048
 MAX_INPUT_SIZES = 8
 LARGEST_ROW_METRIC = 1536
+SHARE_OF_ALL_EXPERTS = 0.01  # in the moments of each: data may hardly reach one
 LEAST_WEIGHT = 0.02  # of an output whose gradient is zero, relative to the mean
 ROUNDING = 1e-12
 SHRINKAGES = (0.01, 0.1, 0.5, 1.0)
@@ -114,6 +115,7 @@ class LayerSums:
         self._means: dict[tuple[int, ...], tuple[Tensor, int]] = {}
         self._gradients: Any = None
         self._gradient_sampler = Sampler(sampling or Sampling("all"), outputs)
+        self._experts: Any = torch.zeros(groups) if routes_rows(module) else None  # rows of each
         self.samples = 0
         self.normalization = ""
         self._norm_scale: Tensor | None = None
@@ -128,9 +130,23 @@ class LayerSums:
         self._norm_scale = norm_scale(norm.running_var, norm.eps, norm.weight).abs()
 
     def add(
-        self, received: Tensor, output: Tensor, *, batch: int, held_out: bool, mask: Tensor | None = None
+        self,
+        received: Tensor,
+        output: Tensor,
+        *,
+        batch: int,
+        held_out: bool,
+        mask: Tensor | None = None,
+        experts: Tensor | None = None,
     ) -> None:
-        """Accumulate the input and the output of one call, where it has them without what ``mask`` leaves out."""
+        """Accumulate the input and the output of one call, where it has them without what ``mask`` leaves out.
+
+        ``experts`` are those of the rows, where they route.
+        """
+        if experts is not None:
+            if received.numel():
+                self._add_routed(received, output, experts, held_out=held_out)
+            return
         is_embedding = isinstance(self.module, nn.Embedding)
         if not self._axes:
             received, output = unpadded(received, mask, dims=3 - is_embedding), unpadded(output, mask)
@@ -154,13 +170,28 @@ class LayerSums:
             self._outputs.add(rows, weight=weight)
         self.samples += received.numel() if is_embedding else len(received)
 
-    def add_gradient(self, grad: Tensor, *, batch: int, mask: Tensor | None = None) -> None:
+    def _add_routed(self, received: Tensor, output: Tensor, experts: Tensor, *, held_out: bool) -> None:
+        groups = self.kernels.shape[0]
+        self._experts = self._experts.to(experts.device) + torch.bincount(experts, minlength=groups)
+        if self._inputs is not None:
+            rows = rows_of_experts(received, experts, groups)
+            self._inputs.add_padded(rows, len(received), held_out=held_out)
+        if self._outputs is not None:
+            self._outputs.add_padded(rows_of_experts(output, experts, groups), len(output))
+        self.samples += len(received)
+
+    def add_gradient(
+        self, grad: Tensor, *, batch: int, mask: Tensor | None = None, experts: Tensor | None = None
+    ) -> None:
         """Accumulate the gradient g by the output: g g^T, or only its diagonal g^2 for very many channels."""
         groups, outputs = self.kernels.shape[:2]
-        if not self._axes:
-            grad = unpadded(grad, mask)
-        indices, weight = self._gradient_sampler.draw(count_rows(grad, self._axes), batch)
-        rows = some_rows(grad, self._axes, groups, indices)
+        if experts is None:
+            if not self._axes:
+                grad = unpadded(grad, mask)
+            indices, weight = self._gradient_sampler.draw(count_rows(grad, self._axes), batch)
+            rows = some_rows(grad, self._axes, groups, indices)
+        else:
+            rows, weight = rows_of_experts(grad, experts, groups), 1.0
         scale = float(rows.abs().max()) if rows.numel() else 0.0
         if not scale:
             rows, scale = torch.zeros_like(rows), 1.0
@@ -197,6 +228,8 @@ class LayerSums:
         centred = self._centred
         inputs = None if self._inputs is None else self._inputs.second(centred=centred)
         outputs = None if self._outputs is None else self._outputs.second(centred=centred)
+        if self._experts is not None:
+            inputs, outputs = self._with_all_experts(inputs, outputs)
         patches = None if self._patches is None else self._patches.second(centred=centred)
         means = tuple((total / count, count) for total, count in self._means.values())
         shape = tuple(self.module.weight.shape)
@@ -216,6 +249,20 @@ class LayerSums:
             0.0 if largest is None else largest.standard_error(centred=centred),
         )
 
+    def _with_all_experts(
+        self, inputs: Tensor | None, outputs: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Mix into the moments of each expert those of all inputs, or the outputs that white inputs would give."""
+        share = SHARE_OF_ALL_EXPERTS
+        if inputs is not None:
+            inputs = (1 - share) * inputs + share * inputs.mean(0)
+        if outputs is not None:
+            kernels = self.kernels.flatten(2).to(outputs)
+            gram = kernels @ kernels.mT
+            scale = outputs.diagonal(dim1=1, dim2=2).sum() / gram.diagonal(dim1=1, dim2=2).sum().clamp(min=1e-300)
+            outputs = (1 - share) * outputs + share * scale * gram
+        return inputs, outputs
+
     def _row_metric(self, energy: float) -> tuple[Tensor | None, float | None]:
         """The metric D of output errors or its diagonal, normalized to mean 1; the importance of the layer."""
         if self._gradients is None and self._norm_scale is None:
@@ -223,6 +270,10 @@ class LayerSums:
         squared = self._gradients
         if squared is None:
             squared = cast(Tensor, self._norm_scale).square().reshape(self.kernels.shape[:2])
+        elif self._experts is not None:
+            # The moments of an expert are sums over its rows divided by all rows: count the rows only once.
+            share = self._experts / self._experts.sum()
+            squared = squared / share.clamp(min=1e-6).to(squared).reshape(-1, *(1,) * (squared.dim() - 1))
         diagonal = squared if squared.dim() == 2 else squared.diagonal(dim1=1, dim2=2)
         scale = float(diagonal.mean())
         importance = None if self._gradients is None else scale / energy
@@ -344,6 +395,18 @@ class MomentSums:
             ones = torch.full_like(fourth[0], rows.shape[1])
             self._spread = self._spread.to(rows.device) + weight * (weight - 1) * torch.stack([ones, *fourth])
 
+    def add_padded(self, rows: Tensor, count: int, *, held_out: bool = False) -> None:
+        """Accumulate rows (groups, rows, channels) of which some are zeros, and which stand for ``count`` rows."""
+        self._origin = torch.zeros(self._shape, dtype=rows.dtype, device=rows.device)
+        before, total = self._parts.get(held_out, (0.0, torch.zeros((), dtype=torch.float64, device=rows.device)))
+        self._parts[held_out] = before + count, total + rows.sum(1, dtype=torch.float64)
+        self._products[held_out].add(rows)
+
+    @property
+    def count(self) -> float:
+        """The number of rows."""
+        return sum(part[0] for part in self._parts.values())
+
     def has(self, *, held_out: bool) -> bool:
         """Whether there are rows that are held out, or that are not."""
         return held_out in self._parts
@@ -375,10 +438,9 @@ class MomentSums:
         extra, about_origin, about_zero = self._spread.tolist()
         if not extra:
             return 0.0
-        count = sum(part[0] for part in self._parts.values())
         squares = float(self.second(centred=centred).square().sum())
         squared = (about_origin if centred else about_zero) - extra * squares
-        return float((max(squared, 0.0) / squares) ** 0.5 / count) if squares else 0.0
+        return float((max(squared, 0.0) / squares) ** 0.5 / self.count) if squares else 0.0
 
 
 def oracle_shrinkage(second: Tensor, samples: int) -> float:

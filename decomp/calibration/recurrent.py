@@ -42,6 +42,21 @@ class RecurrentMoments:
     shrunk: Matrices
     importance: float | None = None
 
+    @property
+    def positions(self) -> int:
+        """The number of rows in the moments: all of them."""
+        return self.samples
+
+    @property
+    def of_positions(self) -> int:
+        """The number of rows in the data."""
+        return self.samples
+
+    @property
+    def standard_error(self) -> float:
+        """That of the moments against those of all rows."""
+        return 0.0
+
     def to(self, device: torch.device) -> "RecurrentMoments":
         """The same moments on another device."""
         seconds, shrunk = (
@@ -101,7 +116,10 @@ class RecurrentSums:
         self._kernels = {role: each.detach() for role, each in recurrent_matrices(module).items()}
         inputs = {role: each for role, each in self._kernels.items() if role in InputSVDRNN.roles}
         self._chain = InputSVDRNN.from_kernels(module, inputs).eval()
-        self._sums = {role: [_both(each.shape[2]) for _ in each] for role, each in self._kernels.items()}
+        self._sums = {
+            role: [MomentSums(1, each.shape[2]) if each.shape[2] <= LARGEST_MOMENTS else None for _ in each]
+            for role, each in self._kernels.items()
+        }
         self._gradients: float | None = None
 
     @property
@@ -150,25 +168,22 @@ class RecurrentSums:
         return replace(moments, importance=change / energy / max(gates, 1e-300))
 
     def _add(self, role: str, index: int, given: Any, held_out: bool) -> None:
-        both = self._sums[role][index]
-        if both is not None:
-            rows = _rows(given).to(torch.float64)[None]
-            both[0].add(rows)
-            if held_out:
-                both[1].add(rows)
+        sums = self._sums[role][index]
+        if sums is not None:
+            sums.add(_rows(given).to(torch.float64)[None], held_out=held_out)
 
-    def _second(self, kernel: Tensor, both: tuple[MomentSums, MomentSums] | None) -> tuple[Tensor, Tensor]:
+    def _second(self, kernel: Tensor, sums: MomentSums | None) -> tuple[Tensor, Tensor]:
         """The moments of the inputs of one matrix, and those that are shrunk as does best on held-out batches."""
         size = kernel.shape[1]
-        if both is None:
+        if sums is None:
             identity = torch.eye(size, dtype=torch.float64, device=kernel.device)[None]
             return identity, identity
-        every, held_out = both
-        second = every.second(centred=False).to(kernel.device)
-        rho = oracle_shrinkage(second, every.count)
-        train = every.without(held_out)
-        if 1 < size <= LARGEST_VALIDATED_MOMENTS and train.count and held_out.count:
-            fitted, measured = (each.second(centred=False).to(kernel.device) for each in (train, held_out))
+        second = sums.second(centred=False).to(kernel.device)
+        rho = oracle_shrinkage(second, round(sums.count))
+        if 1 < size <= LARGEST_VALIDATED_MOMENTS and sums.has(held_out=False) and sums.has(held_out=True):
+            fitted, measured = (
+                sums.second(centred=False, held_out=part).to(kernel.device) for part in (False, True)
+            )
             rho = chosen_shrinkage(as_float64(kernel)[None], fitted, measured, rho)
         return second, shrunk(second, max(rho, torch.finfo(torch.float64).eps * size))
 
@@ -184,10 +199,6 @@ def requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
-
-
-def _both(size: int) -> tuple[MomentSums, MomentSums] | None:
-    return (MomentSums(1, size), MomentSums(1, size)) if size <= LARGEST_MOMENTS else None
 
 
 def _rows(given: Any) -> Tensor:

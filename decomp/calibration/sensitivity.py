@@ -18,7 +18,6 @@ from decomp.layers import group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
 from decomp.linalg import as_float64, eigenbasis
 from decomp.methods import kinds_of
-from decomp.network.attention import unpacked
 from decomp.network.eligibility import eligible
 from decomp.network.forward import (
     Unfused,
@@ -30,6 +29,7 @@ from decomp.network.forward import (
     to_device_of,
 )
 from decomp.network.selection import Selector
+from decomp.network.unpacking import unpacked
 
 KEPT_ENERGY = 0.75
 SQUARED_ROUNDING = 1e-10  # a smaller relative error is rounding: the weight has exactly low rank

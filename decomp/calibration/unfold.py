@@ -38,6 +38,20 @@ def _uninitialized(dense: Any, inputs: int, outputs: int, groups: int) -> Any:
     return spatial_like(dense, inputs, outputs, bias=False, device="meta", groups=groups)
 
 
+def rows_of_experts(rows: Tensor, experts: Tensor, count: int) -> Tensor:
+    """Rows (N, channels) to (count, most, channels) in float64: those of each expert, then zeros.
+
+    >>> rows_of_experts(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0, 2]), 3)[:, :, 0].tolist()
+    [[2.0, 0.0], [0.0, 0.0], [1.0, 3.0]]
+    """
+    ordered, order = experts.sort(stable=True)
+    counts = torch.bincount(experts, minlength=count)
+    places = torch.arange(len(ordered), device=ordered.device) - (counts.cumsum(0) - counts)[ordered]
+    padded = torch.zeros((count, int(counts.max()), rows.shape[1]), dtype=torch.float64, device=rows.device)
+    padded[ordered, places] = rows[order].to(torch.float64)
+    return padded
+
+
 def rows_of(tensor: Tensor, axes: int, groups: int) -> Tensor:
     """(batch, channels, *positions), or (..., channels), to (groups, rows, channels of a group) in float64."""
     return _grouped(_flat(_channels_last(tensor, axes)), groups).to(torch.float64)

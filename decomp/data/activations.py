@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from decomp.data.batches import Batches, Part, naming_batch
+from decomp.layers import routes_rows
 from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
 from decomp.network.tracing import Tail, tails
 
@@ -134,9 +135,12 @@ class Activations:
         shapes = ([[each.shape for each in made.results] for made in calls] for calls in (ours, theirs))
         if next(shapes) != next(shapes):
             raise RoutedDifferently
+        pairs = list(zip(ours, theirs, strict=True))
+        if routes_rows(self._layer):
+            pairs = [_routed_alike(*pair) for pair in pairs]
         return [
             Example(index, our.args, our.kwargs, [self._tail(result) for result in their.results])
-            for our, their in zip(ours, theirs, strict=True)
+            for our, their in pairs
             if any(result.numel() for result in their.results)
         ]
 
@@ -146,6 +150,17 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: list[Tensor]
+
+
+def _routed_alike(our: _Call, their: _Call) -> tuple[_Call, _Call]:
+    """The rows that both networks send to the same expert, which the second argument gives for each."""
+    same = our.args[1] == their.args[1]
+
+    def kept(call: _Call) -> _Call:
+        rows, experts, *rest = call.args
+        return _Call((rows[same], experts[same], *rest), call.kwargs, [result[same] for result in call.results])
+
+    return kept(our), kept(their)
 
 
 class _LastCall(BaseException):

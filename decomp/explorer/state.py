@@ -13,8 +13,8 @@ from decomp.analysis.scores import Evaluate, Scorer
 from decomp.calibration.calibrate import Statistics
 from decomp.calibration.sensitivity import sensitivity
 from decomp.methods import METHODS
-from decomp.network.attention import unpacked
 from decomp.network.selection import Selector
+from decomp.network.unpacking import unpacked
 from decomp.planning.budget import CachedFronts, fixed_cost
 from decomp.planning.build import NothingToDecompose
 from decomp.planning.candidate import Candidate

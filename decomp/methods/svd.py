@@ -1,16 +1,16 @@
-"""Truncated SVD of a matrix: linear layers, 1x1 convolutions, embeddings (Denton et al. 2014, Girshick 2015)."""
+"""Truncated SVD of a matrix: linear layers, experts, 1x1 convolutions, embeddings (Denton 2014, Girshick 2015)."""
 
 import torch
 from torch import Tensor, nn
 
-from decomp.layers import SVDConv, SVDEmbedding, SVDLinear
+from decomp.layers import ExpertLinear, SVDConv, SVDEmbedding, SVDExpertLinear, SVDLinear
 from decomp.layers.kernels import CONVOLUTIONS, HUGGING_FACE_CONV1D, TRANSPOSED_CONVOLUTIONS
 from decomp.linalg import Spectrum, as_float64, gram_eigenvalues, tail_sums
 from decomp.methods.record import Analysis, Layers, Method, Ranks
 
 
 def refuses(module: nn.Module) -> str:
-    """Only matrices are supported: linear layers, 1x1 convolutions, embeddings without ``max_norm``."""
+    """Only matrices are supported: linear layers, experts, 1x1 convolutions, embeddings without ``max_norm``."""
     if set(getattr(module, "kernel_size", (1,))) != {1}:
         return "svd is for matrices, this kernel is spatial: svd(fold=...) folds it to one"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -48,6 +48,7 @@ LAYERS: Layers = {
     nn.Linear: SVDLinear,
     HUGGING_FACE_CONV1D: SVDLinear,
     nn.Embedding: SVDEmbedding,
+    ExpertLinear: SVDExpertLinear,
     **dict.fromkeys(CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS, SVDConv),
 }
 SVD = Method("svd", ("r",), LAYERS, refuses, limits, analyse, factors, out_rank=0)

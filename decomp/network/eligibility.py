@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from decomp.layers import Factorized, UnpackedAttention
+from decomp.layers import Factorized, Unpacked
 from decomp.layers.kernels import kind_of, qualified_name
 from decomp.network import surgery
-from decomp.network.attention import why_packed
 from decomp.network.selection import Selector, select
+from decomp.network.unpacking import NOT_COPIED, why_packed
 
 WhyNot = Callable[[str, nn.Module], str]
 
@@ -20,7 +20,6 @@ NEVER: dict[type[nn.Module], str] = {
     nn.RNNCellBase: "never decomposed: its step is one fused kernel that reads both weights",
     nn.Bilinear: "never decomposed: no method supports three-way products",
 }
-NOT_COPIED = "its projections are packed, and the model cannot be copied to unpack them"
 ALREADY_FACTORIZED = "already factorized"
 ASK_FOR_EMBEDDINGS = "an embedding is decomposed only when asked for: layers=torch.nn.Embedding, or its name"
 
@@ -43,7 +42,7 @@ def eligibility(
     """Every layer with a weight matrix or kernel, by its first name, in the order of ``named_modules``.
 
     Args:
-        model: the model, with its attention unpacked (:func:`decomp.network.attention.unpacked`).
+        model: the model, with its packed layers unpacked (:func:`decomp.network.unpacking.unpacked`).
         kinds: what can be decomposed: types of layers, and qualified names of types of libraries that may not be
             installed.
         why_not: returns the reason why no method supports a layer of these kinds, or an empty string.
@@ -54,10 +53,8 @@ def eligibility(
     names = {aliases[0]: tuple(aliases) for _, aliases in surgery.names_of(model)}
     entries = _layers_of(model, kinds, why_not)
     named = {name: replace(entry, names=names[name]) for name, entry in entries.items()}
-    attention: dict[str, nn.Module] = {
-        name: each for name, each in model.named_modules() if isinstance(each, UnpackedAttention)
-    }
-    return _selected(named, attention, layers, exclude)
+    packings = {name: each for name, each in model.named_modules() if isinstance(each, Unpacked)}
+    return _selected(named, packings, layers, exclude)
 
 
 def eligible(
@@ -83,7 +80,7 @@ def _layers_of(model: nn.Module, kinds: Iterable[Any], why_not: WhyNot) -> dict[
         never = next((reason for kind, reason in NEVER.items() if isinstance(module, kind)), "")
         if never:
             entries[name] = Eligibility(module, never)
-        elif isinstance(module, nn.MultiheadAttention):
+        elif surgery.unpacker_of(module):
             entries[name] = Eligibility(module, why_packed(model, module, shared) or NOT_COPIED)
         elif isinstance(module, Factorized):
             entries[name] = Eligibility(module, ALREADY_FACTORIZED)
@@ -111,7 +108,7 @@ def _depthwise(module: nn.Module) -> str:
 
 
 def _selected(
-    entries: dict[str, Eligibility], attention: dict[str, nn.Module], layers: Selector, exclude: Selector
+    entries: dict[str, Eligibility], packings: dict[str, Unpacked], layers: Selector, exclude: Selector
 ) -> dict[str, Eligibility]:
     """Give the layers that ``layers=`` does not select or ``exclude=`` selects a reason."""
     modules = {name: entry.module for entry in entries.values() for name in entry.names}
@@ -120,11 +117,11 @@ def _selected(
         embeddings = {n for n, e in entries.items() if isinstance(e.module, nn.Embedding) and not e.reason}
         entries = {n: replace(e, reason=ASK_FOR_EMBEDDINGS) if n in embeddings else e for n, e in entries.items()}
     else:
-        chosen = {first[name] for name in select(layers, modules, "layers", attention=attention)}
+        chosen = {first[name] for name in select(layers, modules, "layers", unpacked=packings)}
         entries = {
             n: e if n in chosen or e.reason else replace(e, reason="not among layers=") for n, e in entries.items()
         }
     if exclude is not None and exclude != ():
-        banned = {first[name] for name in select(exclude, modules, "exclude", attention=attention)}
+        banned = {first[name] for name in select(exclude, modules, "exclude", unpacked=packings)}
         entries = {n: replace(e, reason="excluded") if n in banned else e for n, e in entries.items()}
     return entries

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from decomp.layers.attention import PROJECTIONS, UnpackedAttention
+from decomp.layers import Unpacked, UnpackedAttention, UnpackedExperts
 from decomp.layers.factorized import Factorized, attributes_of, is_plain
 
 _WRAPPERS = {
@@ -22,6 +22,7 @@ _WRAPPERS = {
 
 ADAPTER = "part of an adapter, which is small already"
 ADAPTED = "an adapter is on it: call merge_and_unload() first, or decompose first and add the adapter afterwards"
+_UNPACKERS: tuple[type[Unpacked], ...] = (UnpackedAttention, UnpackedExperts)
 
 _FUSED = "decomp_fused_path"  # the attribute of an encoder that holds its settings from before the swap
 _UNFUSED: dict[type[nn.Module], dict[str, Any]] = {
@@ -66,6 +67,11 @@ def walk(model: nn.Module, closed: tuple[type[nn.Module], ...]) -> Iterator[tupl
         yield names[0], module
         if isinstance(module, closed):
             inside += [f"{name}." if name else "" for name in names]
+
+
+def unpacker_of(module: nn.Module) -> type[Unpacked] | None:
+    """The type that unpacks a module which multiplies by packed weights, or None."""
+    return next((each for each in _UNPACKERS if each.takes(module)), None)
 
 
 def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool = True) -> str:
@@ -201,8 +207,8 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool, share
 
     The weights of replaced layers are never copied. Other attributes that were set on them are copied with the
     model: a reference from a replaced layer to its parent leads to the parent in the copy. Fused paths that would
-    read the weight of a replaced layer instead of calling it are disabled. A projection of packed attention is
-    replaced by unpacking the attention, which is packed again once all of its projections are dense.
+    read the weight of a replaced layer instead of calling it are disabled. A layer that is packed in a
+    module is replaced by unpacking that module, which is packed again once all of its layers are dense.
 
     With ``share`` the copy uses the tensors of ``model`` itself.
 
@@ -210,7 +216,7 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool, share
         ValueError: the model is itself the layer and ``inplace`` is true.
         TypeError: the model cannot be copied.
     """
-    new = _with_whole_attention(model, new)
+    new = _with_whole_packings(model, new)
     old = {name: model.get_submodule(name) for name in new}
     if not inplace:
         # deepcopy uses the memo's entry for an object in place of a copy: that is the replacement.
@@ -244,27 +250,26 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool, share
     return model
 
 
-def _with_whole_attention(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Replace the projections of packed attention by a replacement of the attention, and those that end dense."""
+def _with_whole_packings(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Replace layers that are packed in a module by a replacement of the module, and so those that end dense."""
     whole: dict[str, nn.Module] = {}
     parts: dict[str, dict[str, nn.Module]] = {}
     for name, module in new.items():
         parent, _, role = name.rpartition(".")
-        attention = model.get_submodule(parent) if name and role in PROJECTIONS else None
-        if isinstance(attention, (nn.MultiheadAttention, UnpackedAttention)):
+        holder = model.get_submodule(parent) if name else None
+        unpacker = type(holder) if isinstance(holder, Unpacked) else holder and unpacker_of(holder)
+        if unpacker and role in unpacker.roles:
             parts.setdefault(parent, {})[role] = module
         else:
             whole[name] = module
-    for name, projections in parts.items():
-        attention = model.get_submodule(name)
-        if isinstance(attention, nn.MultiheadAttention):
-            whole[name] = UnpackedAttention(attention, projections)
-            continue
-        layers = dict(attention.named_children()) | projections
-        if all(type(layer) is nn.Linear for layer in layers.values()):
-            whole[name] = cast(UnpackedAttention, attention).packed(projections)
+    for name, layers in parts.items():
+        holder = model.get_submodule(name)
+        if not isinstance(holder, Unpacked):
+            whole[name] = cast(type[Unpacked], unpacker_of(holder))(holder, layers)
+        elif all(type(layer) is holder.part for layer in holder.layers(layers).values()):
+            whole[name] = holder.packed(layers)
         else:
-            whole |= {f"{name}.{role}".lstrip("."): layer for role, layer in projections.items()}
+            whole |= {f"{name}.{role}".lstrip("."): layer for role, layer in layers.items()}
     return whole
 
 
@@ -286,7 +291,7 @@ def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> No
 
 
 def _set_fused_paths(model: nn.Module) -> None:
-    """Turn off the fused path of encoders that hold a factorized layer or unpacked attention: it reads weights.
+    """Turn off the fused path of encoders that hold a factorized layer or an unpacked module: it reads weights.
 
     The old settings stay on the encoder, and come back when no such layer is left in it.
     """
@@ -294,7 +299,7 @@ def _set_fused_paths(model: nn.Module) -> None:
         off = next((off for kind, off in _UNFUSED.items() if isinstance(module, kind)), None)
         if off is None:
             continue
-        if any(isinstance(child, (Factorized, UnpackedAttention)) for child in module.modules()):
+        if any(isinstance(child, (Factorized, Unpacked)) for child in module.modules()):
             if not hasattr(module, _FUSED):
                 setattr(module, _FUSED, {name: getattr(module, name) for name in off})
             vars(module).update(off)

@@ -15,13 +15,12 @@ from decomp._util.warn import warn
 from decomp.calibration.recurrent import AnyMoments, RecurrentMoments
 from decomp.calibration.whitening import mean_error, output_error, output_factors
 from decomp.layers import Factorized
-from decomp.layers.attention import PROJECTIONS
 from decomp.layers.kernels import shape_of, weight_of
 from decomp.linalg import as_float64
 from decomp.methods import Method, Ranks
 from decomp.network import surgery
-from decomp.network.attention import why_packed
-from decomp.network.eligibility import ALREADY_FACTORIZED, NOT_COPIED
+from decomp.network.eligibility import ALREADY_FACTORIZED
+from decomp.network.unpacking import NOT_COPIED, why_packed
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Choice, describe
 
@@ -111,12 +110,13 @@ def _require_unpacked(
     known: Mapping[str, nn.Module],
     shared: Mapping[int, list[str]],
 ) -> None:
-    """Refuse to replace a projection of an attention that stays packed."""
+    """Refuse to replace a layer of a module that stays packed."""
     for name, choice in choices.items():
         parent, _, role = name.rpartition(".")
-        attention = known.get(parent) if choice.ranks and role in PROJECTIONS else None
-        if isinstance(attention, nn.MultiheadAttention):
-            reason = why_packed(model, attention, shared) or NOT_COPIED
+        holder = known.get(parent) if choice.ranks else None
+        unpacker = holder and surgery.unpacker_of(holder)
+        if holder and unpacker and role in unpacker.roles:
+            reason = why_packed(model, holder, shared) or NOT_COPIED
             raise ValueError(f"layer {name!r} cannot be replaced: {reason}")
 
 

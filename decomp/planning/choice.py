@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from decomp._util import tables
 from decomp._util.schema import Value
-from decomp.layers import Factorized
+from decomp.layers import ExpertLinear, Factorized
 from decomp.layers.kernels import HUGGING_FACE_CONV1D, qualified_name
 from decomp.planning.cost import COUNTED, Cost
 
@@ -183,6 +183,8 @@ def describe(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
         return f"{kind} {module.in_features}>{module.out_features}"
+    if isinstance(module, ExpertLinear):
+        return f"{kind} {module.in_features}>{module.out_features} x{module.groups}"
     if isinstance(module, nn.Embedding) or qualified_name(type(module)) == HUGGING_FACE_CONV1D:
         return f"{kind} {'>'.join(map(str, module.weight.shape))}"  # type: ignore[arg-type]
     if isinstance(module, nn.RNNBase):

@@ -14,9 +14,9 @@ from decomp._util.schema import Value
 from decomp.calibration.recurrent import AnyMoments
 from decomp.methods import METHODS, Method
 from decomp.network import surgery
-from decomp.network.attention import unpacked
 from decomp.network.eligibility import ALREADY_FACTORIZED
 from decomp.network.flops import uncounted_note
+from decomp.network.unpacking import unpacked
 from decomp.planning.budget import Budget, Request, spend
 from decomp.planning.build import (
     correct_means,

@@ -12,10 +12,10 @@ from decomp.calibration.recurrent import AnyMoments
 from decomp.layers import Factorized
 from decomp.layers.kernels import shape_of
 from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_named, row_named
-from decomp.network.attention import unpacked
 from decomp.network.eligibility import WhyNot
 from decomp.network.flops import observe
 from decomp.network.surgery import names_of
+from decomp.network.unpacking import unpacked
 from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
 from decomp.planning.budget import Budget, Request
 from decomp.planning.build import NothingToDecompose

@@ -15,8 +15,7 @@ from decomp._util.progress import bar
 from decomp.calibration.sampling import Positions, Sampling
 from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, unpadded
-from decomp.layers import Factorized
-from decomp.network.attention import unpacked
+from decomp.layers import Factorized, routes_rows
 from decomp.network.forward import (
     Unfused,
     call,
@@ -28,6 +27,7 @@ from decomp.network.forward import (
 )
 from decomp.network.pairing import factorized_names, pairs_of
 from decomp.network.tracing import Tail
+from decomp.network.unpacking import unpacked
 from decomp.recovery.batch_norm_shift import batch_norm_shifts
 from decomp.recovery.least_squares import OutputSizeMismatch, Refit
 from decomp.recovery.relu import Rectifier, ReluRefit, rectifier
@@ -131,6 +131,9 @@ def repair(
         for name, tail in bar(progress, "repair", order.items()):
             if pairs[name][0].absorbs_outputs == "nothing":
                 reports[name] = LayerRepair(math.nan, math.nan, "its last factor mixes no outputs: not refitted")
+                continue
+            if routes_rows(pairs[name][0]):
+                reports[name] = LayerRepair(math.nan, math.nan, "each expert has weights of its own: not refitted")
                 continue
             activations = Activations(small, dense, *pairs[name], replace(tail, steps=()), batches, cache_bytes)
             with naming(name):

@@ -15,11 +15,11 @@ from decomp.calibration.sampling import Positions, Sampling
 from decomp.data.activations import Example, RoutedDifferently, reached_tails
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, unpadded
 from decomp.data.suspended import HeldExamples
-from decomp.layers import Factorized
+from decomp.layers import Factorized, routes_rows
 from decomp.network import surgery
-from decomp.network.attention import unpacked
 from decomp.network.forward import Unfused, evaluating
 from decomp.network.tracing import Tail
+from decomp.network.unpacking import unpacked
 from decomp.planning.build import (
     decomposed,
     from_moments,
@@ -107,6 +107,8 @@ class _LayerStep:
             return self._alone(name, plan)
         calibrated = cast(Moments | None, plan.statistics.get(name))
         try:
+            if routes_rows(self.own):
+                raise RoutedDifferently  # a refit has one weight for all rows
             patches = self._refit()
             received = ((example.received, example.batch, example.mask) for example in self.examples)
             centred = self.norm_shift is not None

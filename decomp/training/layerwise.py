@@ -37,11 +37,11 @@ from decomp.data.batches import (
     unpadded,
 )
 from decomp.data.suspended import HeldActivations, HeldExamples
-from decomp.network.attention import unpacked
 from decomp.network.forward import evaluating
 from decomp.network.pairing import blocks_of, factorized_names, pairs_of
 from decomp.network.selection import Selector
 from decomp.network.tracing import Tail
+from decomp.network.unpacking import unpacked
 from decomp.training.checkpoint import Checkpoint, identify
 from decomp.training.distributed import ProcessGroup, process_group
 from decomp.training.loop import (
