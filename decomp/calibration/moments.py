@@ -228,8 +228,8 @@ class MomentSums:
     """Sums of the rows x and of their outer products x x^T, per group."""
 
     def __init__(self, groups: int, channels: int) -> None:
-        self._total: Any = torch.zeros(groups, channels, dtype=torch.float64)
-        self._outer: Any = torch.zeros(groups, channels, channels, dtype=torch.float64)
+        self._total: Any = torch.zeros(groups, channels, dtype=torch.float64, device="cpu")
+        self._outer: Any = torch.zeros(groups, channels, channels, dtype=torch.float64, device="cpu")
         self.count = 0
 
     def add(self, rows: Tensor) -> None:

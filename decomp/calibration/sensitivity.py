@@ -18,7 +18,7 @@ from decomp.layers.kernels import is_input_first
 from decomp.linalg import as_float64, eigenbasis
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
-from decomp.network.forward import Unfused, call, evaluating, flat_output, hooked, to_device_of
+from decomp.network.forward import Unfused, call, difference, evaluating, flat_output, hooked, to_device_of
 from decomp.network.selection import Selector
 
 KEPT_ENERGY = 0.75
@@ -80,7 +80,7 @@ def _measured(
             cut, squared_error = _cut(layer)
         with _running_with(layer, cut):
             squared_change = sum(
-                float((flat_output(call(model, batch)) - output).square().sum())
+                float(difference(model, flat_output(call(model, batch)), output).square().sum())
                 for batch, output in zip(batches, outputs, strict=True)
             )
         is_changed = energy > 0 and squared_error > SQUARED_ROUNDING

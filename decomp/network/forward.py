@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import is_dataclass
 from threading import get_ident
 from typing import Any
@@ -69,6 +69,29 @@ def hooked(
         for module, hook in after:
             stack.callback(module.register_forward_hook(here(hook), with_kwargs=True).remove)
         yield
+
+
+@contextmanager
+def with_values() -> Iterator[None]:
+    """Run the block with the CPU as the default device where that is "meta", whose tensors hold no values."""
+    with torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext():
+        yield
+
+
+def difference(model: nn.Module, output: Tensor, expected: Tensor) -> Tensor:
+    """``output - expected``, two outputs of a model and of one like it for the same batch.
+
+    Raises:
+        ValueError: they have different shapes.
+    """
+    if output.shape != expected.shape:
+        sizes = f"{tuple(output.shape)} and {tuple(expected.shape)}"
+        raise ValueError(
+            f"{type(model).__name__} gives outputs of different sizes for the same batch, {sizes}: its size is random "
+            "or depends on the weights, so that there is no error of the output. Where the call has evaluate= or "
+            "loss=, write a function that compares what has a fixed size; else wrap the model in one that returns it"
+        )
+    return output - expected
 
 
 def call(model: nn.Module, batch: Any) -> Any:

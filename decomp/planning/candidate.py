@@ -280,11 +280,14 @@ class Candidate:
         if 0 in ranks:
             limited = f", with multiples of {multiple_of}" if multiple_of > 1 and not request.reads_spectra else ""
             return self._choice((), reason=request.nothing + limited)
-        return self._unless_worse(self._rounded_up(ranks, multiple_of), "", min_gain)
+        return self._unless_worse(self._rounded(ranks, multiple_of), "", min_gain)
 
-    def _rounded_up(self, ranks: Ranks, multiple_of: int) -> Ranks:
-        modes = zip(ranks, self.limits, self._fixed, strict=True)
-        return tuple(r if fixed else min(-(-r // multiple_of) * multiple_of, limit) for r, limit, fixed in modes)
+    def _rounded(self, ranks: Ranks, multiple_of: int, *, down: bool = False) -> Ranks:
+        """The nearest multiples above, or below where there are any; full and fixed ranks are kept."""
+        steps = [rank // multiple_of if down else -(-rank // multiple_of) for rank in ranks]
+        rounded = [min(max(step, 1) * multiple_of, limit) for step, limit in zip(steps, self.limits, strict=True)]
+        modes = zip(ranks, rounded, self.limits, self._fixed, strict=True)
+        return tuple(rank if fixed or rank == limit else new for rank, new, limit, fixed in modes)
 
     def _fitted(self, request: Fixed) -> tuple[Ranks, str]:
         try:
@@ -297,18 +300,18 @@ class Candidate:
         self, reference: "Candidate", rule: Rule, multiple_of: int, min_gain: float
     ) -> Choice:
         """The ranks with the most parameters that cost no more than the Tucker-2 which a spectral rule chooses."""
-        tucker = reference.decide(rule)
+        tucker = reference.decide(rule, multiple_of=multiple_of)
         if not tucker.ranks:
             return self._choice((), reason=tucker.reason)
-        grid = self.limited_grid(multiple_of, 0.0)
-        params, macs = grid.costs["params"], grid.costs["macs"]
+        params, macs = self._costs["params"], self._costs["macs"]
         bound = reference.price(tucker.ranks)
         places = np.flatnonzero((params <= bound.params) & (macs <= bound.macs))
         if not len(places):
             return self._choice(
                 (), reason=f"more expensive at every rank than the Tucker-2 {_ranks(tucker.ranks)} of {rule!r}"
             )
-        return self._unless_worse(tuple(grid.ranks[places[params[places].argmax()]].tolist()), "", min_gain)
+        ranks = tuple(self.analysis.ranks[places[params[places].argmax()]].tolist())
+        return self._unless_worse(self._rounded(ranks, multiple_of, down=True), "", min_gain)
 
     def _unless_worse(self, ranks: Ranks, note: str, min_gain: float = 0.0) -> Choice:
         cost, dense = self.price(ranks), self.price.dense

@@ -1,6 +1,6 @@
 """The decision of a plan for one layer, as data, as JSON and as a row of a table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -111,6 +111,11 @@ def where_it_stays(choices: Mapping[str, Choice], kind: str, left: float, total:
     "60 % in 'a' (excluded), 20 % outside of layers"
     """
     after = {name: choice.costs[kind].after for name, choice in choices.items() if kind in choice.costs}
+    if kind == "macs":  # those of a module with weights of its own include the layers inside of it
+        for name in after:
+            around = next((outer for outer in _around(name) if outer in after), None)
+            if around is not None:
+                after[around] -= choices[name].costs[kind].before
     groups: dict[str, list[str]] = {}
     for name in after:
         if not choices[name].ranks:
@@ -121,11 +126,23 @@ def where_it_stays(choices: Mapping[str, Choice], kind: str, left: float, total:
         if costs[reason] >= 0.005 * total:
             names = sorted(groups[reason], key=lambda name: -after[name])
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            parts.append(f"{100 * costs[reason] / total:.0f} % in {names[0]!r}{more} ({reason})")
+            first = repr(names[0]) if names[0] else "the model itself"
+            parts.append(f"{100 * costs[reason] / total:.0f} % in {first}{more} ({reason})")
     outside = left - sum(after.values())
     if outside >= 0.005 * total:
         parts.append(f"{100 * outside / total:.0f} % outside of layers")
     return ", ".join(parts)
+
+
+def _around(name: str) -> Iterator[str]:
+    """The names of the modules around one, the innermost first.
+
+    >>> list(_around("layer1.0.conv"))
+    ['layer1.0', 'layer1', '']
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def unchanged_choice(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:

@@ -15,7 +15,15 @@ from decomp._util.progress import bar
 from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
 from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
 from decomp.layers import Factorized
-from decomp.network.forward import Unfused, call, evaluating, floating, norms_with_running_stats, to_device_of
+from decomp.network.forward import (
+    Unfused,
+    call,
+    difference,
+    evaluating,
+    floating,
+    norms_with_running_stats,
+    to_device_of,
+)
 from decomp.network.pairing import pairs_of
 from decomp.network.tracing import Tail
 from decomp.recovery.batch_norm_shift import batch_norm_shifts
@@ -161,7 +169,8 @@ def _output_error(small: nn.Module, dense: nn.Module, batches: Batches) -> float
     for batch in batches:
         empty = False
         outputs, dense_outputs = (_outputs(model, batch) for model in (small, dense))
-        squared_error += sum(float((a - b).square().sum()) for a, b in zip(outputs, dense_outputs, strict=True))
+        pairs = zip(outputs, dense_outputs, strict=True)
+        squared_error += sum(float(difference(small, a, b).square().sum()) for a, b in pairs)
         energy += sum(float(b.square().sum()) for b in dense_outputs)
     if empty:
         raise ValueError("data is empty: at least one batch is needed")
