@@ -15,10 +15,10 @@ _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 def accept_factorized(config: Any) -> Any:
     """Let a ``peft.LoraConfig`` adapt factorized linear layers under the names of the dense ones.
 
-    y = B A x + s L_B L_A x, with B A the factors of the layer, which stay frozen, and s L_B L_A the adapter of peft.
-    ``merge_and_unload`` merges without an error: the factors become [B, s L_B] and [A; L_A], of rank r + r_LoRA, or a
-    dense layer where that is no more expensive. ``merge_adapter`` is refused: a sum of two products is not a product of
-    factors of the same shape.
+    y = B A x + s L_B L_A x, with B A the factors of the layer, which stay frozen, and s L_B L_A the adapter of
+    peft. ``merge_and_unload`` merges without an error: the factors become [B, s L_B] and [A; L_A], of rank
+    r + r_LoRA, or a dense layer where that is no more expensive. ``merge_adapter`` is refused: the sum is not a
+    product of factors of the same shape.
 
     Args:
         config: a ``peft.LoraConfig``; changed in place, and returned.
@@ -58,7 +58,7 @@ def _lora_layer() -> type[nn.Module]:
     except ModuleNotFoundError as error:
         raise ImportError("adapters need peft: pip install peft") from error
 
-    class FactorizedLinear(Linear):  # type: ignore[misc, no-any-unimported]
+    class FactorizedLinear(Linear):  # type: ignore[misc]
         """LoRA on an :class:`SVDLinear`."""
 
         def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:

@@ -146,7 +146,7 @@ def test_the_bias_of_an_adapter_is_merged():
 
 
 def test_what_would_write_to_a_product_is_refused():
-    with pytest.raises(ValueError, match="init_lora_weights='pissa'.*product"):
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*product"):
         accepted(init_lora_weights="pissa")
     with pytest.raises(ValueError, match="use_dora=True"):
         accepted(use_dora=True)

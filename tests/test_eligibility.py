@@ -133,7 +133,7 @@ def test_sharded_layers_say_that_they_come_last(tmp_path):
         assert plan["0"].reason == "sharded (its weight is a DTensor): decompose before sharding"
         assert plan["1"].ranks == (8,)
         fully_shard(model, mesh=mesh)
-        with pytest.raises(decomp.NothingToDecompose, match="2 x sharded .*decompose before sharding"):
+        with pytest.raises(decomp.NothingToDecompose, match=r"2 x sharded .*decompose before sharding"):
             decomp.svd(model, ranks=8)
     finally:
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Networks of several families, small and random: exact at planted ranks, right shapes and counts, or a clear refusal."""
+"""Networks of several families, small and random: exact at planted ranks, right counts, or a clear refusal."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ RANK = 4
 
 
 def plant(model):
-    """Give every linear layer and convolution a weight whose channel modes have rank 4, in float64 and eval mode."""
+    """Give every linear layer and convolution channel modes of rank 4; in float64 and eval mode."""
     for module in model.double().eval().modules():
         kernel = getattr(module, "weight", None)
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or kernel.shape[1] <= RANK:
@@ -115,7 +115,7 @@ def test_the_error_of_an_output_of_random_length_is_refused():
         decomp.sensitivity(model, [batch], progress=False)
     with pytest.raises(ValueError, match="different sizes for the same batch"):
         decomp.repair(small, model, [batch], progress=False)
-    with pytest.raises(ValueError, match="different sizes.*evaluate="):
+    with pytest.raises(ValueError, match=r"different sizes.*evaluate="):
         decomp.tradeoff(model, batch, methods=["svd_channel"], budgets=[0.8], progress=False)
     scored = decomp.tradeoff(
         model, batch, methods=["svd_channel"], budgets=[0.8], evaluate=lambda m: 1.0, progress=False

@@ -29,10 +29,11 @@ def test_the_end_of_compression_in_stages_can_be_told_from_other_errors():
         try:
             model = decomp.densify(decomp.svd(model, decomp.ranks.energy(0.9), min_gain=gain))
         except decomp.NothingToDecompose as error:
-            assert re.match("no layer would be replaced: 1 x too little gain at", str(error))
+            message = str(error)
             break
         gains.append(gain)
     assert gains == [0.1, 0.5]
+    assert re.match("no layer would be replaced: 1 x too little gain at", message)
     assert issubclass(decomp.NothingToDecompose, ValueError)
     assert issubclass(decomp.OutOfReach, ValueError)
     with pytest.raises(decomp.NothingToDecompose, match="no layer can be decomposed under a budget"):
@@ -47,12 +48,12 @@ def test_a_budget_out_of_reach_names_the_layers_that_block_it(model, image):
     share = f"{100 * blocked / dense.total.macs:.0f} %"
     assert f"{share} in '2' and 1 more (excluded)" in str(caught.value)
     tall = nn.Sequential(nn.Linear(64, 1), nn.Linear(1, 64), nn.Linear(64, 64))
-    with pytest.raises(decomp.OutOfReach, match="'1' and 1 more .no decomposition of it is cheaper."):
+    with pytest.raises(decomp.OutOfReach, match=r"'1' and 1 more \(no decomposition of it is cheaper\)"):
         decomp.compress(tall, params=0.01)
 
 
 def test_a_number_that_looks_like_a_percentage_is_questioned(model, image):
-    with pytest.raises(decomp.OutOfReach, match="did you mean the share macs=0.5"):
+    with pytest.raises(decomp.OutOfReach, match=r"did you mean the share macs=0\.5"):
         decomp.compress(model, image, macs=50)
     with pytest.raises(decomp.OutOfReach) as caught:
         decomp.compress(model, image, macs=1000)
@@ -173,7 +174,7 @@ def test_fine_tuning_selects_layers_by_type_and_predicate(model, image):
     assert tuned(["0", nn.Linear]) == ["0", "4"]
     assert tuned(lambda name, layer: isinstance(layer, nn.Conv2d)) == ["0", "2"]
     for nothing in (nn.Conv3d, "nothing", lambda name, layer: False):
-        with pytest.raises(ValueError, match="matches no factorized layer; .*'0', '2', '4'"):
+        with pytest.raises(ValueError, match=r"matches no factorized layer; .*'0', '2', '4'"):
             tuned(nothing)
     with pytest.raises(TypeError, match="layers=5: write a glob"):
         tuned(5)

@@ -87,9 +87,10 @@ def difference(model: nn.Module, output: Tensor, expected: Tensor) -> Tensor:
     if output.shape != expected.shape:
         sizes = f"{tuple(output.shape)} and {tuple(expected.shape)}"
         raise ValueError(
-            f"{type(model).__name__} gives outputs of different sizes for the same batch, {sizes}: its size is random "
-            "or depends on the weights, so that there is no error of the output. Where the call has evaluate= or "
-            "loss=, write a function that compares what has a fixed size; else wrap the model in one that returns it"
+            f"{type(model).__name__} gives outputs of different sizes for the same batch, {sizes}: the size is "
+            "random or depends on the weights, so that there is no error of the output. Where the call has "
+            "evaluate= or loss=, write a function that compares what has a fixed size; else wrap the model in a "
+            "module that returns it"
         )
     return output - expected
 

@@ -123,8 +123,8 @@ def _subclassed_tensor(own: Mapping[str, nn.Parameter]) -> str:
 def modules_of_adapters(model: nn.Module) -> dict[int, str]:
     """Modules that belong to an adapter, by ``id``, with the reason why they stay dense.
 
-    An adapter is a module of peft, or one that holds children ``lora_A`` and ``lora_B``. The layer that it adapts is
-    among them: merging writes into the weight of that layer, and what is written into a product is lost.
+    An adapter is a module of peft, or one that holds children ``lora_A`` and ``lora_B``. The layer that it adapts
+    is among them: merging writes into the weight of that layer, and what is written into a product is lost.
     """
     reasons: dict[int, str] = {}
     for holder in model.modules():

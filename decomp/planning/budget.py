@@ -23,10 +23,10 @@ Values = NDArray[np.float64]
 MIN_GAIN = 0.05
 """The default of ``min_gain=``.
 
-On four networks (a small residual network, MiniLM, CRAFT, ResNet-18 with random weights), layers that energy(0.9),
-energy(0.95) or error(0.3) replaced for less than this gave 0 to 7 % of the parameters saved, and 3 to 31 % of the sum
-of squared errors; where they gave more (29 % of them and 57 % of the errors, in MiniLM by energy(0.95)) little was
-saved in all. vbmf never chose such ranks.
+On four networks (the digit classifier, MiniLM, CRAFT, ResNet-18 with random weights), layers that energy(0.9),
+energy(0.95) or error(0.3) replaced for less than this gave 0 to 7 % of the parameters saved and 3 to 31 % of the
+sum of squared errors. By energy(0.95) in MiniLM they gave 29 % and 57 %, of little that was saved in all. vbmf
+chose no such ranks.
 """
 
 
@@ -34,7 +34,7 @@ NEVER_CHEAPER = "no decomposition of it is cheaper"
 
 
 class OutOfReach(ValueError):
-    """No choice of ranks meets the budget; the message gives the smallest possible cost, and what stands in the way."""
+    """No choice of ranks meets the budget; the message gives the least possible cost, and what is in the way."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,8 @@ def _out_of_reach(budget: Budget, total: float, least: float, fixed: float, stay
     kind, value = budget.kind, budget.value
     if kind not in COUNTED:
         return (
-            f"{kind}={value!r} cannot be reached: the least is {least:.3g}, a share of {_share(least, total)} of the "
-            f"{total:.3g} that the dense model takes ({fixed:.3g} of it in parts that are not decomposed)"
+            f"{kind}={value!r} cannot be reached: the least is {least:.3g}, a share of {_share(least, total)} "
+            f"of the {total:.3g} that the dense model takes ({fixed:.3g} of it in parts that are not decomposed)"
         )
     text = f"{kind}={value!r} cannot be reached: the least is {ceil(least):,}, a share of {_share(least, total)}"
     text += f" ({fixed:.3g} of it in parts that are not decomposed)"

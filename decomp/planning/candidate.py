@@ -58,7 +58,8 @@ class Grid:
         One of them must be so by the least gain.
         """
         params, macs = self.params_share, self.macs_share
-        return (params < 1) & (macs < 1) & (_gain(params, macs, self.dense) >= self.least_gain)
+        enough: NDArray[np.bool_] = _gain(params, macs, self.dense) >= self.least_gain
+        return (params < 1) & (macs < 1) & enough
 
 
 def _gain(params_share: Any, macs_share: Any, dense: Cost) -> Any:
@@ -87,7 +88,8 @@ def _multiples(
     ranks: NDArray[np.int32], limits: Sequence[int], multiple_of: int, fixed: Sequence[bool]
 ) -> NDArray[np.bool_]:
     """Where every rank is a multiple of ``multiple_of``, or full, or fixed."""
-    return np.all((ranks % multiple_of == 0) | (ranks == np.array(limits)) | np.array(fixed), 1)
+    allowed: NDArray[np.bool_] = (ranks % multiple_of == 0) | (ranks == np.array(limits)) | np.array(fixed)
+    return np.asarray(allowed.all(1))
 
 
 @dataclass(frozen=True)
@@ -255,8 +257,8 @@ class Candidate:
     def decide(self, request: "Rule | Fixed | None", *, multiple_of: int = 1, min_gain: float = 0.0) -> Choice:
         """Choose the ranks of a rule or of the user, or to stay dense, with the reason.
 
-        Ranks of a rule are multiples of ``multiple_of``, or full, and save at least ``min_gain``; those of the user
-        are taken as they are.
+        Ranks of a rule are multiples of ``multiple_of``, or full, and save at least ``min_gain``; those of the
+        user are taken as they are.
 
         Raises:
             ValueError: the ranks do not fit this layer; the message names it.
