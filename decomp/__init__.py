@@ -1,6 +1,6 @@
 """Low-rank and tensor decomposition that makes trained PyTorch models smaller and faster."""
 
-from decomp import layers, losses, plots, ranks
+from decomp import adapters, layers, losses, plots, ranks
 from decomp.analysis.compare import compare
 from decomp.analysis.profile import profile
 from decomp.analysis.tradeoff import tradeoff
@@ -21,6 +21,7 @@ __all__ = [
     "OutOfReach",
     "Plan",
     "Statistics",
+    "adapters",
     "block_term",
     "calibrate",
     "compare",

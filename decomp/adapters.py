@@ -30,10 +30,12 @@ def accept_factorized(config: Any) -> Any:
 
     Source: Hu et al. 2022 (LoRA: low-rank adaptation of large language models), section 4.1.
 
-    >>> from peft import LoraConfig, get_peft_model  # doctest: +SKIP
-    >>> small = decomp.svd(model, ranks=64)  # doctest: +SKIP
-    >>> config = LoraConfig(target_modules=["q_proj", "v_proj"])  # doctest: +SKIP
-    >>> adapted = get_peft_model(small, decomp.adapters.accept_factorized(config))  # doctest: +SKIP
+    >>> import decomp
+    >>> from peft import LoraConfig, get_peft_model
+    >>> small = decomp.svd(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), ranks=4, layers="0")
+    >>> adapted = get_peft_model(small, accept_factorized(LoraConfig(target_modules=["0"], r=2)))
+    >>> adapted.merge_and_unload()[0].ranks
+    (6,)
     """
     _require_supported(config)
     config._register_custom_module({SVDLinear: _lora_layer()})

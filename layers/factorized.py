@@ -244,7 +244,8 @@ class Factorized(nn.Module):
         own = getattr(self, name)
         if own is value or own is None or not isinstance(value, Tensor):
             return own is value
-        return own.shape == value.shape and bool(torch.equal(own, value))
+        alike = (own.shape, own.dtype, own.device) == (value.shape, value.dtype, value.device)
+        return alike and not own.is_meta and bool(torch.equal(own, value))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self._require_no_product(name.removesuffix("_orig"))  # torch.nn.utils.prune registers weight_orig

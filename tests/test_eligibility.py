@@ -162,3 +162,28 @@ def test_a_parametrization_that_holds_a_layer_keeps_it():
     small = decomp.svd(model, ranks=4)
     assert list(small.decomp_plan) == ["0", "1"]
     assert all(torch.equal(small.state_dict()[name], before[name]) for name in before if name.startswith("0."))
+
+
+def test_a_parameter_of_a_class_of_the_users_is_a_parameter():
+    class Tagged(nn.Parameter):
+        pass
+
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].weight = Tagged(model[0].weight.detach())
+    assert type(model[0].weight) is Tagged
+    assert decomp.svd(model, ranks=4)[0].ranks == (4,)
+
+
+def test_ranks_of_two_and_more_can_be_quantized():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the library that is imported
+        quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.outer(torch.randn(64), torch.randn(64)))
+    small = decomp.svd(model, ranks=decomp.ranks.energy(0.9), multiple_of=2)
+    assert small[0].ranks == (2,)
+    x = torch.randn(8, 64)
+    expected = small(x)
+    quantization.quantize_(small, quantization.Int8DynamicActivationInt8WeightConfig())
+    assert (small(x) - expected).norm() < 0.05 * expected.norm()
