@@ -115,12 +115,6 @@ def test_quantized_weights_stay_dense_and_the_others_are_decomposed(count):
     assert 64 * 64 <= shown.bytes < 2 * 64 * 64, "one byte per weight, and the scales"
 
 
-def test_a_tensor_subclass_that_is_tied_is_one_tensor():
-    model = quantized(2)
-    model[1].weight = model[0].weight
-    assert decomp.profile(model, torch.randn(1, 8, 64)).total.params == sum(p.numel() for p in model.parameters())
-
-
 def test_sharded_layers_say_that_they_come_last(tmp_path):
     from torch.distributed.fsdp import fully_shard
 
