@@ -52,6 +52,23 @@ def test_a_budget_out_of_reach_names_the_layers_that_block_it(model, image):
         decomp.compress(tall, params=0.01)
 
 
+def test_the_macs_of_a_module_around_layers_are_counted_once():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(64, 64))
+            self.inner = nn.Linear(64, 64, bias=False)
+
+        def forward(self, x):
+            return self.inner(x @ self.table)
+
+    model = nn.Sequential(Mixed(), nn.Linear(64, 128, bias=False))
+    with pytest.raises(decomp.OutOfReach, match=r"of the dense model 25 % in '0' \(no method supports Mixed\)$"):
+        decomp.compress(model, torch.randn(1, 64), macs=0.1)
+    with pytest.raises(decomp.OutOfReach, match=r"25 % in '0' \(no .*\), 25 % in '0.inner' \(not among layers=\)"):
+        decomp.compress(model, torch.randn(1, 64), macs=0.1, layers="1")
+
+
 def test_a_number_that_looks_like_a_percentage_is_questioned(model, image):
     with pytest.raises(decomp.OutOfReach, match=r"did you mean the share macs=0\.5"):
         decomp.compress(model, image, macs=50)

@@ -216,20 +216,17 @@ def spend(
     try:
         chosen = objective.allocate(fronts, bound - fixed)
     except BudgetTooSmall as error:
-        never = {
-            name: table[0][0].choose((), NEVER_CHEAPER)
-            for name, table in zip(layers, tables, strict=True)
-            if len(table) == 1
-        }
+        named = zip(layers, tables, strict=True)
+        dense = {n: table[0][0].choose((), NEVER_CHEAPER if len(table) == 1 else "") for n, table in named}
         raise OutOfReach(
-            _out_of_reach(budget, total, fixed + error.least, fixed, {**fixed_choices, **never})
+            _out_of_reach(budget, total, fixed + error.least, fixed, {**fixed_choices, **dense})
         ) from None
     rows_chosen = [table[place] for table, place in zip(tables, chosen, strict=True)]
     return {name: (row[0], row[1]) for name, row in zip(layers, rows_chosen, strict=True)}
 
 
-def _out_of_reach(budget: Budget, total: float, least: float, fixed: float, stay: Mapping[str, Choice]) -> str:
-    """What to say of a budget below the least possible cost; ``stay`` are the layers that stay as they are."""
+def _out_of_reach(budget: Budget, total: float, least: float, fixed: float, choices: Mapping[str, Choice]) -> str:
+    """What to say of a budget below the least possible cost; of the layers, those with a reason are in the way."""
     kind, value = budget.kind, budget.value
     if kind not in COUNTED:
         return (
@@ -238,8 +235,7 @@ def _out_of_reach(budget: Budget, total: float, least: float, fixed: float, stay
         )
     text = f"{kind}={value!r} cannot be reached: the least is {ceil(least):,}, a share of {_share(least, total)}"
     text += f" ({fixed:.3g} of it in parts that are not decomposed)"
-    never = sum(float(choice.costs[kind].after) for choice in stay.values() if choice.reason == NEVER_CHEAPER)
-    where = where_it_stays(stay, kind, fixed + never, total)
+    where = where_it_stays(choices, kind, total - sum(choice.saved(kind) for choice in choices.values()), total)
     text += f"; of the dense model {where}" if where else ""
     if not budget.is_share and 1 < value < 100:
         text += (

@@ -104,7 +104,8 @@ def _change(change: Change, *, replaced: bool) -> str:
 def where_it_stays(choices: Mapping[str, Choice], kind: str, left: float, total: float) -> str:
     """Where a model's cost of a kind is that stays: in layers that stay dense, by reason, and outside of layers.
 
-    ``left`` is that of the whole model as chosen, ``total`` that of the dense one, of which shares are given.
+    ``left`` is that of the whole model as chosen, ``total`` that of the dense one, of which shares are given. A
+    layer without ranks and without a reason is undecided: it is not named.
 
     >>> costs = {"macs": Change(60, 60)}
     >>> where_it_stays({"a": Choice("Linear", (), DENSE, (), costs, 0.0, "excluded")}, "macs", 80.0, 100.0)
@@ -118,7 +119,7 @@ def where_it_stays(choices: Mapping[str, Choice], kind: str, left: float, total:
                 after[around] -= choices[name].costs[kind].before
     groups: dict[str, list[str]] = {}
     for name in after:
-        if not choices[name].ranks:
+        if not choices[name].ranks and choices[name].reason:
             groups.setdefault(choices[name].reason, []).append(name)
     costs = {reason: sum(after[name] for name in names) for reason, names in groups.items()}
     parts = []
