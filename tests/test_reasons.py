@@ -1,6 +1,7 @@
 """Errors and reasons say what stands in the way, and calls take what they can use."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
+import decomp.digits
 from decomp.layers import SVDLinear
 
 
@@ -246,3 +248,16 @@ def test_little_gain_on_the_whole_names_what_stands_in_the_way():
     assert "little is saved" not in str(decomp.plan(nn.Sequential(nn.Linear(64, 64)), ranks=4))
     budget = decomp.plan(nn.Sequential(nn.Linear(64, 64)), params=0.9)
     assert "little is saved" not in str(budget), "it is what was asked for"
+
+
+def test_the_digits_say_what_to_install(monkeypatch):
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "sklearn":
+                raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    with pytest.raises(ImportError, match=r"scikit-learn: pip install 'decomp\[demo\]'"):
+        decomp.digits.load_digits()
