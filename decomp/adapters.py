@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA) of peft on factorized layers."""
 
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -53,6 +54,14 @@ def _require_supported(config: Any) -> None:
         raise ValueError("use_dora=True scales the weight of the adapted layer, which a factorized one has not")
 
 
+def __getattr__(name: str) -> Any:
+    """``FactorizedLinear`` by its name, with which models that hold one are pickled."""
+    if name == "FactorizedLinear":
+        return _lora_layer()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
 def _lora_layer() -> type[nn.Module]:
     """The layer of peft for a factorized linear layer; a function, so that peft is imported only when needed."""
     try:
@@ -101,6 +110,7 @@ def _lora_layer() -> type[nn.Module]:
             self.base_layer = base  # peft sets the weight of what is returned to that of this attribute
             return base  # type: ignore[no-any-return]
 
+    FactorizedLinear.__qualname__ = "FactorizedLinear"
     return FactorizedLinear
 
 

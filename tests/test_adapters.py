@@ -1,6 +1,7 @@
 """Adapters of peft: they stay as they are, and they find the factorized layers of a compressed model."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -155,3 +156,28 @@ def test_what_would_write_to_a_product_is_refused():
         model.merge_adapter()
     with pytest.raises(ValueError, match="init_lora_weights='olora'"):
         model.add_adapter("second", lora(init_lora_weights="olora"))
+
+
+def test_an_adapted_model_can_be_copied_and_pickled():
+    model = peft.get_peft_model(decomp.svd(bert(), ranks=8), accepted()).eval()
+    train_randomly(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(output(twin), output(model))
+        assert (
+            type(twin.base_model.model.encoder.layer[0].attention.self.query) is decomp.adapters.FactorizedLinear
+        )
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        decomp.adapters.Nothing  # noqa: B018
+
+
+def test_a_factor_by_itself_is_a_target_of_peft():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(256, 32)).eval()
+    x = torch.randn(2, 8, 6, 6)
+    small = decomp.tucker(model, ranks=4)
+    before = small(x).detach()
+    adapted = peft.get_peft_model(small, lora(target_modules=["0.core", "2.expand"])).eval()
+    torch.testing.assert_close(adapted(x).detach(), before)
+    train_randomly(adapted)
+    after = adapted(x).detach()
+    assert (after - before).abs().max() > 1e-2
+    torch.testing.assert_close(adapted.merge_and_unload()(x).detach(), after, rtol=1e-4, atol=1e-5)
