@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from planting import RANK, plant
 from torch import nn
 from transformers import (
     DebertaV2Config,
@@ -14,23 +15,6 @@ from transformers import (
 
 import decomp
 from decomp.layers import Factorized
-
-RANK = 4
-
-
-def plant(model):
-    """Give every linear layer and convolution channel modes of rank 4; in float64 and eval mode."""
-    for module in model.double().eval().modules():
-        kernel = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or kernel.shape[1] <= RANK:
-            continue
-        if nn.utils.parametrize.is_parametrized(module) or module.weight.shape[0] <= RANK:
-            continue
-        with torch.no_grad():
-            for mode in (0, 1):
-                basis = torch.linalg.qr(torch.randn(kernel.shape[mode], RANK, dtype=torch.float64)).Q
-                kernel.copy_(torch.tensordot(basis @ basis.mT, kernel, ([1], [mode])).movedim(0, mode))
-    return model
 
 
 def deberta():

@@ -43,6 +43,17 @@ def test_a_layer_that_saves_too_little_stays_dense_and_says_so():
     assert strict.decomp_plan.request.min_gain == 0.1
 
 
+def test_the_stem_of_a_resnet_is_not_replaced_for_a_percent():
+    stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False))
+    image = torch.zeros(1, 3, 224, 224)
+    rule = decomp.ranks.energy(0.9)
+    replaced = decomp.plan(stem, ranks=rule, min_gain=0, example_inputs=image)["0"]
+    assert replaced.ranks
+    assert replaced.error > 0.3
+    assert replaced.params.after > 0.95 * replaced.params.before
+    assert "too little gain" in decomp.plan(stem, ranks=rule, example_inputs=image)["0"].reason
+
+
 def test_the_gain_is_the_larger_of_those_in_parameters_and_macs():
     """A strided 3 x 1 x 1 decomposition where the MACs fall far more than the parameters."""
     model = nn.Sequential(nn.ConvTranspose2d(16, 32, 3, stride=3))
