@@ -181,3 +181,18 @@ def test_a_factor_by_itself_is_a_target_of_peft():
     after = adapted(x).detach()
     assert (after - before).abs().max() > 1e-2
     torch.testing.assert_close(adapted.merge_and_unload()(x).detach(), after, rtol=1e-4, atol=1e-5)
+
+
+def test_a_factorized_layer_may_be_set_to_the_weight_and_bias_that_it_gives_and_to_no_others():
+    layer = decomp.svd(nn.Linear(32, 32), ranks=4)
+    layer.weight, layer.bias = layer.weight, layer.bias
+    for name, value in (
+        ("weight", layer.weight + 1),
+        ("weight", nn.Parameter(layer.weight.detach())),
+        ("weight", layer.weight.double()),
+        ("weight", layer.weight.to("meta")),
+        ("bias", nn.Parameter(layer.bias.detach().clone())),
+        ("bias", None),
+    ):
+        with pytest.raises(AttributeError, match="cannot be set"):
+            setattr(layer, name, value)
