@@ -1,6 +1,6 @@
 """Low-rank and tensor decomposition that makes trained PyTorch models smaller and faster."""
 
-from decomp import layers, losses, plots, ranks
+from decomp import adapters, layers, losses, plots, ranks
 from decomp._util.version import installed_version
 from decomp.analysis.compare import compare
 from decomp.analysis.profile import profile
@@ -25,6 +25,7 @@ __all__ = [
     "Plan",
     "Statistics",
     "__version__",
+    "adapters",
     "block_term",
     "calibrate",
     "compare",

@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA) of peft on factorized layers."""
 
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -15,10 +16,10 @@ _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 def accept_factorized(config: Any) -> Any:
     """Let a ``peft.LoraConfig`` adapt factorized linear layers under the names of the dense ones.
 
-    y = B A x + s L_B L_A x, with B A the factors of the layer, which stay frozen, and s L_B L_A the adapter of peft.
-    ``merge_and_unload`` merges without an error: the factors become [B, s L_B] and [A; L_A], of rank r + r_LoRA, or a
-    dense layer where that is no more expensive. ``merge_adapter`` is refused: a sum of two products is not a product of
-    factors of the same shape.
+    y = B A x + s L_B L_A x, with B A the factors of the layer, which stay frozen, and s L_B L_A the adapter of
+    peft. ``merge_and_unload`` merges without an error: the factors become [B, s L_B] and [A; L_A], of rank
+    r + r_LoRA, or a dense layer where that is no more expensive. ``merge_adapter`` is refused: the sum is not a
+    product of factors of the same shape.
 
     Args:
         config: a ``peft.LoraConfig``; changed in place, and returned.
@@ -30,10 +31,12 @@ def accept_factorized(config: Any) -> Any:
 
     Source: Hu et al. 2022 (LoRA: low-rank adaptation of large language models), section 4.1.
 
-    >>> from peft import LoraConfig, get_peft_model  # doctest: +SKIP
-    >>> small = decomp.svd(model, ranks=64)  # doctest: +SKIP
-    >>> config = LoraConfig(target_modules=["q_proj", "v_proj"])  # doctest: +SKIP
-    >>> adapted = get_peft_model(small, decomp.adapters.accept_factorized(config))  # doctest: +SKIP
+    >>> import decomp
+    >>> from peft import LoraConfig, get_peft_model
+    >>> small = decomp.svd(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), ranks=4, layers="0")
+    >>> adapted = get_peft_model(small, accept_factorized(LoraConfig(target_modules=["0"], r=2)))
+    >>> adapted.merge_and_unload()[0].ranks
+    (6,)
     """
     _require_supported(config)
     config._register_custom_module({SVDLinear: _lora_layer()})
@@ -51,6 +54,14 @@ def _require_supported(config: Any) -> None:
         raise ValueError("use_dora=True scales the weight of the adapted layer, which a factorized one has not")
 
 
+def __getattr__(name: str) -> Any:
+    """``FactorizedLinear`` by its name, with which models that hold one are pickled."""
+    if name == "FactorizedLinear":
+        return _lora_layer()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
 def _lora_layer() -> type[nn.Module]:
     """The layer of peft for a factorized linear layer; a function, so that peft is imported only when needed."""
     try:
@@ -58,7 +69,7 @@ def _lora_layer() -> type[nn.Module]:
     except ModuleNotFoundError as error:
         raise ImportError("adapters need peft: pip install peft") from error
 
-    class FactorizedLinear(Linear):  # type: ignore[misc, no-any-unimported]
+    class FactorizedLinear(Linear):  # type: ignore[misc]
         """LoRA on an :class:`SVDLinear`."""
 
         def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -99,6 +110,7 @@ def _lora_layer() -> type[nn.Module]:
             self.base_layer = base  # peft sets the weight of what is returned to that of this attribute
             return base  # type: ignore[no-any-return]
 
+    FactorizedLinear.__qualname__ = "FactorizedLinear"
     return FactorizedLinear
 
 

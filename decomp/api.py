@@ -57,7 +57,8 @@ def tucker(
         solver: replaces HOOI: ``tensorly.decomposition.partial_tucker``, or a function like it.
 
     Raises:
-        ValueError: no layer would be replaced (the message says why), a weight is not finite, or ranks do not fit.
+        NothingToDecompose: no layer would be replaced (the message says why); a ``ValueError``.
+        ValueError: a weight is not finite, or ranks do not fit.
         TypeError: the model is compiled, scripted or wrapped, or an argument has the wrong type.
 
     Source: Kim et al. 2016 (Compression of deep convolutional neural networks for fast and low power mobile
@@ -294,7 +295,9 @@ def compress(
             ``data``; a budget of parameters or bytes needs neither.
 
     Raises:
-        ValueError: the budget cannot be reached; the message gives the smallest possible cost.
+        OutOfReach: the budget cannot be reached (the message gives the smallest possible cost, and the layers in
+            the way); a ``ValueError``.
+        NothingToDecompose: no layer can be decomposed, or none has to be for this budget; a ``ValueError``.
         TypeError: as for :func:`tucker`.
 
     Source: Zhang et al. 2016, section 3.2.3 (product of energies); Idelbayev and Carreira-Perpinan 2020

@@ -241,17 +241,18 @@ class Factorized(nn.Module):
         return list(self.children())[-1].bias  # type: ignore[return-value]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias") and self._equals(name, value):
+        if name in ("weight", "bias") and self._was_read(name, value):
             return  # libraries that wrap and unwrap layers set what they have read
         self._require_no_product(name)
         super().__setattr__(name, value)
 
-    def _equals(self, name: str, value: Any) -> bool:
-        """Whether ``weight`` or ``bias`` is this value already."""
+    def _was_read(self, name: str, value: Any) -> bool:
+        """Whether a value is what ``weight`` or ``bias`` gives already: its bias, or its product."""
         own = getattr(self, name)
-        if own is value or own is None or not isinstance(value, Tensor):
+        if name == "bias" or not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             return own is value
-        return own.shape == value.shape and bool(torch.equal(own, value))
+        alike = (own.shape, own.dtype, own.device) == (value.shape, value.dtype, value.device)
+        return alike and not own.is_meta and bool(torch.equal(own, value))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         self._require_no_product(name.removesuffix("_orig"))  # torch.nn.utils.prune registers weight_orig

@@ -1,6 +1,7 @@
 """Adapters of peft: they stay as they are, and they find the factorized layers of a compressed model."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -146,7 +147,7 @@ def test_the_bias_of_an_adapter_is_merged():
 
 
 def test_what_would_write_to_a_product_is_refused():
-    with pytest.raises(ValueError, match="init_lora_weights='pissa'.*product"):
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*product"):
         accepted(init_lora_weights="pissa")
     with pytest.raises(ValueError, match="use_dora=True"):
         accepted(use_dora=True)
@@ -155,3 +156,43 @@ def test_what_would_write_to_a_product_is_refused():
         model.merge_adapter()
     with pytest.raises(ValueError, match="init_lora_weights='olora'"):
         model.add_adapter("second", lora(init_lora_weights="olora"))
+
+
+def test_an_adapted_model_can_be_copied_and_pickled():
+    model = peft.get_peft_model(decomp.svd(bert(), ranks=8), accepted()).eval()
+    train_randomly(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(output(twin), output(model))
+        assert (
+            type(twin.base_model.model.encoder.layer[0].attention.self.query) is decomp.adapters.FactorizedLinear
+        )
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        decomp.adapters.Nothing  # noqa: B018
+
+
+def test_a_factor_by_itself_is_a_target_of_peft():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(256, 32)).eval()
+    x = torch.randn(2, 8, 6, 6)
+    small = decomp.tucker(model, ranks=4)
+    before = small(x).detach()
+    adapted = peft.get_peft_model(small, lora(target_modules=["0.core", "2.expand"])).eval()
+    torch.testing.assert_close(adapted(x).detach(), before)
+    train_randomly(adapted)
+    after = adapted(x).detach()
+    assert (after - before).abs().max() > 1e-2
+    torch.testing.assert_close(adapted.merge_and_unload()(x).detach(), after, rtol=1e-4, atol=1e-5)
+
+
+def test_a_factorized_layer_may_be_set_to_the_weight_and_bias_that_it_gives_and_to_no_others():
+    layer = decomp.svd(nn.Linear(32, 32), ranks=4)
+    layer.weight, layer.bias = layer.weight, layer.bias
+    for name, value in (
+        ("weight", layer.weight + 1),
+        ("weight", nn.Parameter(layer.weight.detach())),
+        ("weight", layer.weight.double()),
+        ("weight", layer.weight.to("meta")),
+        ("bias", nn.Parameter(layer.bias.detach().clone())),
+        ("bias", None),
+    ):
+        with pytest.raises(AttributeError, match="cannot be set"):
+            setattr(layer, name, value)

@@ -56,8 +56,14 @@ def test_links_of_the_documents_lead_somewhere():
         for document in documents
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8"))
     }
+    links |= {(documents[0], target) for target in re.findall(r"`([\w/]+\.(?:md|ipynb))`", README)}
     assert len(links) > 5
     assert not [(document.name, target) for document, target in links if not (document.parent / target).exists()]
+
+
+def test_the_readme_has_no_relative_links_which_a_package_index_breaks():
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert not [target for target in targets if not target.startswith("https://")]
 
 
 def test_the_guide_lists_every_method_with_its_ranks_and_every_rule():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from decomp.data.batches import Batches
-from decomp.network.forward import Unfused, call, evaluating, flat_output, to_device_of
+from decomp.network.forward import Unfused, call, difference, evaluating, flat_output, to_device_of
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -93,7 +93,8 @@ class Scorer:
             for batch in self._batches:
                 batch = to_device_of(self._dense, batch)
                 expected = flat_output(call(self._dense, batch))
-                squared_error += float((flat_output(call(model, batch)) - expected).square().sum())
+                output = flat_output(call(model, batch))
+                squared_error += float(difference(model, output, expected).square().sum())
                 energy += float(expected.square().sum())
         if energy == 0:
             raise ValueError(

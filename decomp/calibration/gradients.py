@@ -35,7 +35,7 @@ class SensitivityScalar:
         if value.numel() == 1:
             return value.reshape(())
         self._energy += float(value.detach().float().square().sum())
-        directions = torch.randn(value.shape, generator=self._generator).to(value)
+        directions = torch.randn(value.shape, generator=self._generator, device="cpu").to(value)
         return (value * directions).sum()
 
     def _output(self, model: nn.Module, batch: Any) -> Tensor:

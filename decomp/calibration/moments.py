@@ -376,7 +376,7 @@ class MomentSums:
         self._parts: dict[bool, tuple[float, Tensor]] = {}
         self._products = {held_out: Products() for held_out in (False, True)}
         # Sums of w (w - 1) and of w (w - 1) ||x||^4, about the origin and about zero: for the standard error.
-        self._spread: Any = torch.zeros(3, dtype=torch.float64)
+        self._spread: Any = torch.zeros(3, dtype=torch.float64, device="cpu")
 
     def add(self, rows: Tensor, *, weight: float = 1.0, held_out: bool = False) -> None:
         """Accumulate rows (groups, rows, channels), each of which counts ``weight`` times."""

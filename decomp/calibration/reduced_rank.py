@@ -51,7 +51,8 @@ def _features(layer: type[Factorized], dense: nn.Module, kernels: Mapping[str, T
     for start in range(0, rank, outputs):
         units = torch.zeros_like(expand)
         count = min(outputs, rank - start)
-        units[:, torch.arange(count), start + torch.arange(count)] = 1
+        places = torch.arange(count, device=units.device)
+        units[:, places, start + places] = 1
         built = layer.from_kernels(wide, {**kernels, last: units})
         parts.append(group_kernels(built.to_dense()).detach().to(expand.device)[:, :count].flatten(2))
     return torch.cat(parts, 1)

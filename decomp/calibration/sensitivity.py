@@ -22,6 +22,7 @@ from decomp.network.eligibility import eligible
 from decomp.network.forward import (
     Unfused,
     call,
+    difference,
     differentiable_in_eval,
     evaluating,
     flat_output,
@@ -91,7 +92,7 @@ def _measured(
             cut, squared_error = _cut(layer)
         with _running_with(layer, cut):
             squared_change = sum(
-                float((flat_output(call(model, batch)) - output).square().sum())
+                float(difference(model, flat_output(call(model, batch)), output).square().sum())
                 for batch, output in zip(batches, outputs, strict=True)
             )
         is_changed = energy > 0 and squared_error > SQUARED_ROUNDING

@@ -77,6 +77,30 @@ def hooked(
         yield
 
 
+@contextmanager
+def with_values() -> Iterator[None]:
+    """Run the block with the CPU as the default device where that is "meta", whose tensors hold no values."""
+    with torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext():
+        yield
+
+
+def difference(model: nn.Module, output: Tensor, expected: Tensor) -> Tensor:
+    """``output - expected``, two outputs of a model and of one like it for the same batch.
+
+    Raises:
+        ValueError: they have different shapes.
+    """
+    if output.shape != expected.shape:
+        sizes = f"{tuple(output.shape)} and {tuple(expected.shape)}"
+        raise ValueError(
+            f"{type(model).__name__} gives outputs of different sizes for the same batch, {sizes}: the size is "
+            "random or depends on the weights, so that there is no error of the output. Where the call has "
+            "evaluate= or loss=, write a function that compares what has a fixed size; else wrap the model in a "
+            "module that returns it"
+        )
+    return output - expected
+
+
 def call(model: nn.Module, batch: Any) -> Any:
     """Call ``model`` with a batch: a tensor is one argument, a tuple or list positional ones, a mapping keywords.
 

@@ -113,7 +113,7 @@ def _subclassed_tensor(own: Mapping[str, nn.Parameter]) -> str:
         kind = type(parameter)
         if kind.__name__ == "DTensor":
             return "sharded (its weight is a DTensor): decompose before sharding"
-        if kind is not nn.Parameter:
+        if not _is_plain(parameter):
             return (
                 f"its {name} is a tensor of the type {kind.__name__}, which holds quantized or otherwise encoded "
                 "values: decompose first, quantize afterwards"
@@ -121,11 +121,20 @@ def _subclassed_tensor(own: Mapping[str, nn.Parameter]) -> str:
     return ""
 
 
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is torch's own, or of a subclass that changes nothing of what torch does with it."""
+    kind: Any = type(parameter)
+    overriding = ("__torch_function__", "__torch_dispatch__")
+    return issubclass(kind, nn.Parameter) and all(
+        getattr(kind, name) is getattr(nn.Parameter, name) for name in overriding
+    )
+
+
 def modules_of_adapters(model: nn.Module) -> dict[int, str]:
     """Modules that belong to an adapter, by ``id``, with the reason why they stay dense.
 
-    An adapter is a module of peft, or one that holds children ``lora_A`` and ``lora_B``. The layer that it adapts is
-    among them: merging writes into the weight of that layer, and what is written into a product is lost.
+    An adapter is a module of peft, or one that holds children ``lora_A`` and ``lora_B``. The layer that it adapts
+    is among them: merging writes into the weight of that layer, and what is written into a product is lost.
     """
     reasons: dict[int, str] = {}
     for holder in model.modules():
@@ -309,5 +318,4 @@ def _set_fused_paths(model: nn.Module) -> None:
 
 def _memory(parameter: nn.Parameter) -> int:
     """What tells whether two parameters are the same memory; some tensor subclasses have 0 as their address."""
-    plain = type(parameter) is nn.Parameter and not parameter.is_meta
-    return parameter.data_ptr() if plain else id(parameter)
+    return parameter.data_ptr() if _is_plain(parameter) and not parameter.is_meta else id(parameter)

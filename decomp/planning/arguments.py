@@ -95,16 +95,16 @@ class RankLimits(TypedDict, total=False):
         int,
         Argument(
             1,
-            "ranks that a rule or a budget chooses are multiples of it, or full; rules without a bound are rounded "
-            "up. 8 is efficient on GPUs, and from 2 on no rank is 1, which some quantization kernels need.",
+            "ranks that a rule or a budget chooses are multiples of it, or full; rules without a bound are "
+            "rounded up. 8 is efficient on GPUs, and from 2 on no rank is 1, which some int8 kernels refuse.",
         ),
     ]
     min_gain: Annotated[
         float,
         Argument(
             MIN_GAIN,
-            "a layer for which a rule or a budget chooses is replaced only where that saves at least this share of "
-            "its parameters or of its MACs; 0 accepts any saving.",
+            "a layer for which a rule or a budget chooses is replaced only where that saves at least this share "
+            "of its parameters or of its MACs; 0 accepts any saving.",
         ),
     ]
 

@@ -27,10 +27,10 @@ Values = NDArray[np.float64]
 MIN_GAIN = 0.05
 """The default of ``min_gain=``.
 
-On four networks (a small residual network, MiniLM, CRAFT, ResNet-18 with random weights), layers that energy(0.9),
-energy(0.95) or error(0.3) replaced for less than this gave 0 to 7 % of the parameters saved, and 3 to 31 % of the sum
-of squared errors; where they gave more (29 % of them and 57 % of the errors, in MiniLM by energy(0.95)) little was
-saved in all. vbmf never chose such ranks.
+On four networks (the digit classifier, MiniLM, CRAFT, ResNet-18 with random weights), layers that energy(0.9),
+energy(0.95) or error(0.3) replaced for less than this gave 0 to 7 % of the parameters saved and 3 to 31 % of the
+sum of squared errors. By energy(0.95) in MiniLM they gave 29 % and 57 %, of little that was saved in all. vbmf
+chose no such ranks.
 """
 
 
@@ -38,7 +38,7 @@ NEVER_CHEAPER = "no decomposition of it is cheaper"
 
 
 class OutOfReach(ValueError):
-    """No choice of ranks meets the budget; the message gives the smallest possible cost, and what stands in the way."""
+    """No choice of ranks meets the budget; the message gives the least possible cost, and what is in the way."""
 
 
 @dataclass(frozen=True)
@@ -253,13 +253,10 @@ def spend(
     try:
         chosen = objective.allocate(fronts, bound - fixed)
     except BudgetTooSmall as error:
-        never = {
-            name: options[0].candidate.choose((), NEVER_CHEAPER)
-            for name, options in zip(layers, options_of_layers, strict=True)
-            if len(options) == 1
-        }
+        named = zip(layers, options_of_layers, strict=True)
+        dense = {n: o[0].candidate.choose((), NEVER_CHEAPER if len(o) == 1 else "") for n, o in named}
         raise OutOfReach(
-            _out_of_reach(budget, total, fixed + error.least, fixed, {**fixed_choices, **never})
+            _out_of_reach(budget, total, fixed + error.least, fixed, {**fixed_choices, **dense})
         ) from None
     found = [options[place] for options, place in zip(options_of_layers, chosen, strict=True)]
     return {name: (option.candidate, option.ranks) for name, option in zip(layers, found, strict=True)}
@@ -274,18 +271,17 @@ class _Option(NamedTuple):
     loss: float
 
 
-def _out_of_reach(budget: Budget, total: float, least: float, fixed: float, stay: Mapping[str, Choice]) -> str:
-    """What to say of a budget below the least possible cost; ``stay`` are the layers that stay as they are."""
+def _out_of_reach(budget: Budget, total: float, least: float, fixed: float, choices: Mapping[str, Choice]) -> str:
+    """What to say of a budget below the least possible cost; of the layers, those with a reason are in the way."""
     kind, value = budget.kind, budget.value
     if kind not in COUNTED:
         return (
-            f"{kind}={value!r} cannot be reached: the least is {least:.3g}, a share of {_share(least, total)} of the "
-            f"{total:.3g} that the dense model takes ({fixed:.3g} of it in parts that are not decomposed)"
+            f"{kind}={value!r} cannot be reached: the least is {least:.3g}, a share of {_share(least, total)} "
+            f"of the {total:.3g} that the dense model takes ({fixed:.3g} of it in parts that are not decomposed)"
         )
     text = f"{kind}={value!r} cannot be reached: the least is {ceil(least):,}, a share of {_share(least, total)}"
     text += f" ({fixed:.3g} of it in parts that are not decomposed)"
-    never = sum(float(choice.costs[kind].after) for choice in stay.values() if choice.reason == NEVER_CHEAPER)
-    where = where_it_stays(stay, kind, fixed + never, total)
+    where = where_it_stays(choices, kind, total - sum(choice.saved(kind) for choice in choices.values()), total)
     text += f"; of the dense model {where}" if where else ""
     if not budget.is_share and 1 < value < 100:
         text += (

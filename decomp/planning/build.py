@@ -28,12 +28,14 @@ from decomp.planning.choice import Choice, describe
 class NothingToDecompose(ValueError):
     """No layer would be replaced; the message counts the reasons.
 
-    It ends compression in stages, where a stage finds nothing more to do::
+    Compression in stages can go on where one of them finds nothing to do::
 
-        try:
-            small = decomp.tucker(decomp.densify(small), ranks="vbmf")
-        except decomp.NothingToDecompose:
-            break
+        for name in ("layer1.*", "layer2.*"):
+            try:
+                small = decomp.tucker(small, ranks="vbmf", layers=name)
+            except decomp.NothingToDecompose:
+                continue
+            decomp.finetune(small, data, teacher=model)
     """
 
 

@@ -59,7 +59,8 @@ class Grid:
         One of them must be so by the least gain.
         """
         params, macs = self.params_share, self.macs_share
-        return (params < 1) & (macs < 1) & (_gain(params, macs, self.dense) >= self.least_gain)
+        enough: NDArray[np.bool_] = _gain(params, macs, self.dense) >= self.least_gain
+        return (params < 1) & (macs < 1) & enough
 
 
 def _gain(params_share: Any, macs_share: Any, dense: Cost) -> Any:
@@ -88,7 +89,8 @@ def _multiples(
     ranks: NDArray[np.int32], limits: Sequence[int], multiple_of: int, fixed: Sequence[bool]
 ) -> NDArray[np.bool_]:
     """Where every rank is a multiple of ``multiple_of``, or full, or fixed."""
-    return np.all((ranks % multiple_of == 0) | (ranks == np.array(limits)) | np.array(fixed), 1)
+    allowed: NDArray[np.bool_] = (ranks % multiple_of == 0) | (ranks == np.array(limits)) | np.array(fixed)
+    return np.asarray(allowed.all(1))
 
 
 @dataclass(frozen=True)
@@ -260,8 +262,8 @@ class Candidate:
     def decide(self, request: "Rule | Fixed | None", *, multiple_of: int = 1, min_gain: float = 0.0) -> Choice:
         """Choose the ranks of a rule or of the user, or to stay dense, with the reason.
 
-        Ranks of a rule are multiples of ``multiple_of``, or full, and save at least ``min_gain``; those of the user
-        are taken as they are.
+        Ranks of a rule are multiples of ``multiple_of``, or full, and save at least ``min_gain``; those of the
+        user are taken as they are.
 
         Raises:
             ValueError: the ranks do not fit this layer; the message names it.
@@ -285,11 +287,14 @@ class Candidate:
         if 0 in ranks:
             limited = f", with multiples of {multiple_of}" if multiple_of > 1 and not request.reads_spectra else ""
             return self._choice((), reason=request.nothing + limited)
-        return self._unless_worse(self._rounded_up(ranks, multiple_of), "", min_gain)
+        return self._unless_worse(self._rounded(ranks, multiple_of), "", min_gain)
 
-    def _rounded_up(self, ranks: Ranks, multiple_of: int) -> Ranks:
-        modes = zip(ranks, self.limits, self._is_preset, strict=True)
-        return tuple(r if fixed else min(-(-r // multiple_of) * multiple_of, limit) for r, limit, fixed in modes)
+    def _rounded(self, ranks: Ranks, multiple_of: int, *, down: bool = False) -> Ranks:
+        """The nearest multiples above, or below where there are any; full and fixed ranks are kept."""
+        steps = [rank // multiple_of if down else -(-rank // multiple_of) for rank in ranks]
+        rounded = [min(max(step, 1) * multiple_of, limit) for step, limit in zip(steps, self.limits, strict=True)]
+        modes = zip(ranks, rounded, self.limits, self._is_preset, strict=True)
+        return tuple(rank if fixed or rank == limit else new for rank, new, limit, fixed in modes)
 
     def _fitted(self, request: Fixed) -> tuple[Ranks, str]:
         try:
@@ -302,18 +307,18 @@ class Candidate:
         self, reference: "Candidate", rule: Rule, multiple_of: int, min_gain: float
     ) -> Choice:
         """The ranks with the most parameters that cost no more than the Tucker-2 which a spectral rule chooses."""
-        tucker = reference.decide(rule)
+        tucker = reference.decide(rule, multiple_of=multiple_of)
         if not tucker.ranks:
             return self._choice((), reason=tucker.reason)
-        grid = self.limited_grid(multiple_of, 0.0)
-        params, macs = grid.costs["params"], grid.costs["macs"]
+        params, macs = self._costs["params"], self._costs["macs"]
         bound = reference.price(tucker.ranks)
         places = np.flatnonzero((params <= bound.params) & (macs <= bound.macs))
         if not len(places):
             return self._choice(
                 (), reason=f"more expensive at every rank than the Tucker-2 {_ranks(tucker.ranks)} of {rule!r}"
             )
-        return self._unless_worse(tuple(grid.ranks[places[params[places].argmax()]].tolist()), "", min_gain)
+        ranks = tuple(self.analysis.ranks[places[params[places].argmax()]].tolist())
+        return self._unless_worse(self._rounded(ranks, multiple_of, down=True), "", min_gain)
 
     def _unless_worse(self, ranks: Ranks, note: str, min_gain: float = 0.0) -> Choice:
         cost, dense = self.price(ranks), self.price.dense

@@ -1,6 +1,6 @@
 """The decision of a plan for one layer, as data, as JSON and as a row of a table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -138,16 +138,22 @@ def _change(change: Change, *, replaced: bool) -> str:
 def where_it_stays(choices: Mapping[str, Choice], kind: str, left: float, total: float) -> str:
     """Where a model's cost of a kind is that stays: in layers that stay dense, by reason, and outside of layers.
 
-    ``left`` is that of the whole model as chosen, ``total`` that of the dense one, of which shares are given.
+    ``left`` is that of the whole model as chosen, ``total`` that of the dense one, of which shares are given. A
+    layer without ranks and without a reason is undecided: it is not named.
 
     >>> costs = {"macs": Change(60, 60)}
     >>> where_it_stays({"a": Choice("Linear", (), DENSE, (), costs, 0.0, "excluded")}, "macs", 80.0, 100.0)
     "60 % in 'a' (excluded), 20 % outside of layers"
     """
     after = {name: choice.costs[kind].after for name, choice in choices.items() if kind in choice.costs}
+    if kind == "macs":  # those of a module with weights of its own include the layers inside of it
+        for name in after:
+            around = next((outer for outer in _around(name) if outer in after), None)
+            if around is not None:
+                after[around] -= choices[name].costs[kind].before
     groups: dict[str, list[str]] = {}
     for name in after:
-        if not choices[name].ranks:
+        if not choices[name].ranks and choices[name].reason:
             groups.setdefault(choices[name].reason, []).append(name)
     costs = {reason: sum(after[name] for name in names) for reason, names in groups.items()}
     parts = []
@@ -155,11 +161,23 @@ def where_it_stays(choices: Mapping[str, Choice], kind: str, left: float, total:
         if costs[reason] >= 0.005 * total:
             names = sorted(groups[reason], key=lambda name: -after[name])
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            parts.append(f"{100 * costs[reason] / total:.0f} % in {names[0]!r}{more} ({reason})")
+            first = repr(names[0]) if names[0] else "the model itself"
+            parts.append(f"{100 * costs[reason] / total:.0f} % in {first}{more} ({reason})")
     outside = left - sum(after.values())
     if outside >= 0.005 * total:
         parts.append(f"{100 * outside / total:.0f} % outside of layers")
     return ", ".join(parts)
+
+
+def _around(name: str) -> Iterator[str]:
+    """The names of the modules around one, the innermost first.
+
+    >>> list(_around("layer1.0.conv"))
+    ['layer1.0', 'layer1', '']
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def unchanged_choice(module: nn.Module, reason: str, macs: float = 1.0) -> Choice:

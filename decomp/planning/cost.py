@@ -84,7 +84,7 @@ def count_bytes(module: nn.Module, recurse: bool = True) -> int:
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor; of one that wraps others, quantized values and their scales for one, those of its parts."""
+    """Bytes of a tensor; of one that wraps others (quantized values and their scales), those of its parts."""
     if is_traceable_wrapper_subclass(tensor):
         parts, _ = tensor.__tensor_flatten__()
         inner = (getattr(tensor, part) for part in parts)

@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 
 from decomp.layers.kernels import memory_format_of
 from decomp.network.flops import Call, measure_per_module
-from decomp.network.forward import arguments, evaluating, to_device_of
+from decomp.network.forward import arguments, evaluating, to_device_of, with_values
 from decomp.planning.cost import Price, example_input
 
 RANK_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75)
@@ -31,7 +31,7 @@ def latency(models: list[nn.Module], batch: Any) -> list[float]:
         positional, keywords = arguments(to_device_of(model, batch))
         names = {"model": model, "positional": positional, "keywords": keywords}
         timers.append(Timer("model(*positional, **keywords)", globals=names, num_threads=torch.get_num_threads()))
-    with evaluating(*models), torch.no_grad():
+    with evaluating(*models), torch.no_grad(), with_values():
         rounds = [
             [timer.blocked_autorange(min_run_time=0.1).median for timer in timers] for _ in range(ROUNDS + 1)
         ]
@@ -116,6 +116,7 @@ def _measure(layer: nn.Module, calls: tuple[Call, ...], layout: torch.memory_for
         sizes = {} if each.output_size is None else {"output_size": each.output_size}
         names = {"layer": layer, "x": x, "sizes": sizes}
         timer = Timer("layer(x, **sizes)", globals=names, num_threads=torch.get_num_threads())
-        rounds = [timer.blocked_autorange(min_run_time=LEAST_SECONDS_PER_ROUND).median for _ in range(ROUNDS)]
+        with with_values():
+            rounds = [timer.blocked_autorange(min_run_time=LEAST_SECONDS_PER_ROUND).median for _ in range(ROUNDS)]
         total += statistics.median(rounds)
     return total

@@ -98,7 +98,10 @@ class Plan(Mapping[str, Choice]):
         )
 
     def with_macs(self, macs: Mapping[str, Change], total: int, uncounted: Mapping[str, int]) -> "Plan":
-        """Return the plan with other MACs, those of other inputs: of each layer, and of the whole dense model."""
+        """Return the plan with other MACs, those of other inputs: of each layer, and of the whole dense model.
+
+        The ranks stay as they are. The candidates keep their prices: they are those of the inputs of the plan.
+        """
         choices = {
             name: replace(self[name], costs={**self[name].costs, "macs": each}) for name, each in macs.items()
         }

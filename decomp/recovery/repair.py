@@ -19,6 +19,7 @@ from decomp.layers import Factorized, routes_rows
 from decomp.network.forward import (
     Unfused,
     call,
+    difference,
     evaluating,
     floating,
     hooked,
@@ -183,7 +184,8 @@ def _output_error(small: nn.Module, dense: nn.Module, batches: Batches) -> float
         outputs, dense_outputs = (
             [unpadded(output, mask) for output in _outputs(model, batch)] for model in (small, dense)
         )
-        squared_error += sum(float((a - b).square().sum()) for a, b in zip(outputs, dense_outputs, strict=True))
+        pairs = zip(outputs, dense_outputs, strict=True)
+        squared_error += sum(float(difference(small, a, b).square().sum()) for a, b in pairs)
         energy += sum(float(b.square().sum()) for b in dense_outputs)
     if empty:
         raise ValueError("data is empty: at least one batch is needed")
