@@ -138,11 +138,16 @@ def _layer(method: Method, module: nn.Module) -> type[Factorized]:
 
 
 def _from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None) -> Factorized:
-    """Decompose the weight; factors fitted during planning are reused if the weight is still the same."""
+    """Decompose the weight; what was computed during planning is reused if the weight is still the same."""
     layer, kernels = _layer(method, module), group_kernels(module).detach()
-    fitted = None if candidate is None or candidate.analysis.factors is None else candidate.analysis.factors
-    factors = None if fitted is None else fitted(kernels, ranks)
-    return layer.from_factors(module, method.factors(kernels, ranks) if factors is None else factors)
+    analysis = None if candidate is None else candidate.weight_analysis
+    fitted = None if analysis is None or analysis.factors is None else analysis.factors(kernels, ranks)
+    if fitted is not None:
+        return layer.from_factors(module, fitted)
+    bases = () if analysis is None or analysis.bases is None else analysis.bases(ranks)
+    if len(bases) and candidate is not None and candidate.digest == digest(kernels):
+        return layer.from_factors(module, method.factors(kernels, ranks, bases=bases))
+    return layer.from_factors(module, method.factors(kernels, ranks))
 
 
 def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: Moments) -> Factorized:

@@ -147,7 +147,9 @@ class Candidate:
     @classmethod
     def _reference(cls, kernels: Unchanged, name: str, module: nn.Module, calls: list[Call] | None) -> "Candidate":
         kernels()
-        return cls.of(name, module, spectral_reference(module), calls)
+        candidate = cls.of(name, module, spectral_reference(module), calls)
+        candidate.keep()
+        return candidate
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
@@ -208,6 +210,12 @@ class Candidate:
         if self.stopwatch is None:
             raise ValueError(f"layer {self.name!r} was not timed: make the plan with seconds=")
         return self.stopwatch
+
+    def keep(self, ranks: Ranks = ()) -> None:
+        """Keep what the factors at these ranks are made of, and release the rest; see ``Bases``."""
+        for analysis in (self.weight_analysis, self.analysis):
+            if analysis.bases is not None:
+                analysis.bases.keep(ranks if self.analysis is self.weight_analysis else ())
 
     def choose(self, ranks: Ranks, reason: str) -> Choice:
         """The choice of these ranks; empty ranks mean that the layer stays dense, for this reason."""

@@ -85,7 +85,7 @@ def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
     if not calls:
         return 0
     counter = MacCounter()
-    # Inputs are made before: a counter makes torch run the Python version of torch.ones, which imports its compiler.
+    # Made before: under a counter torch runs the Python version of torch.ones, which imports its compiler.
     inputs = [example_input(module, shape) for shape, _ in calls]
     with counter, torch.no_grad():
         for x, (_, output_size) in zip(inputs, calls, strict=True):

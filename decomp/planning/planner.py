@@ -11,6 +11,7 @@ from decomp.calibration.moments import Moments
 from decomp.layers import Factorized
 from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_named, row_named
 from decomp.network.eligibility import WhyNot
+from decomp.network.flops import Call
 from decomp.planning.arguments import BudgetArguments, Scope
 from decomp.planning.budget import Budget, Request
 from decomp.planning.candidate import Candidate
@@ -52,8 +53,9 @@ def make_plan(
     for name, module in bar(scope["progress"], "analyse", surveyed.decomposable.items()):
         moments = statistics.get(name)
         candidate = Candidate.of(name, module, method_of(name, module), surveyed.calls(name), moments=moments)
-        candidates[name] = [candidate, *_others(earlier, candidate, module, surveyed, moments)]
         choices[name] = candidate.decide(request_of(name))
+        candidate.keep(choices[name].ranks)
+        candidates[name] = [candidate, *_others(earlier, candidate, module, surveyed, moments)]
         if earlier is not None and not choices[name].ranks and name in earlier:
             choices[name] = choices[name].as_dense(earlier[name].reason or choices[name].reason)
     return Plan(
@@ -95,7 +97,7 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     ):
         calls, moments = surveyed.calls(name), statistics.get(name)
         candidates[name] = [
-            Candidate.of(name, module, each, calls, timed=timed, moments=moments) for each in fitting(module)
+            _alone(name, module, each, calls, timed=timed, moments=moments) for each in fitting(module)
         ]
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
@@ -155,7 +157,14 @@ def _others(
         return []
     rows = [METHODS[name] for name in earlier.request.methods if name in METHODS and name != first.method.name]
     fitting = [row for row in rows if not row.why_not(module)]
-    return [Candidate.of(first.name, module, row, surveyed.calls(first.name), moments=moments) for row in fitting]
+    return [_alone(first.name, module, row, surveyed.calls(first.name), moments=moments) for row in fitting]
+
+
+def _alone(name: str, module: nn.Module, method: Method, calls: list[Call] | None, **options: Any) -> Candidate:
+    """A candidate whose ranks are chosen later: until then, bases would take as much memory as the weights."""
+    candidate = Candidate.of(name, module, method, calls, **options)
+    candidate.keep()
+    return candidate
 
 
 def _require_same_model(statistics: Statistics, model: nn.Module) -> None:
