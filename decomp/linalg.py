@@ -18,7 +18,7 @@ SINGLE_PRECISION_FLOOR = 1e-4  # of the mean eigenvalue: rounding errors of floa
 SHARE_BELOW_FLOOR = 0.01
 SINGLE_PRECISION_ERROR = 1e-4  # a squared relative error below which products are made in float64
 KRYLOV_SIZE, KRYLOV_RANK = 512, 8  # a Krylov space pays from this size on, for ranks of at most an eighth of it
-KRYLOV_SHARE = 2e-3  # of the squared error: what a larger Krylov space may still gain
+KRYLOV_SHARE = 1e-3  # of the squared error: what a larger Krylov space may still gain
 MIN_BLOCK = 16
 ZERO_MEAN_SQUARE = 1e-18  # smaller ones are rounding errors in central moments of constant inputs
 
@@ -41,26 +41,36 @@ def as_float64(weight: Tensor) -> Tensor:
     return weight.detach().to(device, torch.float64)
 
 
-def largest_power_of_two(values: Tensor) -> float:
-    """The power of two at or below the largest absolute entry; 1 for zeros. Dividing by it is exact.
+def safe_scale(weight: Tensor) -> float:
+    """The power of two to divide a weight by, so that squares neither overflow nor underflow in float64.
 
-    >>> largest_power_of_two(torch.tensor([0.3, -5.0]))
-    4.0
+    It is 1 for all but extreme weights, and dividing by it is exact.
+
+    >>> safe_scale(torch.tensor([0.3, -5.0]))
+    1.0
+    >>> safe_scale(torch.tensor([0.0, -5.0 * 2.0**400], dtype=torch.float64)) == 2.0**402
+    True
     """
-    largest = float(values.detach().abs().amax()) if values.numel() else 0.0
-    return 2.0 ** (math.frexp(largest)[1] - 1) if 0 < largest < math.inf else 1.0
+    largest = _largest(weight)
+    return 1.0 if largest == 0 or 2.0**-300 < largest < 2.0**300 else 2.0 ** (math.frexp(largest)[1] - 1)
 
 
 def working(weight: Tensor, size: int) -> Tensor:
-    """Detach ``weight``, in the precision that products of ``size`` multiply-adds are made in: float32 or float64.
+    """Detach ``weight``, in the precision that products of ``size`` multiply-adds are made in.
 
-    Float64 weights stay float64, and so do products too small to take time. A float32 weight whose entries have
-    squares outside of the range of float32 is divided by a power of two, which leaves subspaces as they are.
+    Float64 weights stay float64. The others become float64 where products are too small to take time, where
+    squares could leave the range of float32, and where the user lets torch make float32 products in a lower
+    precision.
     """
-    single = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    single = weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and weight.device.type != "mps"
     if not single or size < SINGLE_PRECISION_SIZE or torch.get_float32_matmul_precision() != "highest":
         return as_float64(weight)
-    return weight.detach().float()
+    return weight.detach().float() if 1e-9 < _largest(weight) < 1e9 else as_float64(weight)
+
+
+def _largest(weight: Tensor) -> float:
+    low, high = torch.aminmax(weight.detach())
+    return max(-float(low), float(high))
 
 
 def gram(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -130,40 +140,38 @@ def leading_rows(matrices: Tensor, rank: int, product: Tensor | None = None) -> 
             return basis
     if product is None:
         product = gram(matrices)
-    basis = leading_eigenvectors(product, rank)
     if matrices.dtype != torch.float64:
+        # Errors of a basis change ||U^T W|| by their squares, so that float32 serves unless the error is small.
+        basis: Tensor = torch.linalg.qr(leading_eigenvectors(product.float(), rank).double())[0]
         energy = product.diagonal(dim1=-2, dim2=-1).sum(-1)
         captured = ((product @ basis) * basis).sum((-2, -1))
-        if bool((energy - captured < SINGLE_PRECISION_ERROR * energy).any()):
-            basis = leading_eigenvectors(gram(matrices, torch.float64), rank)
-    return basis
+        if bool((energy - captured >= SINGLE_PRECISION_ERROR * energy).all()):
+            return basis
+        product = gram(matrices, torch.float64)
+    return leading_eigenvectors(product, rank)
 
 
 def _krylov(matrices: Tensor, rank: int, product: Tensor | None) -> Tensor | None:
     """Leading left singular vectors by block Lanczos with full reorthogonalization, in float32 as ``matrices``.
 
     With A = W W^T and a random block X the space is that of A X, A^2 X, ...; U are the Ritz vectors of its largest
-    Ritz values, whose sum is ||U^T W||^2. Blocks are added until the squared error that further ones would remove,
-    extrapolated from the last two, is below a share of 1e-3. None where the error is not well above the rounding
-    errors of float32, or where the space would be as large as the matrix.
+    Ritz values, whose sum is ||U^T W||^2. Blocks are added until what further ones would still remove of the
+    squared error, extrapolated from the last two, is below a share of 1e-3 of it. None where the error is not well
+    above the rounding errors of float32, or where the space would be as large as half of the matrix.
 
     Source: Musco and Musco 2015, algorithm 2; Halko, Martinsson and Tropp 2011 for the random start.
     """
     *batch, rows, _ = matrices.shape
-    scale = largest_power_of_two(matrices)
-    energy = squared_norms(matrices) / scale**2
-    multiplied = None if product is None else (product / scale**2).to(matrices.dtype)
-    if multiplied is None and not 1e-6 < scale < 1e6:
-        matrices = matrices / scale
-        scale = 1.0
+    energy = squared_norms(matrices)
+    multiplied = None if product is None else product.to(matrices.dtype)
 
     def times(block: Tensor) -> Tensor:
         """A times a block."""
         if multiplied is not None:
             return multiplied @ block
-        return matrices @ (matrices.mT @ block) / scale**2
+        return matrices @ (matrices.mT @ block)
 
-    width = max(rank // 2, min(rank, MIN_BLOCK))
+    width = max(rank // 2, MIN_BLOCK)
     generator = torch.Generator("cpu").manual_seed(0)
     start = torch.randn(*batch, rows, width, generator=generator, device="cpu").to(matrices)
     block = torch.linalg.qr(times(start))[0]

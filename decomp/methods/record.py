@@ -31,7 +31,7 @@ class Bases:
     def keep(self, ranks: Ranks = ()) -> None:
         """Compute the bases at these ranks, and release everything else; without ranks release all."""
         if self._of is not None and ranks:
-            self._kept = self._of(ranks)
+            self._kept = [basis.clone() for basis in self._of(ranks)]  # views would hold all columns
         self._of = None
 
     def __call__(self, ranks: Ranks) -> Sequence[Tensor]:

@@ -34,8 +34,9 @@ def analyse(kernels: Tensor) -> Analysis:
 
     def leading(ranks: Ranks) -> list[Tensor]:
         if vectors is not None:
-            return [vectors[..., : ranks[0]].clone()]
-        return [leading_rows(short_side(_working(kernels)), ranks[0], product)]
+            return [vectors[..., : ranks[0]]]
+        working_again = short_side(_working(kernels))  # not held, for it may be a converted copy
+        return [leading_rows(working_again, ranks[0], product).to(working_again.dtype)]
 
     return Analysis.of_table((spectrum,), tail_sums(energies).sum(0), Bases(leading))
 
@@ -52,7 +53,7 @@ def factors(kernels: Tensor, ranks: Ranks, bases: Sequence[Tensor] = ()) -> tupl
     """
     matrices = _working(kernels)
     short = short_side(matrices)
-    left = bases[0] if bases else leading_rows(short, ranks[0])
+    left = bases[0].double() if bases else leading_rows(short, ranks[0])
     right = project(short, left)
     root = right.norm(dim=-1).sqrt()
     right = right / root.clamp(min=torch.finfo(root.dtype).tiny)[..., None]

@@ -39,12 +39,9 @@ def limits(kernels: Tensor) -> Ranks:
 def analyse(kernels: Tensor) -> Analysis:
     """Spectra of K_(1) and K_(2), and the exact error of the truncated HOSVD at every pair of ranks."""
     spectra, table, bases = error_table(kernels)
-    return Analysis.of_table(spectra, table, Bases(lambda ranks: leading_columns(bases, ranks)))
-
-
-def leading_columns(bases: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """Copies of the leading columns, so that the rest can be released."""
-    return [basis[..., :rank].clone() for basis, rank in zip(bases, ranks, strict=True)]
+    return Analysis.of_table(
+        spectra, table, Bases(lambda ranks: [basis[..., :rank] for basis, rank in zip(bases, ranks, strict=True)])
+    )
 
 
 def error_table(kernels: Tensor) -> tuple[tuple[Spectrum, Spectrum], Values, list[Tensor]]:

@@ -15,7 +15,7 @@ from decomp._util.progress import bar
 from decomp.calibration.moments import Moments
 from decomp.calibration.whitening import mean_error, output_error, output_factors
 from decomp.layers import Factorized, group_kernels
-from decomp.linalg import as_float64
+from decomp.linalg import as_float64, safe_scale
 from decomp.methods import Method, Ranks
 from decomp.network import surgery
 from decomp.network.eligibility import ALREADY_FACTORIZED
@@ -140,14 +140,20 @@ def _layer(method: Method, module: nn.Module) -> type[Factorized]:
 def _from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None) -> Factorized:
     """Decompose the weight; what was computed during planning is reused if the weight is still the same."""
     layer, kernels = _layer(method, module), group_kernels(module).detach()
+    scale = safe_scale(kernels)
+    scaled = kernels if scale == 1 else kernels / scale
     analysis = None if candidate is None else candidate.weight_analysis
-    fitted = None if analysis is None or analysis.factors is None else analysis.factors(kernels, ranks)
-    if fitted is not None:
-        return layer.from_factors(module, fitted)
-    bases = () if analysis is None or analysis.bases is None else analysis.bases(ranks)
-    if len(bases) and candidate is not None and candidate.digest == digest(kernels):
-        return layer.from_factors(module, method.factors(kernels, ranks, bases=bases))
-    return layer.from_factors(module, method.factors(kernels, ranks))
+    factors = None if analysis is None or analysis.factors is None else analysis.factors(scaled, ranks)
+    if factors is None:
+        bases = () if analysis is None or analysis.bases is None else analysis.bases(ranks)
+        fresh = len(bases) and candidate is not None and candidate.digest == digest(kernels)
+        factors = method.factors(scaled, ranks, **({"bases": bases} if fresh else {}))
+    if scale == 1:
+        return layer.from_factors(module, factors)
+    role_kernels = layer.factor_kernels(module, factors)
+    linear = [role for role, kernel in role_kernels.items() if kernel.is_floating_point()]  # others are indices
+    share = scale ** (1 / len(linear))
+    return layer.from_kernels(module, {**role_kernels, **{role: role_kernels[role] * share for role in linear}})
 
 
 def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: Moments) -> Factorized:
@@ -218,9 +224,10 @@ def measured(
 
 def weight_error(layer: Factorized, dense: nn.Module) -> float:
     """Relative error of the weight, ||W - W'|| / ||W||."""
-    weight = as_float64(cast(Tensor, dense.weight))
+    scale = safe_scale(cast(Tensor, dense.weight))
+    weight = as_float64(cast(Tensor, dense.weight)) / scale
     energy = float(weight.norm())
-    return float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
+    return float((weight - as_float64(layer.dense_weight()) / scale).norm()) / energy if energy else 0.0
 
 
 def _has_changed(dense: nn.Module, candidates: Sequence[Candidate]) -> bool:

@@ -15,7 +15,7 @@ from decomp._util.naming import naming, require_finite
 from decomp.calibration.moments import Moments
 from decomp.calibration.whitening import output_kernels
 from decomp.layers import Factorized, group_kernels
-from decomp.linalg import Spectrum, Values
+from decomp.linalg import Spectrum, Values, safe_scale
 from decomp.methods import Analysis, Method, Ranks, spectral_reference
 from decomp.methods.fitted import Unchanged
 from decomp.network.flops import Call
@@ -116,14 +116,17 @@ class Candidate:
         require_finite(name, module)
         kernels = group_kernels(module).detach()
         limits = method.limits(kernels)
+        scale = safe_scale(kernels)  # errors are relative: an extreme weight is analysed at a moderate scale
+        scaled = kernels if scale == 1 else kernels / scale
         with naming(name):
             layer = cast(type[Factorized], method.layer_of(module))
             price = Price(module, layer, limits, calls)
-            weight_analysis = analysis = method.analyse(kernels)
-            outputs = None if moments is None else output_kernels(layer, kernels, moments)
+            weight_analysis = analysis = method.analyse(scaled)
+            outputs = None if moments is None else output_kernels(layer, scaled, moments)
             if outputs is not None:
                 analysis = method.analyse(outputs)
             stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
+        energy = analysis.energy * scale * scale
         # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses.
         reference = None
         if not analysis.spectra:
@@ -140,7 +143,7 @@ class Candidate:
             calls is not None,
             stopwatch,
             reference,
-            None if moments is None or moments.importance is None else moments.importance * analysis.energy,
+            None if moments is None or moments.importance is None else moments.importance * energy,
             digest(kernels),
         )
 
