@@ -13,7 +13,7 @@ Values = NDArray[np.float64]
 
 # Products of this many multiply-adds are made in float32 for weights of at most that; eigenvalues in float64.
 SINGLE_PRECISION_SIZE = 1 << 24
-CHUNK = 2048  # columns whose products are summed in float32, and that are converted to float64 at a time
+CHUNK = 512  # columns whose products are summed in float32, and that are converted to float64 at a time
 SINGLE_PRECISION_FLOOR = 1e-4  # of the mean eigenvalue: rounding errors of float32 products are about 1e-7 of it
 SHARE_BELOW_FLOOR = 0.01
 SINGLE_PRECISION_ERROR = 1e-4  # a squared relative error below which products are made in float64
@@ -142,11 +142,12 @@ def leading_rows(matrices: Tensor, rank: int, product: Tensor | None = None) -> 
         product = gram(matrices)
     if matrices.dtype != torch.float64:
         # Errors of a basis change ||U^T W|| by their squares, so that float32 serves unless the error is small.
-        basis: Tensor = torch.linalg.qr(leading_eigenvectors(product.float(), rank).double())[0]
+        single = leading_eigenvectors(product.float(), rank).double()
+        orthonormal: Tensor = torch.linalg.qr(single)[0]
         energy = product.diagonal(dim1=-2, dim2=-1).sum(-1)
-        captured = ((product @ basis) * basis).sum((-2, -1))
+        captured = ((product @ orthonormal) * orthonormal).sum((-2, -1))
         if bool((energy - captured >= SINGLE_PRECISION_ERROR * energy).all()):
-            return basis
+            return orthonormal
         product = gram(matrices, torch.float64)
     return leading_eigenvectors(product, rank)
 
