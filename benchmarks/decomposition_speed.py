@@ -1,9 +1,9 @@
 """Seconds and memory of decompositions: another version of decomp, this one, the usual pipeline and a floor.
 
 CPU seconds on one thread, medians of five (with --full one run of the large matrices), in one run. The floor is
-a float32 Gram matrix and its eigendecomposition; the peers are torch.svd_lowrank, and full SVDs for the ranks followed
-by tensorly.decomposition.partial_tucker. Memory is the peak of the tensors that torch makes, as a multiple of the
-weight; the workspace inside of LAPACK is not seen.
+a float32 Gram matrix and its eigendecomposition; the peers are torch.svd_lowrank, and full SVDs for the ranks
+followed by tensorly.decomposition.partial_tucker. Memory is the peak of the tensors that torch makes, as a multiple
+of the weight; the workspace inside of LAPACK is not seen.
 
     python benchmarks/decomposition_speed.py [--base PATH] [--full] [--only svd,tucker,network,first,growth]
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,15 @@ def table_of_svd(trees: dict[str, Path], full: bool) -> None:
             memory = [f"{each[key]:.2f}" for key in ("plan peak", "peak")]
             rows.append((name, *times, f"{each['error']:.6f}", *memory))
         for name, function in (("float32 Gram, eigh", gram_floor), ("torch.svd_lowrank", lowrank)):
-            spent = seconds(lambda f=function: f(weight, rank), runs)  # type: ignore[misc]
-            used = peak(lambda f=function: f(weight, rank), weight)  # type: ignore[misc]
-            rows.append(
-                (name, "", f"{spent:.2f}", "", f"{error(weight, *function(weight, rank)):.6f}", "", f"{used:.2f}")
+            call = partial(function, weight, rank)
+            cells = (
+                f"{seconds(call, runs):.2f}",
+                "",
+                f"{error(weight, *call()):.6f}",
+                "",
+                f"{peak(call, weight):.2f}",
             )
+            rows.append((name, "", *cells))
         columns = (
             "",
             ">analyse, s",
@@ -204,7 +209,7 @@ def table_of_tucker(trees: dict[str, Path], full: bool) -> None:
         ("full SVDs, TensorLy", usual_tucker, 1),
         ("float32 Gram, eigh", tucker_floor, RUNS),
     ):
-        spent = sum(seconds(lambda k=each, f=function: f(k), runs) for each in kernels)  # type: ignore[misc]
+        spent = sum(seconds(partial(function, each), runs) for each in kernels)
         rows.append((name, f"{spent:.3f}", "", ""))
     title = f"Tucker-2 with vbmf ranks, 3 x 3 kernels of {', '.join(map(str, CHANNELS))} channels"
     print(render(title, ("", ">plan and apply, s", ">mean error", ">peak, x the largest"), rows), "\n")
