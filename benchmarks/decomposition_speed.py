@@ -2,7 +2,7 @@
 
 CPU seconds on one thread, medians of five (with --full one run of the large matrices), in one run. The floor is
 a float32 Gram matrix and its eigendecomposition; the peers are torch.svd_lowrank, and full SVDs for the ranks
-followed by tensorly.decomposition.partial_tucker. Memory is the peak of the tensors that torch makes, as a multiple
+followed by tensorly.decomposition.partial_tucker. Memory is the peak of the tensors that torch makes, in multiples
 of the weight; the workspace inside of LAPACK is not seen.
 
     python benchmarks/decomposition_speed.py [--base PATH] [--full] [--only svd,tucker,network,first,growth]
