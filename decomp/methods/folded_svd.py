@@ -1,6 +1,6 @@
 """SVD of a convolution kernel folded to matrices; one SVD gives the error at every rank."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ from decomp.layers import (
     SpatialSVDConv,
 )
 from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, step_lengths
-from decomp.linalg import as_float64
 from decomp.methods import svd
 from decomp.methods.record import Analysis, Method, Ranks, needs_two_axes, spatial
 
@@ -83,8 +82,8 @@ def _folded(name: str, rank_name: str, fold: _Fold, layer: type[Factorized], *, 
     def analyse(kernels: Tensor) -> Analysis:
         return svd.analyse(fold.matrices(kernels))
 
-    def factors(kernels: Tensor, ranks: Ranks) -> Any:
-        left, right = svd.factors(fold.matrices(as_float64(kernels)), ranks)
+    def factors(kernels: Tensor, ranks: Ranks, bases: Sequence[Tensor] = ()) -> Any:
+        left, right = svd.factors(fold.matrices(kernels), ranks, bases)
         return fold.factors(left, right, kernels)
 
     layers = dict.fromkeys(CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS, layer)

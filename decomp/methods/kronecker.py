@@ -1,11 +1,12 @@
 """A matrix as a sum of Kronecker products (Van Loan and Pitsianis 1993): the SVD of the rearranged weight."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from decomp.layers import KroneckerLinear
 from decomp.layers.kernels import HUGGING_FACE_CONV1D, group_kernels
 from decomp.layers.kronecker import proper_divisors, split_sizes
-from decomp.linalg import as_float64
 from decomp.methods import svd
 from decomp.methods.record import Analysis, Method, Ranks
 
@@ -39,7 +40,7 @@ def analyse(kernels: Tensor) -> Analysis:
     return svd.analyse(rearranged(kernels))
 
 
-def factors(kernels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def factors(kernels: Tensor, ranks: Ranks, bases: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
     """The best A (r, t1, s1) and B (r, t2, s2), from the truncated SVD of the rearranged matrix.
 
     >>> import torch
@@ -49,7 +50,7 @@ def factors(kernels: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     True
     """
     t1, s1, t2, s2 = split_sizes(*kernels.shape[1:3])
-    left, right = svd.factors(rearranged(as_float64(kernels)), ranks)
+    left, right = svd.factors(rearranged(kernels), ranks, bases)
     return left[0].mT.unflatten(1, (t1, s1)), right[0].unflatten(1, (t2, s2))
 
 

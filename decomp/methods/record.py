@@ -1,6 +1,6 @@
 """The record of a decomposition method, and common conditions on the kernels that a method supports."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -18,6 +18,30 @@ Refuses = Callable[[Any], str]
 Layers = Mapping[Any, type[Factorized]]  # by type, or by qualified name
 
 
+class Bases:
+    """The bases that factors of given ranks are made of, for methods that know them from their analysis.
+
+    ``of(ranks)`` computes them from what the analysis left, such as a Gram matrix; :meth:`keep` releases that.
+    """
+
+    def __init__(self, of: Callable[[Ranks], Sequence[Tensor]]) -> None:
+        self._of: Callable[[Ranks], Sequence[Tensor]] | None = of
+        self._kept: Sequence[Tensor] = ()
+
+    def keep(self, ranks: Ranks = ()) -> None:
+        """Compute the bases at these ranks, and release everything else; without ranks release all."""
+        if self._of is not None and ranks:
+            self._kept = [basis.clone() for basis in self._of(ranks)]  # views would hold all columns
+        self._of = None
+
+    def __call__(self, ranks: Ranks) -> Sequence[Tensor]:
+        """The bases at these ranks; empty if only smaller ones were kept, or none."""
+        if self._of is not None:
+            return self._of(ranks)
+        wide = all(rank <= basis.shape[-1] for rank, basis in zip(ranks, self._kept, strict=False))
+        return [basis[..., :rank] for rank, basis in zip(ranks, self._kept, strict=False)] if wide else ()
+
+
 @dataclass(frozen=True)
 class Analysis:
     """Errors of one weight at all ranks.
@@ -25,8 +49,8 @@ class Analysis:
     ``energy`` is ||W||^2 over all groups. ``ranks`` (n, modes) are those that rules and budgets choose from, and
     ``squared_errors()`` returns ||W - W'||^2 at each of them, interpolated for methods that are fitted.
     ``squared_error(ranks)`` is the exact value at one. ``spectra`` holds one spectrum per rank, or none.
-    ``factors(kernels, ranks)`` returns factors that were fitted already, or None; ``note(ranks)`` is a note on the
-    fit for the user.
+    ``bases`` are what ``Method.factors`` takes as ``bases=``, for the same weight. ``factors(kernels, ranks)``
+    returns factors that were fitted already, or None; ``note(ranks)`` is a note on the fit for the user.
     """
 
     energy: float
@@ -34,17 +58,20 @@ class Analysis:
     squared_errors: Callable[[], Values]
     squared_error: Callable[[Ranks], float]
     spectra: tuple[Spectrum, ...] = ()
+    bases: Bases | None = None
     factors: Callable[[Tensor, Ranks], Any] | None = None
     note: Callable[[Ranks], str] = lambda ranks: ""
 
     @classmethod
-    def of_table(cls, spectra: tuple[Spectrum, ...], table: Values) -> "Analysis":
+    def of_table(cls, spectra: tuple[Spectrum, ...], table: Values, bases: Bases | None = None) -> "Analysis":
         """From the squared errors at ranks 0 to limit of every mode: ``table[r1, r2, ...]``."""
         limits = tuple(length - 1 for length in table.shape)
         ranks = np.indices(limits, np.int32).reshape(len(limits), -1).T + 1
         inner = table[(slice(1, None),) * table.ndim].ravel()
         energy = float(table[(0,) * table.ndim])
-        return cls(energy, ranks.astype(np.int32), lambda: inner, lambda ranks: float(table[ranks]), spectra)
+        return cls(
+            energy, ranks.astype(np.int32), lambda: inner, lambda ranks: float(table[ranks]), spectra, bases
+        )
 
     def error(self, ranks: Ranks) -> float:
         """Return the relative error of the weight, ||W - W'|| / ||W||, at these ranks."""
@@ -62,7 +89,7 @@ class Method:
 
     ``rank_names`` name the ranks, of which a layer may have only the first ones. ``limits(kernels)`` are the
     largest ranks, ``analyse(kernels)`` the errors at all ranks, and ``factors(kernels, ranks)`` the factors for
-    ``from_factors`` of the layer. ``layers`` maps the exact type of a dense layer, or its qualified name, to its
+    ``from_factors`` of the layer, with ``bases=`` of the analysis where that has bases. ``layers`` maps the exact type of a dense layer, or its qualified name, to its
     factorized layer; ``refuses(module)`` returns the reason why a layer of one of these types is not supported, or
     an empty string. ``preset`` are default ranks, of which an int sets only those that are None. ``out_rank`` is
     the index of the rank of the output mode, if that mode can be projected on a basis U first and the rest of the
@@ -77,7 +104,7 @@ class Method:
     refuses: Callable[[Any], str]
     limits: Callable[[Tensor], Ranks]
     analyse: Callable[[Tensor], Analysis]
-    factors: Callable[[Tensor, Ranks], Any]
+    factors: Callable[..., Any]
     preset: tuple[int | None, ...] = ()
     out_rank: int | None = None
     closed_form: bool = True

@@ -29,7 +29,7 @@ def analyse_asymmetric(kernels: Tensor) -> Analysis:
 
     With kernels read as T x (S kh) x kw this is a Tucker-2 of the modes T and S kh.
     """
-    (out, inside), table = tucker.error_table(_fold(kernels))
+    (out, inside), table, _ = tucker.error_table(_fold(kernels))
     most = asymmetric_limits(kernels)[0]
     return Analysis.of_table((inside, out), np.ascontiguousarray(table[:, : most + 1].T))
 

@@ -83,8 +83,8 @@ class MacCounter(FlopCounterMode):
 def _without_import_of_the_compiler(mode: Any) -> None:
     """Let a mode's ``__torch_dispatch__`` run as it was written, if torch.compile was not used in this process.
 
-    torch wraps that method to keep torch.compile out of it, and the wrapper imports torch._dynamo on the first call,
-    which takes about a second. As long as that is not imported, there is nothing to keep out.
+    torch wraps that method to keep torch.compile out of it, and the wrapper imports torch._dynamo on the first
+    call, which takes about a second. As long as that is not imported, there is nothing to keep out.
     """
     raw = getattr(type(mode).__torch_dispatch__, "__wrapped__", None)
     if raw is not None and "torch._dynamo" not in sys.modules:
@@ -297,8 +297,8 @@ def _convolution_shape(
     return [len(x), weight.shape[0], *sizes]
 
 
-# Products on the meta device are answered with an empty output: torch has these kernels in Python there, and the first
-# call of one imports sympy and torch._dynamo, which takes one to three seconds.
+# Products on the meta device are answered with an empty output: torch has these kernels in Python there, and the
+# first call of one imports sympy and torch._dynamo, which takes one to three seconds.
 _OUTPUT_SHAPES: Mapping[Any, Callable[..., list[int]]] = {
     _aten.mm.default: lambda x, y: [x.shape[0], y.shape[1]],
     _aten.addmm.default: lambda bias, x, y, **scales: [x.shape[0], y.shape[1]],

@@ -16,12 +16,12 @@ from decomp.calibration.recurrent import AnyMoments, RecurrentMoments
 from decomp.calibration.whitening import mean_error, output_error, output_factors
 from decomp.layers import Factorized
 from decomp.layers.kernels import shape_of, weight_of
-from decomp.linalg import as_float64
+from decomp.linalg import as_float64, safe_scale
 from decomp.methods import Method, Ranks
 from decomp.network import surgery
 from decomp.network.eligibility import ALREADY_FACTORIZED
 from decomp.network.unpacking import NOT_COPIED, why_packed
-from decomp.planning.candidate import Candidate
+from decomp.planning.candidate import Candidate, scale_of
 from decomp.planning.choice import Choice, describe
 
 
@@ -179,11 +179,22 @@ def _layer(method: Method, module: nn.Module) -> type[Factorized]:
 
 
 def _from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None) -> Factorized:
-    """Decompose the weight; factors fitted during planning are reused if the weight is still the same."""
+    """Decompose the weight; what was computed during planning is reused if the weight is still the same."""
     layer, kernels = _layer(method, module), method.kernels(module)
-    fitted = None if candidate is None or candidate.analysis.factors is None else candidate.analysis.factors
-    factors = None if fitted is None else fitted(kernels, ranks)
-    return layer.from_factors(module, method.factors(kernels, ranks) if factors is None else factors)
+    scale = scale_of(kernels)
+    scaled = kernels if scale == 1 else kernels / scale
+    analysis = None if candidate is None else candidate.weight_analysis
+    factors = None if analysis is None or analysis.factors is None else analysis.factors(scaled, ranks)
+    if factors is None:
+        bases = () if analysis is None or analysis.bases is None else analysis.bases(ranks)
+        fresh = len(bases) and candidate is not None and candidate.digest == digest(kernels)
+        factors = method.factors(scaled, ranks, **({"bases": bases} if fresh else {}))
+    if scale == 1:
+        return layer.from_factors(module, factors)
+    role_kernels = layer.factor_kernels(module, factors)
+    linear = [role for role, kernel in role_kernels.items() if kernel.is_floating_point()]  # others are indices
+    share = scale ** (1 / len(linear))
+    return layer.from_kernels(module, {**role_kernels, **{role: role_kernels[role] * share for role in linear}})
 
 
 def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: AnyMoments) -> Factorized:
@@ -258,9 +269,11 @@ def measured(
 
 def weight_error(layer: Factorized, dense: nn.Module) -> float:
     """Relative error of the weight, ||W - W'|| / ||W||."""
-    weight = as_float64(weight_of(dense))
+    weight = weight_of(dense)
+    scale = safe_scale(weight)
+    weight = as_float64(weight) / scale
     energy = float(weight.norm())
-    return float((weight - as_float64(layer.dense_weight())).norm()) / energy if energy else 0.0
+    return float((weight - as_float64(layer.dense_weight()) / scale).norm()) / energy if energy else 0.0
 
 
 def _has_changed(dense: nn.Module, candidates: Sequence[Candidate]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from decomp._util.io import digest
 from decomp._util.naming import naming, require_finite
@@ -16,7 +16,7 @@ from decomp.calibration.recurrent import AnyMoments
 from decomp.calibration.whitening import output_kernels
 from decomp.layers import Factorized
 from decomp.layers.kernels import weight_of
-from decomp.linalg import Spectrum, Values
+from decomp.linalg import Spectrum, Values, safe_scale
 from decomp.methods import Analysis, Method, Ranks, spectral_reference
 from decomp.methods.fitted import Unchanged
 from decomp.network.flops import Call
@@ -66,6 +66,11 @@ class Grid:
 def _gain(params_share: Any, macs_share: Any, dense: Cost) -> Any:
     """The larger of the shares of its parameters and of its MACs that a layer saves."""
     return 1 - (np.minimum(params_share, macs_share) if dense.macs else params_share)
+
+
+def scale_of(kernels: Any) -> float:
+    """The scale to divide kernels by before they are decomposed; 1 for layers with more than one weight."""
+    return safe_scale(kernels) if isinstance(kernels, Tensor) else 1.0
 
 
 def undominated(
@@ -134,14 +139,17 @@ class Candidate:
         kernels = method.kernels(module)
         device = next(module.parameters()).device
         limits = method.limits(kernels)
+        scale = scale_of(kernels)  # errors are relative: an extreme weight is analysed at a moderate scale
+        scaled = kernels if scale == 1 else kernels / scale
         with naming(name):
             layer = cast(type[Factorized], method.layer_of(module))
             price = Price(module, layer, limits, calls)
-            weight_analysis = analysis = method.analyse(kernels)
-            outputs = None if moments is None else output_kernels(layer, kernels, moments)
+            weight_analysis = analysis = method.analyse(scaled)
+            outputs = None if moments is None else output_kernels(layer, scaled, moments)
             if outputs is not None:
                 analysis = method.analyse(outputs)
             stopwatch = Stopwatch(price, limits, calls or [], device) if timed else None
+        energy = analysis.energy * scale * scale
         # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses.
         tucker_reference = None
         if not analysis.spectra:
@@ -159,7 +167,7 @@ class Candidate:
             absolute_macs=calls is not None,
             stopwatch=stopwatch,
             tucker_reference=tucker_reference,
-            importance=None if importance is None else importance * analysis.energy,
+            importance=None if importance is None else importance * energy,
             digest=digest(kernels),
         )
 
@@ -168,7 +176,9 @@ class Candidate:
         cls, kernels: Unchanged, name: str, module: nn.Module, calls: list[Call] | None
     ) -> "Candidate":
         kernels()
-        return cls.of(name, module, spectral_reference(module), calls)
+        candidate = cls.of(name, module, spectral_reference(module), calls)
+        candidate.keep()
+        return candidate
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
@@ -241,6 +251,12 @@ class Candidate:
         if self.stopwatch is None:
             raise ValueError(f"layer {self.name!r} was not timed: make the plan with seconds=")
         return self.stopwatch
+
+    def keep(self, ranks: Ranks = ()) -> None:
+        """Keep what the factors at these ranks are made of, and release the rest; see ``Bases``."""
+        for analysis in (self.weight_analysis, self.analysis):
+            if analysis.bases is not None:
+                analysis.bases.keep(ranks if self.analysis is self.weight_analysis else ())
 
     def choose(self, ranks: Ranks, reason: str) -> Choice:
         """The choice of these ranks; empty ranks mean that the layer stays dense, for this reason."""

@@ -97,7 +97,7 @@ def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
     if not calls:
         return 0
     counter = MacCounter()
-    # Inputs are made before: a counter makes torch run the Python version of torch.ones, which imports its compiler.
+    # Made before: under a counter torch runs the Python version of torch.ones, which imports its compiler.
     one_step = [_as_one_step(module, each) for each in calls]
     inputs = [example_input(module, each) for each in one_step]
     with counter, torch.no_grad():

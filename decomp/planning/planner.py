@@ -13,7 +13,7 @@ from decomp.layers import Factorized
 from decomp.layers.kernels import shape_of
 from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_named, row_named
 from decomp.network.eligibility import WhyNot
-from decomp.network.flops import observe
+from decomp.network.flops import Call, observe
 from decomp.network.surgery import names_of
 from decomp.network.unpacking import unpacked
 from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
@@ -75,10 +75,11 @@ def make_plan(
     for name, module in bar(scope["progress"], "analyse", surveyed.decomposable.items()):
         moments = statistics.get(name)
         calls = surveyed.calls(name)
-        candidates[name] = [
-            Candidate.of(name, module, method, calls, moments=moments) for method in methods_of(name, module)
-        ]
-        choices[name] = candidates[name][0].decide(request_of(name), **limits)
+        first, *others = methods_of(name, module)
+        candidate = Candidate.of(name, module, first, calls, moments=moments)
+        candidates[name] = [candidate, *(_alone(name, module, each, calls, moments=moments) for each in others)]
+        choices[name] = candidate.decide(request_of(name), **limits)
+        candidate.keep(choices[name].ranks)
         if earlier is not None and name in earlier and not choices[name].ranks:
             dense = choices[name].as_dense(earlier[name].reason or choices[name].reason)
             choices[name] = replace(dense, kept_dense=earlier[name].kept_dense)
@@ -123,7 +124,7 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     ):
         calls, moments = surveyed.calls(name), statistics.get(name)
         candidates[name] = [
-            Candidate.of(name, module, each, calls, timed=timed, moments=moments) for each in fitting(module)
+            _alone(name, module, each, calls, timed=timed, moments=moments) for each in fitting(module)
         ]
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
@@ -210,6 +211,13 @@ def _methods_of_budget(earlier: Plan) -> list[Method]:
         return []
     known = METHODS | {method.name: method for method in earlier.methods.values()}
     return [known[name] for name in earlier.request.methods if name in known]
+
+
+def _alone(name: str, module: nn.Module, method: Method, calls: list[Call] | None, **options: Any) -> Candidate:
+    """A candidate whose ranks are chosen later: until then, bases would take as much memory as the weights."""
+    candidate = Candidate.of(name, module, method, calls, **options)
+    candidate.keep()
+    return candidate
 
 
 def _unsupported(methods: Sequence[Method]) -> str:
