@@ -8,7 +8,7 @@ from torch import nn
 
 from decomp._util import tables
 from decomp.analysis import plots
-from decomp.analysis.profile import Profile, Usage, profile_in_turn
+from decomp.analysis.profile import COST_COLUMNS, WRITTEN, Profile, Usage, profile_in_turn
 from decomp.analysis.scores import Evaluate
 from decomp.layers import Factorized
 from decomp.network import surgery
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(tables.Tabular):
     """What :func:`decomp.compare` returns; printed, it is a table of the layers that differ.
 
     Args:
@@ -80,14 +80,26 @@ class Comparison:
         both = ((name, dense, self.small.rows.get(name)) for name, dense in self.dense.rows.items())
         return {name: (dense, small) for name, dense, small in both if small and small.layer != dense.layer}
 
-    def __str__(self) -> str:
-        columns = ("layer", "dense", "small", ">params", ">MACs", ">bytes", ">latency")
-        rows = [
+    def records(self) -> list[dict[str, Any]]:
+        """Return the layers that differ as dictionaries of plain values."""
+        return [
+            {"layer": name, "dense": dense.layer, "small": small.layer}
+            | {f"{c}_{when}": getattr(u, c) for c in WRITTEN for when, u in (("before", dense), ("after", small))}
+            for name, (dense, small) in self._changed().items()
+        ]
+
+    def _table(self) -> tables.Table:
+        names = (
+            tables.Column("layer", "name"),
+            tables.Column("dense", "detail"),
+            tables.Column("small", "detail"),
+        )
+        rows: list[tables.Row] = [
             (name, dense.layer, small.layer, *_cells(dense, small))
             for name, (dense, small) in self._changed().items()
         ]
-        total = ("whole model", "", "", *_cells(self.dense.total, self.small.total))
-        return f"{tables.render('', columns, rows, total)}\n\n{self.summary}"
+        total: tables.Row = ("whole model", "", "", *_cells(self.dense.total, self.small.total))
+        return tables.Table((*names, *COST_COLUMNS), rows, total, (self.summary,))
 
 
 def compare(
@@ -129,8 +141,10 @@ def compare(
     return Comparison(small_profile, dense_profile, scores, predicted and predicted.after)
 
 
-def _cells(dense: Usage, small: Usage) -> tuple[str, ...]:
-    return tuple(f"{before} => {after}" for before, after in zip(dense.cells(), small.cells(), strict=True))
+def _cells(dense: Usage, small: Usage) -> tuple[tables.Cell, ...]:
+    return tuple(
+        tables.change(getattr(dense, cost), getattr(small, cost), write) for cost, write in WRITTEN.items()
+    )
 
 
 def _how_many(dense: int, small: int, label: str) -> str:

@@ -108,7 +108,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Tradeoff:
+class Tradeoff(tables.Tabular):
     """What :func:`decomp.tradeoff` measured; printed, it is a table.
 
     Args:
@@ -167,11 +167,24 @@ class Tradeoff:
             raise ValueError(f"max_drop={max_drop!r}: no point is that good, {least}; measure milder budgets")
         return plan
 
-    def table(self) -> str:
-        """Return the points as a table of text."""
-        columns = ("method or rule", "point", ">params", ">MACs", ">latency", f">{self.score_name}", "note")
+    def records(self) -> list[dict[str, Any]]:
+        """Return the points as dictionaries of plain values, the dense model last; costs are in their units."""
+        return [
+            {"line": p.line, "point": p.label}
+            | (dict(p.costs) if made else dict.fromkeys(p.costs))
+            | {self.score_name.replace(" ", "_"): p.score if made else None, "note": p.note}
+            for p, made in [*((p, p.plan is not None) for p in self.points), (self.dense, True)]
+        ]
+
+    def _table(self) -> tables.Table:
+        columns = (
+            tables.Column("method or rule", "name"),
+            tables.Column("point", "detail"),
+            *(tables.Column(title) for title in ("params", "MACs", "latency", self.score_name)),
+            tables.Column("note", "remark"),
+        )
         rows = [(p.line, p.label, *(self._cells(p) if p.plan else ("",) * 4), p.note) for p in self.points]
-        return tables.render("", columns, rows, (DENSE, "", *self._cells(self.dense), ""))
+        return tables.Table(columns, rows, (DENSE, "", *self._cells(self.dense), ""))
 
     def plot(self, cost: str | None = None) -> "Figure":
         """Draw the score over the share of a cost that is left, a line per method and per kind of rule.
@@ -194,13 +207,17 @@ class Tradeoff:
     def _cost(self, cost: str | None) -> str:
         return self.cost if cost is None else _known_cost(cost)
 
-    def _cells(self, point: Point) -> tuple[str, ...]:
-        pairs = ((point.costs[name], self.dense.costs[name]) for name in ("params", "macs"))
-        shares = (f"{count / dense:.0%}" if dense else tables.number(count) for count, dense in pairs)
-        return (*shares, tables.milliseconds(point.seconds), f"{point.score:.4f}")
+    def _cells(self, point: Point) -> tuple[tables.Cell, ...]:
+        def cell(cost: str) -> tables.Cell:
+            count, dense = point.costs[cost], self.dense.costs[cost]
+            share = count / dense if dense else None
+            return tables.Cell(tables.number(count) if share is None else f"{share:.0%}", value=count, share=share)
 
-    def __str__(self) -> str:
-        return self.table()
+        seconds, whole = point.seconds, self.dense.seconds
+        latency = tables.Cell(
+            tables.milliseconds(seconds), value=seconds, share=seconds / whole if whole else None
+        )
+        return (cell("params"), cell("macs"), latency, tables.Cell(f"{point.score:.4f}", value=point.score))
 
 
 def tradeoff(
