@@ -60,7 +60,7 @@ class Comparison(tables.Tabular):
         return f"{text}\nscore {self.scores[1]:.4f} => {self.scores[0]:.4f}" if self.scores else text
 
     def plot(self) -> "Figure":
-        """Draw parameters, MACs and milliseconds of the layers that differ, dense and small.
+        """Draw parameters, MACs and milliseconds of the layers that differ and of the whole, dense and small.
 
         Raises:
             ValueError: no layer differs.
@@ -69,11 +69,9 @@ class Comparison(tables.Tabular):
         changed = self._changed()
         if not changed:
             raise ValueError("no layer differs between the two models: there is nothing to draw")
-        rows = {
-            name: [(d.params, s.params), (d.macs, s.macs), (1e3 * d.seconds, 1e3 * s.seconds)]
-            for name, (d, s) in changed.items()
-        }
-        return plots.before_and_after(("parameters", "MACs", "ms"), rows, self.summary)
+        rows = {name: _pairs(dense, small) for name, (dense, small) in changed.items()}
+        whole = _pairs(self.dense.total, self.small.total)
+        return plots.before_and_after(("parameters", "MACs", "latency (ms)"), rows, self.summary, whole=whole)
 
     def _changed(self) -> Mapping[str, tuple[Usage, Usage]]:
         """(dense, small) of the layers that are of another type or other ranks."""
@@ -139,6 +137,12 @@ def compare(
     small_profile, dense_profile = profile_in_turn([small, dense], example_inputs)
     predicted = getattr(getattr(small, PLAN, None), "seconds", None)
     return Comparison(small_profile, dense_profile, scores, predicted and predicted.after)
+
+
+def _pairs(dense: Usage, small: Usage) -> list[tuple[float, float]]:
+    """Parameters, MACs and milliseconds before and after."""
+    milliseconds = (1e3 * dense.seconds, 1e3 * small.seconds)
+    return [(dense.params, small.params), (dense.macs, small.macs), milliseconds]
 
 
 def _cells(dense: Usage, small: Usage) -> tuple[tables.Cell, ...]:
