@@ -399,5 +399,5 @@ def test_a_method_that_is_looked_at_later_is_timed_in_the_same_units(net):
 
 def test_the_front_joins_what_no_cheaper_point_is_as_good_as():
     points = [(0.2, 0.1), (0.5, 0.3), (0.8, 0.05)]
-    assert svg._front(points, less_is_better=False) == points[:2]
-    assert svg._front(points, less_is_better=True) == [points[0], points[2]]
+    assert svg.pareto_front(points, less_is_better=False) == points[:2]
+    assert svg.pareto_front(points, less_is_better=True) == [points[0], points[2]]
