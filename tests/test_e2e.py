@@ -292,6 +292,20 @@ def a_picture_and_a_table_stay_without_the_widgets(lab: Lab) -> None:
     assert lab.panel.count() == 0, "no widgets without the kernel that had them"
     assert static.locator("img").count() == 2
     assert static.locator("tbody tr").count() > 5
+    cut = (
+        "table => [...table.querySelectorAll('td')].filter(cell => cell.scrollWidth > cell.clientWidth + 1).length"
+    )
+    assert static.locator("table").evaluate(cut) == 0, "nothing in the table is cut off"
+    names = static.locator("tbody td:first-child").evaluate_all(
+        "cells => cells.map(c => getComputedStyle(c).textAlign)"
+    )
+    assert set(names) <= {"left", "start"}
+    order = "rows => rows.map(row => row.cells[0].textContent)"
+    before = static.locator("tbody tr").evaluate_all(order)
+    static.get_by_role("button", name="params").click()
+    after = static.locator("tbody tr").evaluate_all(order)
+    assert before != after, "a click on a heading sorts"
+    assert sorted(before) == sorted(after)
     static.scroll_into_view_if_needed()
     if SCREENSHOTS:
         lab.page.screenshot(path=str(Path(SCREENSHOTS) / "static.png"))

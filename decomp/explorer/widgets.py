@@ -393,7 +393,7 @@ class Explorer:
     def _as_static(self) -> dict[str, Any]:
         """The state of the panel for pages that run nothing; images, because styles may be taken out there."""
         drawings = "".join(map(svg.as_image, self._draw_charts()))
-        cards = "".join(self._draw_cards())
+        cards = f'<div style="display: flex; flex-wrap: wrap; gap: 24px">{"".join(self._draw_cards())}</div>'
         say = "As of the last Evaluate or Apply; run this cell in Jupyter to move the sliders."
         html = f'<div id="{self._name}">{cards}{drawings}{self.plan._repr_html_()}<p>{say}</p></div>'
         return {"text/html": html, "text/plain": f"{self.plan}\n\nRun this cell in Jupyter to move the sliders."}
