@@ -258,7 +258,10 @@ def before_and_after(
             _draw_pairs(axes[1][column], [] if total is None else [total], [False])
             name_rows(axes[1][column], ["whole model" if column == 0 else ""])
             axes[1][column].set(xticks=[])
-    handles, _ = axes[0][0].get_legend_handles_labels()
+    handles = [
+        Patch(color=MUTED, alpha=0.45, label="dense model"),
+        Patch(color=colours()[0], label="compressed: replaced layers"),
+    ]
     if dense:
         handles.append(Patch(facecolor="none", edgecolor=MUTED, label="layers that stay dense"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -269,12 +272,12 @@ def before_and_after(
 def _draw_pairs(ax: Any, pairs: Sequence[Pair], is_dense: Sequence[bool]) -> None:
     """Pairs of bars, what is left of each in words behind them; those that are dense are hollow."""
     before, after = (np.array([pair[side] for pair in pairs], float) for side in (0, 1))
-    wide = ax.barh(range(len(pairs)), before, 0.78, color=MUTED, alpha=0.45, label="dense model")
-    narrow = ax.barh(range(len(pairs)), after, 0.4, color=colours()[0], label="compressed: replaced layers")
+    wide = ax.barh(range(len(pairs)), before, 0.78, color=MUTED, alpha=0.45)
+    narrow = ax.barh(range(len(pairs)), after, 0.4, color=colours()[0])
     for index, hollow in enumerate(is_dense[: len(pairs)]):
         if hollow:
             wide[index].set(facecolor="none", edgecolor=MUTED, alpha=1)
-            narrow[index].set(facecolor="none", label="_nolegend_")
+            narrow[index].set(facecolor="none")
     longest = max([*before, *after], default=0.0) or 1.0
     for index, (full, left) in enumerate(zip(before, after, strict=True)):
         text = _value(full) + (", dense" if is_dense[index] else f" => {_value(left)}")
