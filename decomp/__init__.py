@@ -3,6 +3,7 @@
 from decomp import adapters, layers, losses, plots, ranks
 from decomp._util.version import installed_version
 from decomp.analysis.compare import compare
+from decomp.analysis.html_report import report
 from decomp.analysis.profile import profile
 from decomp.analysis.tradeoff import tradeoff
 from decomp.api import block_term, compress, cp, densify, flattened, plan, separable, svd, tucker
@@ -44,6 +45,7 @@ __all__ = [
     "profile",
     "ranks",
     "repair",
+    "report",
     "sensitivity",
     "separable",
     "svd",

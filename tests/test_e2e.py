@@ -93,8 +93,8 @@ def notebook(folder: Path) -> None:
 class Lab:
     """The page, and what a person would read and do there."""
 
-    def __init__(self, page, url: str) -> None:
-        self.page, self.url = page, url
+    def __init__(self, page, url: str, folder: Path) -> None:
+        self.page, self.url, self.folder = page, url, folder
         self.panel = page.locator(".decomp-explorer")
         self.cards = self.panel.locator(".decomp-cards").first
         self.status = self.panel.get_by_role("status")
@@ -162,19 +162,63 @@ def test_a_person_chooses_ranks_in_jupyterlab(tmp_path):
     with jupyterlab(tmp_path) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=OPTIONS)
         try:
-            lab = Lab(browser.new_page(viewport={"width": 1400, "height": 1300}), url)
+            lab = Lab(browser.new_page(viewport={"width": 1400, "height": 1300}), url, tmp_path)
             lab.open()
             lab.command("notebook:run-all-cells")
             lab.panel.locator(".noUi-handle").first.wait_for(timeout=WAIT)
+            six_layers_and_every_value_are_in_view(lab)
             sliders_move_the_numbers_and_the_plot(lab)
             buttons_hand_a_model_to_the_next_cell(lab)
             the_text_is_legible_in_the_dark(lab)
             a_restart_is_said_and_mended(lab)
+            a_picture_and_a_table_stay_without_the_widgets(lab)
         except BaseException:
             lab.show("failed")
             raise
         finally:
             browser.close()
+
+
+VISIBLE = """() => {
+  const inside = el => { const box = el.getBoundingClientRect(), panel = document.querySelector('.decomp-explorer')
+    .getBoundingClientRect(); return box.width > 0 && box.left >= panel.left - 1 && box.right <= panel.right + 1 }
+  const bottom = document.querySelector('#jp-bottom-panel, .jp-StatusBar-Widget, #jp-main-statusbar')
+  const end = bottom ? bottom.getBoundingClientRect().top : window.innerHeight
+  const all = selector => [...document.querySelectorAll(selector)]
+  return {
+    tracks: all('.decomp-row .noUi-base').map(el => el.getBoundingClientRect().width),
+    values: all('.decomp-row .widget-readout').map(el => inside(el) && el.scrollWidth <= el.clientWidth + 1
+      && el.textContent.trim() != ''),
+    rows: all('.decomp-row').filter(el => el.getBoundingClientRect().bottom <= end).length,
+    wider: document.querySelector('.decomp-explorer').scrollWidth
+      - document.querySelector('.decomp-explorer').clientWidth,
+    filled: getComputedStyle(document.querySelector('.decomp-row .noUi-origin'), '::before').backgroundColor,
+    beyond: all('.decomp-charts svg').filter(el => el.getBoundingClientRect().right
+      > document.querySelector('.decomp-left').getBoundingClientRect().right + 1).length,
+    idle: all('.decomp-idle').length,
+    hovers: all('.decomp-explorer svg .decomp-hover title').length,
+  } }"""
+
+
+def six_layers_and_every_value_are_in_view(lab: Lab) -> None:
+    """At the widths of a half window, of a laptop and of a screen."""
+    for width, height, rows in ((900, 1300, 1), (1366, 768, 6), (1920, 1080, 8), (1400, 1300, 8)):
+        lab.page.set_viewport_size({"width": width, "height": height})
+        until(lambda width=width: lab.page.evaluate("() => window.innerWidth") == width, "the window")
+        lab.panel.evaluate("panel => panel.scrollIntoView()")
+        until(
+            lambda rows=rows: lab.page.evaluate(VISIBLE)["rows"] >= rows, f"{rows} layers in view at {width}", 20
+        )
+        seen = lab.page.evaluate(VISIBLE)
+        assert min(seen["tracks"]) >= 90, f"rank sliders at {width} pixels: {seen['tracks']}"
+        assert seen["values"], "no values"
+        assert all(seen["values"]), f"a value is cut off at {width} pixels"
+        assert seen["wider"] <= 1, f"the panel has to be scrolled sideways at {width} pixels"
+        assert seen["filled"] not in ("", "rgba(0, 0, 0, 0)")
+        assert seen["idle"] == 1, "of budget and energy, the one that did not choose is grey"
+        assert seen["hovers"] > 5
+        assert not seen["beyond"], f"a chart reaches out of its column at {width} pixels"
+        lab.show(f"width-{width}")
 
 
 def sliders_move_the_numbers_and_the_plot(lab: Lab) -> None:
@@ -228,6 +272,40 @@ def a_restart_is_said_and_mended(lab: Lab) -> None:
     lab.show("restarted")
     lab.command("notebook:run-all-cells")
     lab.page.get_by_text("The kernel that drew this is gone").wait_for(state="hidden", timeout=WAIT)
+    lab.panel.locator(".noUi-handle").first.wait_for(timeout=WAIT)
     before = lab.cards.inner_text()
     lab.drag(lab.panel.locator(".noUi-handle").first, -50)
     until(lambda: lab.cards.inner_text() != before, "the slider after the restart")
+
+
+def a_picture_and_a_table_stay_without_the_widgets(lab: Lab) -> None:
+    static = lab.page.locator("[id^=decomp-static]")
+    assert static.count() == 1
+    assert not static.is_visible(), "the widgets are there"
+    lab.page.set_viewport_size({"width": 1366, "height": 1300})
+    lab.command("docmanager:save")
+    until(lambda: "decomp-static" in (lab.folder / "explorer.ipynb").read_text(), "the notebook to be saved")
+    lab.page.evaluate("() => window.jupyterapp.serviceManager.sessions.shutdownAll()")
+    until(lambda: answers(f"{lab.url}/api/sessions") == [], "the kernel to end")
+    lab.page.goto(f"{lab.url}/lab/tree/explorer.ipynb?reset")
+    static.wait_for(timeout=WAIT)
+    assert lab.panel.count() == 0, "no widgets without the kernel that had them"
+    assert static.locator("img").count() == 2
+    assert static.locator("tbody tr").count() > 5
+    cut = (
+        "table => [...table.querySelectorAll('td')].filter(cell => cell.scrollWidth > cell.clientWidth + 1).length"
+    )
+    assert static.locator("table").evaluate(cut) == 0, "nothing in the table is cut off"
+    names = static.locator("tbody td:first-child").evaluate_all(
+        "cells => cells.map(c => getComputedStyle(c).textAlign)"
+    )
+    assert set(names) <= {"left", "start"}
+    order = "rows => rows.map(row => row.cells[0].textContent)"
+    before = static.locator("tbody tr").evaluate_all(order)
+    static.get_by_role("button", name="params").click()
+    after = static.locator("tbody tr").evaluate_all(order)
+    assert before != after, "a click on a heading sorts"
+    assert sorted(before) == sorted(after)
+    static.scroll_into_view_if_needed()
+    if SCREENSHOTS:
+        lab.page.screenshot(path=str(Path(SCREENSHOTS) / "static.png"))

@@ -13,6 +13,7 @@ import decomp
 from decomp.explorer import svg
 from decomp.explorer.state import Exploration
 from decomp.explorer.widgets import Explorer
+from decomp.planning.choice import Change
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -287,6 +288,53 @@ def test_buttons_evaluate_and_apply(net):
     assert "Applied" in explorer._status.value
 
 
+def test_apply_and_evaluate_say_that_there_is_nothing_to_apply(net):
+    explorer = opened(net, lambda model: 0.5)
+    explorer.budget.value = 1.0
+    for name in explorer._state.layers:
+        explorer.set_method(name, "dense")
+    for button in (explorer.apply_button, explorer.evaluate_button):
+        button.click()
+        assert "There is nothing to apply: every layer stays dense." in explorer._status.value
+        assert "Error" not in explorer._status.value
+    assert not explorer.tried
+    with pytest.raises(ValueError, match="There is nothing to apply"):
+        explorer.apply()
+
+
+def test_what_is_not_in_charge_is_grey_and_a_dense_layer_says_dense(net):
+    explorer = opened(net)
+    assert ["decomp-idle" in slider._dom_classes for slider in (explorer.budget, explorer.energy)] == [False, True]
+    explorer.energy.value = 0.7
+    assert ["decomp-idle" in slider._dom_classes for slider in (explorer.budget, explorer.energy)] == [True, False]
+    explorer.set_method("2", "dense")
+    row = next(row for row in explorer._rows if row.name == "2")
+    assert "decomp-dense" in row.box._dom_classes
+    assert "<b>dense</b>" in row._cost.value
+    assert "Held: 2 (dense)" in explorer._status.value
+    explorer.set_ranks("2", (9, 9))
+    assert "decomp-dense" not in row.box._dom_classes
+    assert "Held: 2<" in explorer._status.value
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [(1.3, "slower than dense by 30%"), (1.04, "not faster, not slower"), (0.7, "faster by 30%")],
+)
+def test_a_latency_is_judged_by_its_spread(net, after, said):
+    explorer = opened(net)
+    explorer._state.spread = 0.05
+    verdict = explorer._judge(Change(1.0, after))
+    assert said in verdict
+    assert "(spread 5%)" in verdict
+
+
+def test_the_spread_is_that_of_latencies_of_one_model(net, monkeypatch):
+    monkeypatch.setattr("decomp.explorer.state.latency", lambda models, batch: [1.0, 1.25, 1.1])
+    assert explored(net, timed=True).spread == pytest.approx(0.25 / 1.1)
+    assert explored(net).spread == 0.0
+
+
 def test_an_evaluation_that_raises_is_said_and_the_panel_stays_usable(net):
     def broken(model):
         raise KeyError("no such metric")
@@ -323,8 +371,11 @@ def test_only_a_page_of_rows_exists():
 
 
 def test_without_widgets_the_plan_is_shown_and_without_ipywidgets_the_way_to_get_it(net, monkeypatch):
-    bundle = opened(net)._repr_mimebundle_()
+    explorer = opened(net)
+    bundle = explorer._repr_mimebundle_()
     assert "whole model" in bundle["text/plain"]
+    assert bundle["text/html"].count("<img ") == 2
+    assert all(f"<td>{name}</td>" in bundle["text/html"] for name in explorer.plan)
     assert "application/vnd.jupyter.widget-view+json" in bundle
     real = builtins.__import__
 
@@ -336,6 +387,23 @@ def test_without_widgets_the_plan_is_shown_and_without_ipywidgets_the_way_to_get
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=r"pip install 'decomp\[notebook\]'"):
         opened(net)
+
+
+def test_ticks_are_plain_and_points_show_their_values():
+    assert svg.ticks(0.843, 1.012) == [0.85, 0.9, 0.95, 1.0]
+    for low, high in ((0, 1), (0.034, 0.76), (-3, 117), (0.9991, 0.9994)):
+        found = svg.ticks(low, high)
+        assert 2 <= len(found) <= 7
+        assert all(low <= tick <= high and len(f"{tick:g}") <= 7 for tick in found)
+    chart = svg.chart("T", ("MACs (%)", "accuracy"), [(0.25, 0.5)], [(0.5, 0.9)], (0.4, 0.7), 0.99)
+    for said in (
+        "25%, accuracy 0.5",
+        "50%, accuracy 0.9",
+        "this plan: 40%, accuracy 0.7",
+        "dense: 100%, accuracy 0.99",
+    ):
+        assert f"<title>{said}</title>" in chart
+    assert ">dense</text>" in chart
 
 
 def test_drawings_say_in_words_what_they_show(net):
@@ -399,5 +467,5 @@ def test_a_method_that_is_looked_at_later_is_timed_in_the_same_units(net):
 
 def test_the_front_joins_what_no_cheaper_point_is_as_good_as():
     points = [(0.2, 0.1), (0.5, 0.3), (0.8, 0.05)]
-    assert svg._front(points, less_is_better=False) == points[:2]
-    assert svg._front(points, less_is_better=True) == [points[0], points[2]]
+    assert svg.pareto_front(points, less_is_better=False) == points[:2]
+    assert svg.pareto_front(points, less_is_better=True) == [points[0], points[2]]

@@ -6,7 +6,7 @@ from networks import plant_spectra
 from torch import nn
 
 import decomp
-from decomp._util.tables import milliseconds, number, render
+from decomp._util.tables import milliseconds, number
 
 
 class Net(nn.Module):
@@ -80,16 +80,6 @@ def test_numbers_have_three_digits_and_a_unit():
         "1.00 G",
     ]
     assert [milliseconds(v) for v in (0.0001234, 0.01234, 1.234)] == ["0.123 ms", "12.3 ms", "1.23e+03 ms"]
-
-
-def test_tables_are_never_wrapped():
-    long = "x" * 300
-    assert long in render("", ("name", ">value"), [(long, "1")])
-
-
-def test_tables_are_text_inside_jupyter_too(monkeypatch):
-    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    assert "value" in render("", ("name", ">value"), [("a", "1")])
 
 
 def test_attention_of_a_hugging_face_model_is_counted():

@@ -8,7 +8,7 @@ from torch import nn
 
 from decomp._util import tables
 from decomp.analysis import plots
-from decomp.analysis.profile import Profile, Usage, profile_in_turn
+from decomp.analysis.profile import COST_COLUMNS, WRITTEN, Profile, Usage, profile_in_turn
 from decomp.analysis.scores import Evaluate
 from decomp.layers import Factorized
 from decomp.network import surgery
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(tables.Tabular):
     """What :func:`decomp.compare` returns; printed, it is a table of the layers that differ.
 
     Args:
@@ -60,7 +60,7 @@ class Comparison:
         return f"{text}\nscore {self.scores[1]:.4f} => {self.scores[0]:.4f}" if self.scores else text
 
     def plot(self) -> "Figure":
-        """Draw parameters, MACs and milliseconds of the layers that differ, dense and small.
+        """Draw parameters, MACs and milliseconds of the layers that differ and of the whole, dense and small.
 
         Raises:
             ValueError: no layer differs.
@@ -69,25 +69,35 @@ class Comparison:
         changed = self._changed()
         if not changed:
             raise ValueError("no layer differs between the two models: there is nothing to draw")
-        rows = {
-            name: [(d.params, s.params), (d.macs, s.macs), (1e3 * d.seconds, 1e3 * s.seconds)]
-            for name, (d, s) in changed.items()
-        }
-        return plots.before_and_after(("parameters", "MACs", "ms"), rows, self.summary)
+        rows = {name: _pairs(dense, small) for name, (dense, small) in changed.items()}
+        whole = _pairs(self.dense.total, self.small.total)
+        return plots.before_and_after(("parameters", "MACs", "latency (ms)"), rows, self.summary, whole=whole)
 
     def _changed(self) -> Mapping[str, tuple[Usage, Usage]]:
         """(dense, small) of the layers that are of another type or other ranks."""
         both = ((name, dense, self.small.rows.get(name)) for name, dense in self.dense.rows.items())
         return {name: (dense, small) for name, dense, small in both if small and small.layer != dense.layer}
 
-    def __str__(self) -> str:
-        columns = ("layer", "dense", "small", ">params", ">MACs", ">bytes", ">latency")
-        rows = [
+    def records(self) -> list[dict[str, Any]]:
+        """Return the layers that differ as dictionaries of plain values."""
+        return [
+            {"layer": name, "dense": dense.layer, "small": small.layer}
+            | {f"{c}_{when}": getattr(u, c) for c in WRITTEN for when, u in (("before", dense), ("after", small))}
+            for name, (dense, small) in self._changed().items()
+        ]
+
+    def _table(self) -> tables.Table:
+        names = (
+            tables.Column("layer", "name"),
+            tables.Column("dense", "detail"),
+            tables.Column("small", "detail"),
+        )
+        rows: list[tables.Row] = [
             (name, dense.layer, small.layer, *_cells(dense, small))
             for name, (dense, small) in self._changed().items()
         ]
-        total = ("whole model", "", "", *_cells(self.dense.total, self.small.total))
-        return f"{tables.render('', columns, rows, total)}\n\n{self.summary}"
+        total: tables.Row = ("whole model", "", "", *_cells(self.dense.total, self.small.total))
+        return tables.Table((*names, *COST_COLUMNS), rows, total, (self.summary,))
 
 
 def compare(
@@ -129,8 +139,16 @@ def compare(
     return Comparison(small_profile, dense_profile, scores, predicted and predicted.after)
 
 
-def _cells(dense: Usage, small: Usage) -> tuple[str, ...]:
-    return tuple(f"{before} => {after}" for before, after in zip(dense.cells(), small.cells(), strict=True))
+def _pairs(dense: Usage, small: Usage) -> list[tuple[float, float]]:
+    """Parameters, MACs and milliseconds before and after."""
+    milliseconds = (1e3 * dense.seconds, 1e3 * small.seconds)
+    return [(dense.params, small.params), (dense.macs, small.macs), milliseconds]
+
+
+def _cells(dense: Usage, small: Usage) -> tuple[tables.Cell, ...]:
+    return tuple(
+        tables.change(getattr(dense, cost), getattr(small, cost), write) for cost, write in WRITTEN.items()
+    )
 
 
 def _how_many(dense: int, small: int, label: str) -> str:

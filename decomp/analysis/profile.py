@@ -15,6 +15,18 @@ from decomp.planning.cost import bytes_of, count_params
 from decomp.planning.latency import latency, layer_seconds
 
 ELSEWHERE = "(elsewhere)"  # the row of what runs outside of any layer
+WRITTEN = {
+    "params": tables.number,
+    "macs": tables.number,
+    "bytes": tables.number,
+    "seconds": tables.milliseconds,
+}
+COST_COLUMNS = (
+    tables.Column("params"),
+    tables.Column("MACs"),
+    tables.Column("bytes"),
+    tables.Column("latency", measured=True),
+)
 
 
 @dataclass(frozen=True)
@@ -35,19 +47,29 @@ class Usage:
     bytes: int
     seconds: float
 
-    def cells(self) -> tuple[str, ...]:
-        """Return the cells of a table: parameters, MACs, bytes and latency.
+    def cells(self, whole: "Usage | None" = None) -> tuple[tables.Cell, ...]:
+        """Return the cells of a table: parameters, MACs, bytes and latency, each as a share of the whole model's.
 
-        >>> Usage("Linear 64>10", 650, 640, 2600, 1.5e-5).cells()
-        ('650', '640', '2.60 k', '0.0150 ms')
+        Args:
+            whole: the whole model; None for cells without shares.
+
+        >>> [cell.text for cell in Usage("Linear 64>10", 650, 640, 2600, 1.5e-5).cells()]
+        ['650', '640', '2.60 k', '0.0150 ms']
         """
-        counts = (tables.number(count) for count in (self.params, self.macs, self.bytes))
-        return (*counts, tables.milliseconds(self.seconds) if self.seconds else "")
+
+        def cell(cost: str) -> tables.Cell:
+            value, of = getattr(self, cost), getattr(whole, cost, 0)
+            untimed = cost == "seconds" and not value
+            return tables.Cell(
+                "" if untimed else WRITTEN[cost](value), value=value, share=value / of if of else None
+            )
+
+        return tuple(map(cell, WRITTEN))
 
 
 @dataclass(frozen=True)
-class Profile:
-    """What :func:`decomp.profile` returns; printed, it is a table.
+class Profile(tables.Tabular):
+    """What :func:`decomp.profile` returns; printed, it is a table, and in Jupyter one that can be sorted.
 
     Args:
         rows: by the qualified name of the layer; what runs outside of any layer is the row "(elsewhere)".
@@ -59,11 +81,20 @@ class Profile:
     total: Usage
     uncounted: Mapping[str, int] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        columns = ("layer", "type", ">params", ">MACs", ">bytes", ">latency")
-        rows = [(name, usage.layer, *usage.cells()) for name, usage in self.rows.items()]
-        table = tables.render("", columns, rows, ("whole model", self.total.layer, *self.total.cells()))
-        return f"{table}\n\n{uncounted_note(self.uncounted)}" if self.uncounted else table
+    def records(self) -> list[dict[str, Any]]:
+        """Return the cost of every layer as a dictionary of plain values; ``rows`` has them by name."""
+        return [
+            {"layer": name, "type": usage.layer} | {cost: getattr(usage, cost) for cost in WRITTEN}
+            for name, usage in self.rows.items()
+        ]
+
+    def _table(self) -> tables.Table:
+        columns = (tables.Column("layer", "name"), tables.Column("type", "detail"), *COST_COLUMNS)
+        rows: list[tables.Row] = [
+            (name, usage.layer, *usage.cells(self.total)) for name, usage in self.rows.items()
+        ]
+        total: tables.Row = ("whole model", self.total.layer, *self.total.cells())
+        return tables.Table(columns, rows, total, (uncounted_note(self.uncounted),) if self.uncounted else ())
 
 
 def profile(model: nn.Module, example_inputs: Any) -> Profile:

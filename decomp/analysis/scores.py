@@ -11,6 +11,7 @@ from decomp.data.batches import Batches
 from decomp.network.forward import Unfused, call, difference, evaluating, flat_output, to_device_of
 
 Evaluate = Callable[[nn.Module], float]
+NO_NAMES = ("evaluate", "score", "scorer", "f", "fn")
 
 
 class Scorer:
@@ -57,6 +58,7 @@ class Scorer:
         self._dense, self._evaluate = dense, evaluate
         self._batches: Iterable[Any] = [example_inputs] if data is None else Batches.in_fixed_order(data, inputs)
         self.name = "output error" if evaluate is None else "score"
+        self.label = self.name if evaluate is None else _name_of(evaluate)
 
     @property
     def is_error(self) -> bool:
@@ -102,3 +104,14 @@ class Scorer:
                 "the output: give other batches, or evaluate="
             )
         return sqrt(squared_error / energy)
+
+
+def _name_of(evaluate: Evaluate) -> str:
+    """What a figure calls the score: the name of the function, where it says more than that it evaluates.
+
+    >>> def top_1_accuracy(model): ...
+    >>> _name_of(top_1_accuracy), _name_of(lambda model: 1.0)
+    ('top 1 accuracy', 'score')
+    """
+    name = getattr(evaluate, "__name__", "")
+    return name.replace("_", " ").strip() if name.isidentifier() and name not in NO_NAMES else "score"

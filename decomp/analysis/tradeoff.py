@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,13 +110,13 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Tradeoff:
+class Tradeoff(tables.Tabular):
     """What :func:`decomp.tradeoff` measured; printed, it is a table.
 
     Args:
         points: the compressed models, line by line.
         dense: the model as it was.
-        score_name: "score", or "output error" without ``evaluate``.
+        score_name: the name of the function ``evaluate``, "score" if it has none, or "output error" without it.
         is_error: whether a lower score is better.
         cost: what the budgets were shares of: "macs", "params", "bytes" or "seconds".
     """
@@ -160,25 +161,46 @@ class Tradeoff:
         Raises:
             ValueError: no point is that good; the message says how good the best one is.
         """
+        point = self._best_point(max_drop, cost)
+        if point is None or point.plan is None:
+            drops = [self.drop(p) for p in self.points if p.plan]
+            least = f"the least is {min(drops):.4g}" if drops else "no point could be made"
+            raise ValueError(f"max_drop={max_drop!r}: no point is that good, {least}; measure milder budgets")
+        return point.plan
+
+    def _best_point(self, max_drop: float, cost: str | None) -> Point | None:
         made = [(self.share(p, cost), self.drop(p), index) for index, p in enumerate(self.points) if p.plan]
         good = [(share, drop, index) for share, drop, index in made if drop <= max_drop]
-        plan = self.points[min(good)[2]].plan if good else None
-        if plan is None:
-            least = f"the least is {min(drop for _, drop, _ in made):.4g}" if made else "no point could be made"
-            raise ValueError(f"max_drop={max_drop!r}: no point is that good, {least}; measure milder budgets")
-        return plan
+        return self.points[min(good)[2]] if good else None
 
-    def table(self) -> str:
-        """Return the points as a table of text."""
-        columns = ("method or rule", "point", ">params", ">MACs", ">latency", f">{self.score_name}", "note")
+    def records(self) -> list[dict[str, Any]]:
+        """Return the points as dictionaries of plain values, the dense model last; costs are in their units."""
+        return [
+            {"line": p.line, "point": p.label}
+            | (dict(p.costs) if made else dict.fromkeys(p.costs))
+            | {self.score_name.replace(" ", "_"): p.score if made else None, "note": p.note}
+            for p, made in [*((p, p.plan is not None) for p in self.points), (self.dense, True)]
+        ]
+
+    def _table(self) -> tables.Table:
+        columns = (
+            tables.Column("method or rule", "name"),
+            tables.Column("point", "detail"),
+            *(tables.Column(title) for title in ("params", "MACs", "latency", self.score_name)),
+            tables.Column("note", "remark"),
+        )
         rows = [(p.line, p.label, *(self._cells(p) if p.plan else ("",) * 4), p.note) for p in self.points]
-        return tables.render("", columns, rows, (DENSE, "", *self._cells(self.dense), ""))
+        return tables.Table(columns, rows, (DENSE, "", *self._cells(self.dense), ""))
 
-    def plot(self, cost: str | None = None) -> "Figure":
+    def plot(self, cost: str | None = None, max_drop: float = 0.01) -> "Figure":
         """Draw the score over the share of a cost that is left, a line per method and per kind of rule.
+
+        Every point has its budget or rule beside it; the Pareto front, the tolerance and the point that
+        :meth:`best` takes are marked.
 
         Args:
             cost: "macs", "params", "bytes" or "seconds"; by default what the budgets were shares of.
+            max_drop: the tolerance, as in :meth:`best`.
 
         Raises:
             ValueError: the cost is unknown, or the dense model has none of it.
@@ -186,22 +208,37 @@ class Tradeoff:
         """
         name = self._cost(cost)
         lines: dict[str, list[tuple[float, float]]] = {}
+        names: dict[str, list[str]] = {}
         for point in self.points:
             if point.plan:
                 lines.setdefault(point.line, []).append((100 * self.share(point, name), point.score))
+                names.setdefault(point.line, []).append(_short_label(point.label))
+        level = max_drop if self.is_error else self.dense.score - max_drop
+        best, tolerance = self._best_point(max_drop, name), f"tolerance: max_drop={max_drop:g}"
+        chosen = None
+        if best is not None:
+            place = (100 * self.share(best, name), best.score)
+            chosen = (place, f"best(max_drop={max_drop:g}): {best.line}, {_short_label(best.label)}")
+        else:
+            tolerance += ", no point is that good"
+        marks = plots.Marks(names, self.is_error, (level, tolerance), chosen)
         label = f"{COSTS[name].label} (% of the dense model)"
-        return plots.tradeoffs(lines, (label, self.score_name), (100.0, self.dense.score))
+        return plots.tradeoffs(lines, (label, self.score_name), (100.0, self.dense.score), marks=marks)
 
     def _cost(self, cost: str | None) -> str:
         return self.cost if cost is None else _known_cost(cost)
 
-    def _cells(self, point: Point) -> tuple[str, ...]:
-        pairs = ((point.costs[name], self.dense.costs[name]) for name in ("params", "macs"))
-        shares = (f"{count / dense:.0%}" if dense else tables.number(count) for count, dense in pairs)
-        return (*shares, tables.milliseconds(point.seconds), f"{point.score:.4f}")
+    def _cells(self, point: Point) -> tuple[tables.Cell, ...]:
+        def cell(cost: str) -> tables.Cell:
+            count, dense = point.costs[cost], self.dense.costs[cost]
+            share = count / dense if dense else None
+            return tables.Cell(tables.number(count) if share is None else f"{share:.0%}", value=count, share=share)
 
-    def __str__(self) -> str:
-        return self.table()
+        seconds, whole = point.seconds, self.dense.seconds
+        latency = tables.Cell(
+            tables.milliseconds(seconds), value=seconds, share=seconds / whole if whole else None
+        )
+        return (cell("params"), cell("macs"), latency, tables.Cell(f"{point.score:.4f}", value=point.score))
 
 
 def tradeoff(
@@ -286,7 +323,7 @@ def tradeoff(
         if request.key not in store.points:
             store.add(_measure(request, model, example_inputs, planner, store.dense, scorer, finetune))
     points = [planner.with_analysis(request, store.points[request.key]) for request in requests]
-    return Tradeoff(points, store.dense, scorer.name, scorer.is_error, cost)
+    return Tradeoff(points, store.dense, scorer.label, scorer.is_error, cost)
 
 
 class PointRequest(NamedTuple):
@@ -324,6 +361,22 @@ def _rule_requests(rules: Rules) -> Iterator[PointRequest]:
         rule = parse_spec(given, RULES)
         line = given if isinstance(given, str) else type(rule).__name__
         yield PointRequest(line, repr(rule), rule=rule)
+
+
+def _short_label(label: str) -> str:
+    """The label of a point as a figure shows it.
+
+    >>> from decomp.ranks import energy
+    >>> [_short_label(repr(rule)) for rule in (RULES["vbmf"], energy(0.8))]
+    ['vbmf', 'energy 0.8']
+    >>> _short_label("macs=0.5")
+    'macs 0.5'
+    """
+    if label in map(repr, RULES.values()):
+        return label.partition("(")[0]
+    text = re.sub(r", \w+=(False|None)\b", "", label)  # options that are off
+    text = re.sub(r"\w+=", "", re.sub(r"^(\w+)=", r"\1 ", text))
+    return " ".join(re.sub(r"[()]", " ", text).split()).rstrip(" ,")
 
 
 def _known_cost(cost: str) -> str:

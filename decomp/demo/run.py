@@ -10,6 +10,7 @@ from torch import nn
 from decomp._util import tables
 from decomp._util.progress import bar
 from decomp.analysis.compare import compare
+from decomp.analysis.drawing import MUTED, colours, label_points, new_figure, style
 from decomp.api import plan
 from decomp.digits import Digits, load_digits, train
 from decomp.planning.choice import Change
@@ -102,27 +103,30 @@ def macs_of(decided: Plan) -> Change:
 
 def draw(path: Path, vbmf: Outcome, curve: list[Outcome], accuracy: float, macs: float) -> None:
     """Draw accuracy over MACs: energy thresholds before and after fine-tuning, vbmf, and the dense network."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = new_figure(7.5, 5)
     curve = sorted(curve, key=lambda outcome: outcome.macs)
     costs = [outcome.macs / 1e6 for outcome in curve]
     finetuned = [100 * outcome.accuracy_finetuned for outcome in curve]
     compressed = [100 * outcome.accuracy_compressed for outcome in curve]
-    axes.plot(costs, finetuned, "o-", color="tab:blue", label="fine-tuned layer by layer")
-    axes.plot(costs, compressed, "o--", color="tab:gray", label="compressed only")
-    for height, color in ((vbmf.accuracy_finetuned, "tab:blue"), (vbmf.accuracy_compressed, "tab:gray")):
-        axes.plot(vbmf.macs / 1e6, 100 * height, "*", markersize=15, color=color)
-        axes.annotate("vbmf", (vbmf.macs / 1e6, 100 * height), (-8, 9), textcoords="offset points")
-    for outcome in curve:
-        position = (outcome.macs / 1e6, 100 * outcome.accuracy_compressed)
-        axes.annotate(outcome.name, position, (6, -10), textcoords="offset points", fontsize=8)
-    axes.plot(macs / 1e6, 100 * accuracy, "s", color="black", label="dense")
-    axes.set(xlabel="MACs per image (millions)", ylabel="accuracy on held-out digits (%)")
-    axes.set_xlim(left=0)
-    axes.set_ylim(top=108)  # room for the label above the highest point
-    axes.set_title("Tucker-2 of a residual network, energy thresholds and vbmf")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    color = colours()[0]
+    axes.plot(costs, finetuned, "o-", color=color, label="fine-tuned layer by layer")
+    axes.plot(costs, compressed, "o--", color=MUTED, label="compressed only")
+    dense = (macs / 1e6, 100 * accuracy)
+    labels = [(dense, "dense", style("text.color"))]
+    labels += [((cost, height), o.name, MUTED) for cost, height, o in zip(costs, compressed, curve, strict=True)]
+    for height, name, of in (
+        (vbmf.accuracy_finetuned, "vbmf, fine-tuned", color),
+        (vbmf.accuracy_compressed, "vbmf", MUTED),
+    ):
+        axes.plot(vbmf.macs / 1e6, 100 * height, "*", markersize=15, color=of)
+        labels.append(((vbmf.macs / 1e6, 100 * height), name, of))
+    axes.plot(*dense, "s", color=style("text.color"), label="dense")
+    axes.set(
+        xlabel="MACs per image (millions)", ylabel="accuracy on held-out digits (%)", xlim=(0, 1.08 * dense[0])
+    )
+    axes.set_title("Tucker-2 of a residual network, energy thresholds and vbmf", fontsize=11)
+    axes.margins(y=0.12)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, frameon=False, fontsize=9)
+    points, names, colors = zip(*labels, strict=True)
+    label_points(axes, points, names, colors)
     figure.savefig(path, dpi=150)

@@ -20,6 +20,7 @@ from decomp.planning.build import NothingToDecompose
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import DENSE, Change, Choice
 from decomp.planning.cost import COSTS, COUNTED
+from decomp.planning.latency import latency
 from decomp.planning.plan import Plan
 from decomp.ranks import Fixed, Ranks, energy
 
@@ -81,7 +82,8 @@ class Exploration:
 
     ``plan`` is the current decision, ``layers`` the candidate of every layer under its current method, ``held``
     the layers that budgets and thresholds leave alone, ``tried`` the plans that were scored, ``problem`` why there
-    is nothing to choose (empty if there is). The arguments are those of :func:`decomp.explore`.
+    is nothing to choose (empty if there is), ``spread`` the relative difference between latencies that were
+    measured of one and the same model. The arguments are those of :func:`decomp.explore`.
 
     >>> import torch
     >>> state = Exploration(nn.Sequential(nn.Linear(64, 64)), torch.zeros(1, 64), timed=False, progress=False)
@@ -126,6 +128,7 @@ class Exploration:
             self.plan.request.resolved({name: [first] for name, first in self.layers.items()})
         )
         self._sensitivities = self._measure_sensitivities(data, inputs, progress)
+        self.spread = self._measure_spread() if timed and self.layers else 0.0
         for kind in self.kinds if self.layers else ():
             self.curve(kind)  # now, so that the first move of a slider is fast as well
         if not self.problem and not any(len(c.front("params", 1)[0]) for c in self.layers.values()):
@@ -146,6 +149,11 @@ class Exploration:
             data=self._statistics,
             progress=progress,
         )
+
+    def _measure_spread(self) -> float:
+        """By how much measured latencies of the dense model differ: (largest - smallest) / median of three."""
+        seconds = latency([self.model] * 3, self._example_inputs)
+        return (max(seconds) - min(seconds)) / sorted(seconds)[1]
 
     def _measure_sensitivities(self, data: Any, inputs: Any, progress: bool | None) -> Mapping[str, float] | None:
         """How much the squared error of each layer's weight adds to that of the output; None without data."""

@@ -18,22 +18,56 @@ from decomp.ranks import Ranks
 
 ROWS_PER_PAGE = 8
 NAMES_SHOWN = 6
+SPECTRUM_WIDTH = 60  # pixels
 COST_NAMES = {name: kind.label if kind.count else "latency (estimate)" for name, kind in COSTS.items()}
-NAME_WIDTH, METHOD_WIDTH, RANKS_WIDTH, COST_WIDTH = "180px", "150px", "430px", "170px"
+# noUiSlider gives its track no filled part. The element that carries the handle ends at the handle and is a tenth
+# as wide as the track: nine times its width to the left fill the track; what reaches beyond its start is clipped.
 STYLE = """<style>
-.decomp-explorer .decomp-row {border-top: 1px solid rgba(127, 127, 127, .3); padding: 4px 0; align-items: center}
-.decomp-explorer .widget-html-content {line-height: 1.35; color: inherit}
 .decomp-explorer {color: var(--jp-ui-font-color1, var(--vscode-foreground, inherit)); overflow-x: auto}
-.decomp-cards {display: flex; gap: 12px; flex-wrap: wrap}
-.decomp-cards div {border: 1px solid rgba(127, 127, 127, .4); border-radius: 4px; padding: 4px 12px}
-.decomp-cards b {font-size: 1.25em}
-.decomp-explorer svg {color: inherit; overflow: visible}
+.decomp-explorer .widget-html-content {line-height: 1.3; color: inherit; min-width: 0; flex: 1 1 0}
+.decomp-explorer .widget-box {overflow: visible}
+.decomp-main {flex-flow: row wrap !important; gap: 4px 20px; align-items: flex-start}
+.decomp-left {flex: 1 1 300px; min-width: 290px}
+.decomp-right {flex: 2 1 592px; min-width: 300px}
+.decomp-row {border-top: 1px solid rgba(127, 127, 127, .35); padding: 2px 0; align-items: center;
+  flex-flow: row wrap !important; gap: 0 6px}
+.decomp-row > .decomp-name {flex: 1 1 100px; min-width: 88px; font-size: 12px; overflow-wrap: anywhere}
+.decomp-row > .decomp-method {flex: 0 0 96px}
+.decomp-row > .decomp-modes {flex: 3 1 256px; min-width: 256px}
+.decomp-row .decomp-modes .widget-html, .decomp-row .decomp-modes .widget-hslider {margin: 2px 0}
+.decomp-row > .decomp-cost {flex: 1 1 122px; min-width: 108px}
+.decomp-row .widget-hslider {flex: 1 1 182px; min-width: 182px; width: auto}
+.decomp-row .slider-container {min-width: 96px}
+.decomp-row .widget-readout {min-width: 38px; flex: 0 0 auto}
+.decomp-row small {font-size: 11px}
+.decomp-row .widget-dropdown, .decomp-row .widget-checkbox {width: 92px !important}
+.decomp-explorer .noUi-base {clip-path: inset(-30px -14px -30px -9px)}
+.decomp-explorer .noUi-origin::before {content: ""; position: absolute; left: -900%; right: 0; top: 0; height: 4px;
+  background: #4a90d9; pointer-events: none}
+.decomp-explorer .noUi-target {background: rgba(127, 127, 127, .45); border: 0}
+.decomp-explorer .noUi-handle {background: #4a90d9 !important;
+  border: 2px solid var(--jp-layout-color0, #fff) !important; box-shadow: 0 0 0 1px #2c6cb0}
+.decomp-idle .noUi-origin::before, .decomp-dense .noUi-origin::before {background: #8a8a8a}
+.decomp-idle .noUi-handle, .decomp-dense .noUi-handle {background: #8a8a8a !important;
+  box-shadow: 0 0 0 1px #6a6a6a}
+.decomp-dense .decomp-modes svg path[stroke] {stroke: currentColor; opacity: .35}
+.decomp-cards {display: flex; gap: 6px; flex-wrap: wrap}
+.decomp-cards div {border: 1px solid rgba(127, 127, 127, .45); border-radius: 4px; padding: 2px 8px;
+  flex: 1 1 120px}
+.decomp-cards b {font-size: 1.2em}
+.decomp-charts {display: flex; gap: 2px 12px; flex-wrap: wrap}
+.decomp-charts svg {flex: 1 1 300px; min-width: 260px; max-width: min(420px, 100%); height: auto}
+.decomp-explorer svg {color: inherit; overflow: visible; display: block}
 .decomp-gone {display: none}
 .jupyter-widgets-disconnected .decomp-gone {display: block; border: 1px solid #e07b1a; padding: 4px 12px}
 .decomp-explorer .jupyter-widgets-disconnected::before {display: none !important}
 .decomp-explorer.jupyter-widgets-disconnected > :not(:first-child) {opacity: .4; pointer-events: none}
 </style>
 <div class="decomp-gone">The kernel that drew this is gone: run this cell again, after those above it.</div>"""
+NOTHING_TO_APPLY = (
+    "There is nothing to apply: every layer stays dense. Lower the budget or the energy, or move the slider of a "
+    "layer."
+)
 
 
 class Explorer:
@@ -59,6 +93,7 @@ class Explorer:
         self._model: nn.Module | None = None
         self._updating = False
         self._by_budget = True
+        self._static: Any = None  # the picture and table that stay in the notebook, once the panel was shown
         self._rows: list[LayerRow] = []
         self._build()
         if state.problem:
@@ -157,12 +192,14 @@ class Explorer:
         Raises:
             ValueError: every layer stays dense.
         """
+        self._require_ranks()
         self._show_status("Evaluating ...")
         trial = self._state.evaluate()
-        score = f"{self._state.scorer.name} {trial.score:.4f}, dense {self._state.baseline:.4f}"
+        score = f"{self._state.scorer.label} {trial.score:.4f}, dense {self._state.baseline:.4f}"
         kind = self.kind.value
-        self._show_status(f"Evaluated at {trial.totals.share(kind):.0%} of the {COST_NAMES[kind]}: {score}.")
         self._refresh()
+        self._show_status(f"Evaluated at {trial.totals.share(kind):.0%} of the {COST_NAMES[kind]}: {score}.")
+        self._update_static()
         return trial.score
 
     def apply(self) -> nn.Module:
@@ -171,20 +208,28 @@ class Explorer:
         Raises:
             ValueError: every layer stays dense.
         """
+        self._require_ranks()
         self._show_status("Decomposing ...")
         self._model = self._state.apply()
         self._show_status("Applied: explorer.model is the compressed model, explorer.plan the plan.")
+        self._update_static()
         return self._model
+
+    def _require_ranks(self) -> None:
+        if not any(choice.ranks and not choice.was_factorized for choice in self._state.plan.values()):
+            raise NothingToApply(NOTHING_TO_APPLY)
 
     def _build(self) -> None:
         disabled = bool(self._state.problem)
         options = [(COST_NAMES[kind], kind) for kind in self._state.kinds]
-        self.kind = widgets.Dropdown(options=options, layout=widgets.Layout(width="160px"), disabled=disabled)
+        self.kind = widgets.Dropdown(options=options, layout=widgets.Layout(width="112px"), disabled=disabled)
         shares = {"min": 0.02, "max": 1.0, "step": 0.01, "readout_format": ".0%", "disabled": disabled}
-        wide = widgets.Layout(width="420px")
+        wide = widgets.Layout(width="auto", flex="1 1 180px", min_width="170px")
         self.budget = widgets.FloatSlider(0.5, description="budget", layout=wide, **shares)
         self.budget.tooltip = "cost of the whole model, as a share of the dense one's"
         self.energy = widgets.FloatSlider(0.9, description="energy", layout=wide, **shares)
+        for slider in (self.budget, self.energy):
+            slider.style.description_width = "52px"
         self.energy.tooltip = "share of the squared singular values that every layer keeps"
         self.evaluate_button = widgets.Button(description="Evaluate", disabled=disabled, icon="check")
         self.apply_button = widgets.Button(description="Apply", disabled=disabled, button_style="primary")
@@ -197,10 +242,14 @@ class Explorer:
         self._cards, self._charts, self._status = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self._table = widgets.VBox()
         self._observe()
-        sliders = [widgets.HBox([self.budget, self.kind]), self.energy]
+        sliders = [widgets.HBox([self.budget, self.kind]), widgets.HBox([self.energy])]
         buttons = widgets.HBox([self.evaluate_button, self.apply_button])
-        parts = [widgets.HTML(STYLE), self._cards, *sliders, self._charts, buttons, self._status]
-        self.box = widgets.VBox([*parts, self.page, self._table])
+        left = widgets.VBox([self._cards, *sliders, buttons, self._status, self._charts])
+        right = widgets.VBox([self.page, self._table])
+        main = widgets.HBox([left, right])
+        for box, name in ((left, "decomp-left"), (right, "decomp-right"), (main, "decomp-main")):
+            box.add_class(name)
+        self.box = widgets.VBox([widgets.HTML(STYLE), main])
         self.box.add_class("decomp-explorer")
 
     def _observe(self) -> None:
@@ -239,14 +288,20 @@ class Explorer:
     def _change_layer(self, work: Callable[[], None]) -> None:
         work()
         held = [name for name in self._state.layers if name in self._state.held]
-        names = ", ".join(held[:NAMES_SHOWN]) + (" ..." if len(held) > NAMES_SHOWN else "")
+        names = ", ".join(self._described(name) for name in held[:NAMES_SHOWN])
+        names += " ..." if len(held) > NAMES_SHOWN else ""
         self._show_status(f"Held: {names}" if held else "No layer is held.")
         self._refresh()
+
+    def _described(self, name: str) -> str:
+        return f"{name or '(the model)'}{'' if self._state.plan[name].ranks else ' (dense)'}"
 
     def _guarded(self, work: Callable[[], Any]) -> None:
         """Run what a widget asked for; an error is shown in the panel, which stays usable."""
         try:
             work()
+        except NothingToApply as nothing:
+            self._show_status(str(nothing))
         except (Exception, KeyboardInterrupt) as error:  # an evaluation may be interrupted like any cell
             self._show_status(f"{type(error).__name__}: {error}", is_error=True)
             self._refresh()
@@ -267,8 +322,10 @@ class Explorer:
     def _refresh(self) -> None:
         for row in self._rows:
             row.update()
+        _set_class(self.budget, "decomp-idle", not self._by_budget)
+        _set_class(self.energy, "decomp-idle", self._by_budget)
         self._cards.value = f'<div class="decomp-cards">{"".join(self._draw_cards())}</div>'
-        self._charts.value = f'<div class="decomp-cards">{"".join(self._draw_charts())}</div>'
+        self._charts.value = f'<div class="decomp-charts">{"".join(self._draw_charts())}</div>'
 
     def _draw_cards(self) -> Iterator[str]:
         totals = self._state.totals
@@ -276,22 +333,35 @@ class Explorer:
         if "macs" in self._state.kinds:
             yield _card("MACs", totals.macs, tables.number)
         if totals.seconds:
-            yield _card("latency (interpolated estimate)", totals.seconds, tables.milliseconds)
+            seconds = _card("latency (estimate)", totals.seconds, tables.milliseconds)
+            yield seconds.removesuffix("</div>") + f"<br>{self._judge(totals.seconds)}</div>"
         yield f"<div>predicted error {self._state.error_of}<br><b>{totals.error:.3f}</b></div>"
+
+    def _judge(self, seconds: Change) -> str:
+        """Whether a latency differs from that of the dense model by more than two measurements of one model do."""
+        spread, change = self._state.spread, seconds.after / seconds.before - 1
+        says = f"faster by {-change:.0%}"
+        if abs(change) <= spread:
+            says = "not faster, not slower"
+        elif change > 0:
+            says = f'<b style="color: {svg.MARK}; font-size: 1em">slower than dense by {change:.0%}</b>'
+        why = "interpolated between measured ranks; spread: how much latencies of the dense model differ"
+        return f'<small title="{why}">{says} (spread {spread:.0%})</small>'
 
     def _draw_charts(self) -> Iterator[str]:
         state, kind = self._state, self.kind.value
-        totals, x_label = state.totals, f"% of the dense {COST_NAMES[kind]}"
+        totals, x_label = state.totals, f"{COST_NAMES[kind]} (% of the dense model)"
         share = totals.share(kind)
         yield svg.chart(
-            "Predicted (line: budgets; dot: this plan)",
-            (x_label, f"error {state.error_of}"),
+            "Predicted: line of budgets, this plan",
+            (x_label, f"relative error {state.error_of}"),
             curve=state.curve(kind),
             current=(share, totals.error),
+            baseline=0.0,
         )
         yield svg.chart(
-            "Evaluated" if state.tried else "Evaluated: nothing yet",
-            (x_label, state.scorer.name),
+            "Evaluated: line of the Pareto front" if state.tried else "Evaluated: nothing yet",
+            (x_label, state.scorer.label),
             points=[(trial.totals.share(kind), trial.score) for trial in state.tried],
             current=(share, None),
             baseline=state.baseline if state.tried else None,
@@ -299,9 +369,42 @@ class Explorer:
         )
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        # Where there are no widgets, on the web for example, the plan is shown as text.
+        # Where there are no widgets, on the web for example, the plan is shown as a picture and a table.
         bundle: dict[str, Any] = dict(self.box._repr_mimebundle_(**kwargs))
-        return bundle | {"text/plain": f"{self.plan}\n\nRun this cell in Jupyter to move the sliders."}
+        return bundle | self._as_static()
+
+    def _ipython_display_(self) -> None:
+        """Show the widgets, and after them a picture and a table, which only a page without the widgets shows.
+
+        JupyterLab without a kernel takes the widgets out of an output and shows nothing else of it: hence two.
+        """
+        from IPython.display import display
+
+        hidden = f"<style>#{self._name} {{display: none}}</style>"  # goes with the widgets
+        self.box.children = [widgets.HTML(STYLE + hidden), *self.box.children[1:]]
+        view = dict(self.box._repr_mimebundle_())
+        display(view | {"text/plain": "decomp.explore: run this cell in Jupyter to move the sliders."}, raw=True)
+        self._static = display(self._as_static(), raw=True, display_id=True)
+
+    @property
+    def _name(self) -> str:
+        return f"decomp-static-{self.box.model_id}"
+
+    def _as_static(self) -> dict[str, Any]:
+        """The state of the panel for pages that run nothing; images, because styles may be taken out there."""
+        drawings = "".join(map(svg.as_image, self._draw_charts()))
+        cards = f'<div style="display: flex; flex-wrap: wrap; gap: 24px">{"".join(self._draw_cards())}</div>'
+        say = "As of the last Evaluate or Apply; run this cell in Jupyter to move the sliders."
+        html = f'<div id="{self._name}">{cards}{drawings}{self.plan._repr_html_()}<p>{say}</p></div>'
+        return {"text/html": html, "text/plain": f"{self.plan}\n\nRun this cell in Jupyter to move the sliders."}
+
+    def _update_static(self) -> None:
+        if self._static is not None:
+            self._static.update(self._as_static(), raw=True)
+
+
+class NothingToApply(ValueError):
+    """Every layer of the plan stays dense."""
 
 
 class LayerRow:
@@ -318,26 +421,22 @@ class LayerRow:
         self._updating = False
         self._shown: tuple[str, Ranks] = ("", ())  # the method and the limits that the sliders were made for
         title = f"<b>{escape(name or '(the model)')}</b><br><small>{escape(self._choice.layer)}</small>"
-        self.method = widgets.Dropdown(
-            options=state.methods_of(name), value=self._method, layout=widgets.Layout(width="132px")
-        )
+        self.method = widgets.Dropdown(options=state.methods_of(name), value=self._method)
         self.method.tooltip = f"how {name} is decomposed"
-        self.held = widgets.Checkbox(
-            description="hold", indent=False, layout=widgets.Layout(width="80px"), value=name in state.held
-        )
+        self.held = widgets.Checkbox(description="hold", indent=False, value=name in state.held)
         self.held.tooltip = "budgets and thresholds leave this layer alone"
         self.sliders: list[widgets.IntSlider] = []
         self._drawings: list[widgets.HTML] = []
-        self._modes = widgets.VBox([], layout=widgets.Layout(width=RANKS_WIDTH))
-        self._cost = widgets.HTML(layout=widgets.Layout(width=COST_WIDTH))
-        self.box = widgets.HBox(
-            [
-                widgets.HTML(title, layout=widgets.Layout(width=NAME_WIDTH)),
-                widgets.VBox([self.method, self.held], layout=widgets.Layout(width=METHOD_WIDTH)),
-                self._modes,
-                self._cost,
-            ]
-        )
+        self._modes, self._cost = widgets.VBox(), widgets.HTML()
+        parts = {
+            "decomp-name": widgets.HTML(title),
+            "decomp-method": widgets.VBox([self.method, self.held]),
+            "decomp-modes": self._modes,
+            "decomp-cost": self._cost,
+        }
+        for css_class, part in parts.items():
+            part.add_class(css_class)
+        self.box = widgets.HBox(list(parts.values()))
         self.box.add_class("decomp-row")
         self.method.observe(self._on_method, "value")
         self.held.observe(self._on_held, "value")
@@ -365,7 +464,8 @@ class LayerRow:
             modes = zip(self.sliders, self._drawings, ranks, candidate.output_spectra, strict=True)
             for slider, drawing, rank, spectrum in modes:
                 slider.value = rank
-                drawing.value = svg.spectrum(spectrum.values.max(0), rank)
+                drawing.value = svg.spectrum(spectrum.values.max(0), rank, width=SPECTRUM_WIDTH, height=22)
+            _set_class(self.box, "decomp-dense", not self._choice.ranks)
             self._cost.value = _cost(self._choice)
         finally:
             self._updating = False
@@ -376,13 +476,13 @@ class LayerRow:
         self.sliders, self._drawings, lines = [], [], []
         for mode, limit in zip(candidate.method.rank_names, candidate.limits, strict=False):
             slider = widgets.IntSlider(
-                limit, 1, max(limit, 2), description=mode, layout=widgets.Layout(width="290px")
+                limit, 1, max(limit, 2), description=mode, layout=widgets.Layout(width="auto")
             )
-            slider.style.description_width = "34px"
+            slider.style.description_width = "26px"
             slider.disabled = limit == 1
             slider.tooltip = f"rank {mode} of {self.name}, at most {limit}"
             slider.observe(self._on_ranks, "value")
-            drawing = widgets.HTML(layout=widgets.Layout(width="126px"))
+            drawing = widgets.HTML(layout=widgets.Layout(width=f"{SPECTRUM_WIDTH + 4}px", flex="0 0 auto"))
             self.sliders.append(slider)
             self._drawings.append(drawing)
             lines.append(widgets.HBox([drawing, slider]))
@@ -403,6 +503,10 @@ class LayerRow:
             self._change(lambda: self._state.hold(self.name, self.held.value))
 
 
+def _set_class(widget: Any, name: str, on: bool) -> None:
+    (widget.add_class if on else widget.remove_class)(name)
+
+
 def _card(name: str, change: Change, write: Callable[[float], str]) -> str:
     share = change.after / (change.before or 1)
     return f"<div>{name}<br><b>{write(change.after)}</b> of {write(change.before)} ({share:.0%})</div>"
@@ -410,7 +514,7 @@ def _card(name: str, change: Change, write: Callable[[float], str]) -> str:
 
 def _cost(choice: Choice) -> str:
     if not choice.ranks:
-        return f"<small><i>dense</i><br>{escape(choice.reason)}</small>"
+        return f"<small><b>dense</b><br>{escape(choice.reason)}</small>"
     pairs = (("params", choice.params), ("MACs", choice.macs))
     lines = [
         f"{tables.number(c.after)} {name}{f' ({c.after / c.before:.0%})' if c.before else ''}" for name, c in pairs

@@ -88,14 +88,15 @@ class Method:
     """A decomposition: the functions that decompose kernels (groups, T, S, *kernel), and the layers that run it.
 
     ``rank_names`` name the ranks, of which a layer may have only the first ones. ``limits(kernels)`` are the
-    largest ranks, ``analyse(kernels)`` the errors at all ranks, and ``factors(kernels, ranks)`` the factors for
-    ``from_factors`` of the layer, with ``bases=`` of the analysis where that has bases. ``layers`` maps the exact type of a dense layer, or its qualified name, to its
-    factorized layer; ``refuses(module)`` returns the reason why a layer of one of these types is not supported, or
-    an empty string. ``preset`` are default ranks, of which an int sets only those that are None. ``out_rank`` is
-    the index of the rank of the output mode, if that mode can be projected on a basis U first and the rest of the
-    decomposition applied to U^T K. ``closed_form`` methods know their error at all ranks from one decomposition;
-    the others are fitted at each. ``kernels(module)`` is what the functions are given, for layers with more than
-    one weight. Layers that are not ``affine`` have no least-squares fit of their outputs.
+    largest ranks, ``analyse(kernels)`` the errors at all ranks, and ``factors(kernels, ranks)`` the factors
+    for ``from_factors`` of the layer, with ``bases=`` of the analysis where that has bases. ``layers`` maps
+    the exact type of a dense layer, or its qualified name, to its factorized layer; ``refuses(module)``
+    returns the reason why a layer of one of these types is not supported, or an empty string. ``preset`` are
+    default ranks, of which an int sets only those that are None. ``out_rank`` is the index of the rank of the
+    output mode, if that mode can be projected on a basis U first and the rest of the decomposition applied to
+    U^T K. ``closed_form`` methods know their error at all ranks from one decomposition; the others are fitted
+    at each. ``kernels(module)`` is what the functions are given, for layers with more than one weight. Layers
+    that are not ``affine`` have no least-squares fit of their outputs.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -16,7 +16,16 @@ from decomp.planning.cost import COUNTED, Cost
 Ranks = tuple[int, ...]
 DENSE = "dense"  # the method of a layer that is not replaced
 KEPT_DENSE = "kept dense on request"
-COLUMNS = ("layer", "type", "method", "ranks", ">params", ">MACs", ">error", "why / note")
+COLUMNS = (
+    tables.Column("layer", "name"),
+    tables.Column("type", "detail"),
+    tables.Column("method", "detail"),
+    tables.Column("ranks", "detail"),
+    tables.Column("params"),
+    tables.Column("MACs"),
+    tables.Column("error", measured=True),
+    tables.Column("why / note", "remark"),
+)
 
 
 class Change(NamedTuple):
@@ -113,13 +122,25 @@ class Choice:
             kept_dense=entry["kept_dense"].boolean(),
         )
 
-    def row(self, name: str) -> tuple[str, ...]:
+    def row(self, name: str) -> tuple[str | tables.Cell, ...]:
         """The choice as a row of a table with the columns ``COLUMNS``."""
-        costs = [_change(change, replaced=bool(self.ranks)) for change in (self.params, self.macs)]
-        ranks, error = " x ".join(map(str, self.ranks)), f"{self.error:.3f}" if self.ranks else ""
-        if self.ranks and self.output_error is not None:
-            error += f" / {self.output_error:.3f}"
+        costs = [_cell(change, replaced=bool(self.ranks)) for change in (self.params, self.macs)]
+        ranks, error = " x ".join(map(str, self.ranks)), tables.Cell()
+        if self.ranks:
+            text = f"{self.error:.3f}" + ("" if self.output_error is None else f" / {self.output_error:.3f}")
+            error = tables.Cell(text, value=self.error, share=self.error)
         return (name or "(the model)", self.layer, self.method, ranks, *costs, error, self.reason or self.note)
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The choice as data: one entry per number and text, under the name of the layer."""
+        costs = {
+            f"{kind}_{when}": value
+            for kind, change in self.costs.items()
+            for when, value in zip(("before", "after"), change, strict=True)
+        }
+        head = {"layer": name, "type": self.layer, "method": self.method, "ranks": self.ranks}
+        errors = {"error": self.error, "output_error": self.output_error}
+        return head | costs | errors | {"reason": self.reason, "note": self.note}
 
 
 def _read_change(kind: str, value: Value) -> Change:
@@ -130,9 +151,11 @@ def _read_change(kind: str, value: Value) -> Change:
     return Change(before.integer(least=0), after.integer(least=0))
 
 
-def _change(change: Change, *, replaced: bool) -> str:
-    before, after = (f"{v:.2f}" if isinstance(change.before, float) else tables.number(v) for v in change)
-    return f"{before} => {after}" if replaced else before
+def _cell(change: Change, *, replaced: bool) -> tables.Cell:
+    def write(value: float) -> str:
+        return f"{value:.2f}" if isinstance(change.before, float) else tables.number(value)
+
+    return tables.change(*change, write) if replaced else tables.Cell(write(change.before), value=change.after)
 
 
 def where_it_stays(choices: Mapping[str, Choice], kind: str, left: float, total: float) -> str:

@@ -44,14 +44,14 @@ class CompressedModule(nn.Module):
     decomp_finetuning: Any
 
 
-class Plan(Mapping[str, Choice]):
+class Plan(tables.Tabular, Mapping[str, Choice]):
     """The decision for every layer, by its qualified name. Making a plan does not change the model.
 
-    ``print(plan)`` shows it as a table. Plans are immutable: ``with_ranks``, ``with_budget`` and ``keep_dense``
-    return a new one, without delay, from the spectra computed when the plan was made. ``request`` holds the
-    arguments of a budget: the methods to choose from, the objective, the multiple of ranks, and layer weights.
-    ``uncounted`` are operators of the model whose MACs are not known, with the number of their calls: MACs and
-    budgets of MACs leave them out.
+    ``print(plan)`` shows it as a table, ``records`` and ``to_pandas`` give it as data. Plans are immutable:
+    ``with_ranks``, ``with_budget`` and ``keep_dense`` return a new one, without delay, from the spectra computed
+    when the plan was made. ``request`` holds the arguments of a budget: the methods to choose from, the objective,
+    the multiple of ranks, and layer weights. ``uncounted`` are operators of the model whose MACs are not known,
+    with the number of their calls: MACs and budgets of MACs leave them out.
     """
 
     def __init__(
@@ -399,17 +399,28 @@ class Plan(Mapping[str, Choice]):
     def __repr__(self) -> str:
         return f"<Plan: {sum(bool(choice.ranks) for choice in self.values())} of {len(self)} layers replaced>"
 
-    def __str__(self) -> str:
+    def records(self) -> list[dict[str, Any]]:
+        """Return the decision for every layer as a dictionary of plain values.
+
+        MACs are shares of the dense layer's for a plan made without example inputs.
+
+        >>> import decomp
+        >>> (row,) = decomp.plan(nn.Sequential(nn.Linear(64, 64)), ranks=8).records()
+        >>> row["layer"], row["ranks"], row["params_before"], row["params_after"]
+        ('0', (8,), 4160, 1088)
+        """
+        return [choice.record(name) for name, choice in self.items()]
+
+    def _table(self) -> tables.Table:
         replaced = f"{sum(bool(choice.ranks) for choice in self.values())} of {len(self)} replaced"
-        params = " => ".join(map(tables.number, self.params))
-        macs = " => ".join(map(tables.number, self.macs)) if self.macs else ""
-        names = {} if self.macs else {">MACs": ">MACs (share, large input)"}
+        params, macs = tables.change(*self.params), tables.change(*self.macs) if self.macs else ""
+        names = {} if self.macs else {"MACs": "MACs (share, large input)"}
         if any(choice.output_error is not None for choice in self.values()):
-            names[">error"] = ">error of weight / output"
-        columns = [names.get(column, column) for column in COLUMNS]
+            names["error"] = "error of weight / output"
+        columns = [replace(column, title=names.get(column.title, column.title)) for column in COLUMNS]
         rows = [choice.row(name) for name, choice in self.items()]
-        table = tables.render("", columns, rows, ("whole model", replaced, "", "", params, macs, "", ""))
-        return table + "".join(f"\n\n{line}" for line in self._other_costs())
+        total = ("whole model", replaced, "", "", params, macs, "", "")
+        return tables.Table(columns, rows, total, tuple(self._other_costs()))
 
     def _other_costs(self) -> Iterator[str]:
         """Lines about kinds of cost without a column: seconds, and the kind of the budget."""

@@ -46,7 +46,7 @@ class LayerRepair:
     note: str = ""
 
 
-class RepairReport(ByLayer[LayerRepair]):
+class RepairReport(tables.Tabular, ByLayer[LayerRepair]):
     """The errors of each layer before and after the repair, in the order of execution; prints as a table.
 
     ``output_error_before`` and ``output_error_after`` are relative errors of the network's output on all batches.
@@ -56,11 +56,19 @@ class RepairReport(ByLayer[LayerRepair]):
         super().__init__(layers)
         self.output_error_before, self.output_error_after, self.note = before, after, note
 
-    def __str__(self) -> str:
-        rows = [(name, f"{r.error_before:.3f} => {r.error_after:.3f}", r.note) for name, r in self.items()]
-        whole = f"{self.output_error_before:.3f} => {self.output_error_after:.3f}"
-        columns = ("layer", ">error of the output", "note")
-        return tables.render("", columns, rows, ("whole model", whole, self.note))
+    def records(self) -> list[dict[str, Any]]:
+        """Return the repair of every layer as a dictionary of plain values."""
+        return [{"layer": name} | vars(repaired) for name, repaired in self.items()]
+
+    def _table(self) -> tables.Table:
+        columns = (
+            tables.Column("layer", "name"),
+            tables.Column("error of the output", measured=True),
+            tables.Column("note", "remark"),
+        )
+        rows = [(name, tables.fall(r.error_before, r.error_after), r.note) for name, r in self.items()]
+        whole = tables.fall(self.output_error_before, self.output_error_after)
+        return tables.Table(columns, rows, ("whole model", whole, self.note))
 
 
 def repair(

@@ -74,15 +74,30 @@ class LayerReport:
 UNREACHED = LayerReport(math.nan, math.nan, 0, 0.0, "the data never reaches it")
 
 
-class FinetuneReport(ByLayer[LayerReport]):
+class FinetuneReport(tables.Tabular, ByLayer[LayerReport]):
     """What fine-tuning did to each layer, in the order of execution; printed, a table."""
 
-    def __str__(self) -> str:
+    def records(self) -> list[dict[str, Any]]:
+        """Return the report of every layer as a dictionary of plain values."""
+        return [{"layer": name} | asdict(report) for name, report in self.items()]
+
+    def _table(self) -> tables.Table:
+        columns = (
+            tables.Column("layer", "name"),
+            *(tables.Column(title, measured=True) for title in ("error of the output", "steps", "seconds")),
+            tables.Column("note", "remark"),
+        )
         rows = [
-            (name, f"{r.error_before:.3f} => {r.error_after:.3f}", str(r.steps), f"{r.seconds:.1f}", r.note)
-            for name, r in self.items()
+            (
+                name,
+                tables.fall(report.error_before, report.error_after),
+                tables.Cell(str(report.steps), value=report.steps),
+                tables.Cell(f"{report.seconds:.1f}", value=report.seconds),
+                report.note,
+            )
+            for name, report in self.items()
         ]
-        return tables.render("", ("layer", ">error of the output", ">steps", ">seconds", "note"), rows)
+        return tables.Table(columns, rows)
 
 
 def finetune_layerwise(

@@ -1,0 +1,164 @@
+"""What figures share: their size and colours, the placing of labels, and axes in units that can be read.
+
+Colours of text, lines and backgrounds are those of matplotlib's ``rcParams`` when the figure is made, so that
+``plt.style.use("dark_background")`` and a style of the user's apply.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, cast
+
+from decomp._util import tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DOTS_PER_INCH = 110
+WIDTH = 8.6  # inches: at 110 dots what a notebook shows in a window of 1366 pixels
+INCHES_PER_ROW, MAX_INCHES = 0.26, 40.0
+LONGEST_NAME = 30
+MUTED = "0.55"  # legible on white and on black
+UNITS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+
+
+@cache
+def figure_class() -> "type[Figure]":
+    """A figure that Jupyter shows as the value of a cell; without pyplot it needs no backend and no closing.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ImportError("figures need matplotlib: pip install 'decomp[notebook]'") from error
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            buffer = BytesIO()
+            self.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+            return buffer.getvalue()
+
+    return NotebookFigure
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **grid: Any) -> "tuple[Figure, Any]":
+    """Make a figure with a grid of axes, in the colours of the style in use.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        rows: of axes.
+        columns: of axes.
+        grid: further arguments of ``Figure.subplots``.
+    """
+    figure = figure_class()(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
+    axes = figure.subplots(rows, columns, squeeze=False, **grid)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(visible=True, alpha=0.25)
+        ax.set_axisbelow(True)
+        _keep_colours(ax)
+    return figure, axes
+
+
+def style(name: str) -> Any:
+    """A setting of the style in use, "text.color" for example."""
+    from matplotlib import rcParams
+
+    return cast(Any, rcParams)[name]
+
+
+def colours() -> list[Any]:
+    """The colours of lines in the style in use."""
+    return list(style("axes.prop_cycle").by_key().get("color", ["tab:blue"]))
+
+
+def _keep_colours(ax: Any) -> None:
+    """Ticks are made when a figure is drawn, maybe after the style has gone: they keep the colours of now."""
+    for axis in ("x", "y"):
+        color, label = style(f"{axis}tick.color"), style(f"{axis}tick.labelcolor")
+        label = color if label == "inherit" else label
+        ax.tick_params(axis=axis, which="both", color=color, labelcolor=label, grid_color=style("grid.color"))
+
+
+def label_points(
+    ax: Any, points: Sequence[tuple[float, float]], labels: Sequence[str], colors: Sequence[Any], size: float = 8
+) -> None:
+    """Write a label beside each point where it covers neither points nor other labels.
+
+    adjustText places them; where it is not installed they stand above and below their points in turn.
+
+    Args:
+        ax: the axes, with everything else drawn and their limits set.
+        points: where the labels belong.
+        labels: one per point.
+        colors: one per point.
+        size: of the text.
+    """
+    colors = [_readable(color) for color in colors]
+    try:
+        from adjustText import adjust_text
+    except ModuleNotFoundError as error:
+        if error.name != "adjustText":
+            raise
+        for index, (point, label, color) in enumerate(zip(points, labels, colors, strict=True)):
+            offset = (5, 5) if index % 2 == 0 else (5, -11)
+            ax.annotate(label, point, offset, textcoords="offset points", fontsize=size, color=color)
+        return
+    from matplotlib.patheffects import withStroke
+
+    # An edge in the colour of the background: a line that a label has to cross does not make it illegible.
+    edge = [withStroke(linewidth=2.5, foreground=style("axes.facecolor"))]
+    texts = [
+        ax.text(x, y, label, fontsize=size, color=color, path_effects=edge)
+        for (x, y), label, color in zip(points, labels, colors, strict=True)
+    ]
+    ax.figure.draw_without_rendering()  # the axes then have the place that they will have
+    x, y = zip(*points, strict=True)
+    lines = {"arrowstyle": "-", "color": MUTED, "lw": 0.6}
+    # A limit of iterations, not of time: the same figure in every run.
+    adjust_text(texts, x=x, y=y, ax=ax, iter_lim=1500, expand=(1.2, 1.6), force_text=(0.2, 0.4), arrowprops=lines)
+
+
+def _readable(color: Any) -> Any:
+    """A colour of a line, moved towards that of text: orange letters on white can hardly be read."""
+    from matplotlib.colors import to_rgb
+
+    pairs = zip(to_rgb(color), to_rgb(style("text.color")), strict=True)
+    return tuple(0.5 * (line + text) for line, text in pairs)
+
+
+def use_unit(axis: Any, label: str, largest: float) -> None:
+    """Name an axis with its unit, and write its ticks in it: "parameters (millions)" with ticks 0, 5, 10.
+
+    Args:
+        axis: the x or the y axis.
+        label: what is counted; one that ends with a bracket names its unit already.
+        largest: the largest value on the axis.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    size, unit = next(((size, name) for size, name in UNITS if largest >= size), (1.0, ""))
+    if label.endswith(")"):
+        size, unit = 1.0, ""
+    axis.set_label_text(f"{label} ({unit})" if unit else label)
+    axis.set_major_locator(MaxNLocator(4))
+    axis.set_major_formatter(lambda value, _: f"{value / size:g}")
+
+
+def name_rows(ax: Any, names: Sequence[str]) -> None:
+    """Write the names of rows beside horizontal bars, the first at the top; long ones shortened in the middle."""
+    shown = tables.shortened(names, LONGEST_NAME) or list(names)
+    ax.set_yticks(range(len(names)), shown, fontsize=8)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(visible=False, axis="y")
+
+
+def height_of(rows: int) -> float:
+    """The height in inches of a figure with so many rows."""
+    return min(1.3 + INCHES_PER_ROW * rows, MAX_INCHES)
