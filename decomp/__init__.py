@@ -9,6 +9,8 @@ from decomp.api import block_term, compress, cp, densify, flattened, plan, separ
 from decomp.calibration.calibrate import Statistics, calibrate
 from decomp.calibration.sensitivity import sensitivity
 from decomp.explorer.launch import explore
+from decomp.files.load import load
+from decomp.files.save import save
 from decomp.network.batch_norm_folding import fold_batch_norm
 from decomp.planning.plan import Plan
 from decomp.recovery.repair import repair
@@ -33,12 +35,14 @@ __all__ = [
     "flattened",
     "fold_batch_norm",
     "layers",
+    "load",
     "losses",
     "plan",
     "plots",
     "profile",
     "ranks",
     "repair",
+    "save",
     "sensitivity",
     "separable",
     "svd",

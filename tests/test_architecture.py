@@ -20,6 +20,7 @@ ALLOWED = {
     "planning": {"_util", "calibration", "layers", "linalg", "methods", "network", "ranks"},
     "recovery": {"_util", "calibration", "data", "layers", "network", "planning"},
     "training": {"_util", "data", "network"},
+    "files": {"_util", "data", "layers", "methods", "network", "planning"},
     "api": {"_util", "calibration", "layers", "methods", "network", "planning", "ranks", "recovery", "training"},
     "analysis": {
         *("_util", "api", "calibration", "data", "layers", "linalg", "methods", "network", "planning", "ranks"),
@@ -30,7 +31,7 @@ ALLOWED = {
     "losses": {"training"},
     "plots": {"analysis"},
     "digits": {"_util"},
-    "demo": {"_util", "analysis", "api", "digits", "planning", "ranks", "training"},
+    "demo": {"_util", "analysis", "api", "digits", "files", "planning", "ranks", "training"},
     "cli": {"_util", "demo"},
     "__main__": {"cli"},
 }

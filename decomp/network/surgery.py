@@ -74,7 +74,7 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
     if any(is_lazy(parameter) for parameter in own.values()):
         return "not initialized yet: run one batch through the model first"
     return (
-        _held_by_torch(module)
+        reparametrization(module)
         or hooks_of(module)
         or _odd_parts(module, own)
         or _odd_weight(own["weight"], needs_values)
@@ -89,8 +89,8 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
     )
 
 
-def _held_by_torch(module: Any) -> str:
-    """A reparametrization by one of torch's utilities, and the call that removes it; or an empty string."""
+def reparametrization(module: Any) -> str:
+    """Return a reparametrization by one of torch's utilities, and the call that removes it; or an empty string."""
     if parametrize.is_parametrized(module):
         return "parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     if hasattr(module, "weight_g"):
