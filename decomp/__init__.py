@@ -11,13 +11,15 @@ from decomp.calibration.sensitivity import sensitivity
 from decomp.explorer.launch import explore
 from decomp.files.load import load
 from decomp.files.save import save
+from decomp.hosts import tell_transformers
 from decomp.network.batch_norm_folding import fold_batch_norm
-from decomp.planning.plan import Plan
+from decomp.planning.plan import Plan, after_swaps
 from decomp.recovery.repair import repair
 from decomp.training.end_to_end import finetune
 from decomp.training.layerwise import finetune_layerwise
 
 __version__ = installed_version()
+after_swaps(tell_transformers)
 
 __all__ = [
     "Plan",

@@ -28,6 +28,8 @@ ALLOWED = {
     "explorer": {
         *("_util", "analysis", "api", "calibration", "linalg", "methods", "network", "planning", "ranks"),
     },
+    "huggingface": {"_util", "files", "layers", "planning"},
+    "hosts": {"huggingface"},
     "losses": {"training"},
     "plots": {"analysis"},
     "digits": {"_util"},

@@ -51,7 +51,13 @@ def save(
     True
     """
     surgery.check_model(model)
-    plan = require_described(model)
+    plan = getattr(model, PLAN, None)
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            "the model has no plan (decomp_plan): decomp.save writes what decomp.tucker, compress, Plan.apply and "
+            "Plan.build return; dense models are saved by torch.save(model.state_dict(), path)"
+        )
+    require_described(model, plan)
     name, stored = describe(constructor, arguments)
     contents = Contents.of(model)
     tensors = {
@@ -84,18 +90,12 @@ def _apart(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return apart
 
 
-def require_described(model: nn.Module) -> Plan:
-    """The plan of a compressed model, checked to describe its factorized layers.
+def require_described(model: nn.Module, plan: Plan) -> None:
+    """Check that a plan describes the factorized layers of a model, so that it can build them.
 
     Raises:
-        ValueError: the model has none, or a layer is not as the plan says; the message names the layer.
+        ValueError: a layer is not as the plan says; the message names the layer.
     """
-    plan = getattr(model, PLAN, None)
-    if not isinstance(plan, Plan):
-        raise ValueError(
-            "the model has no plan (decomp_plan): decomp.save writes what decomp.tucker, compress, Plan.apply and "
-            "Plan.build return; dense models are saved by torch.save(model.state_dict(), path)"
-        )
     planned = {name for name, choice in plan.items() if choice.ranks}
     for module, names in surgery.names_of(model):
         known = planned.intersection(names)
@@ -127,4 +127,3 @@ def require_described(model: nn.Module) -> Plan:
         planned -= known
     if planned:
         raise ValueError(f"the plan of the model replaces layer {min(planned)!r}, which the model does not have")
-    return plan

@@ -1,7 +1,7 @@
 """The plan: method and ranks of every layer, as data that can be read, edited, saved and applied."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Unpack, cast
 
@@ -33,6 +33,20 @@ from decomp.ranks import RULES, RankSpec, parse_spec
 FORMAT = "decomp-plan-2"
 EARLIER_FORMAT = "decomp-plan-1"  # with params and macs as separate fields of a layer, and without a request
 PLAN = "decomp_plan"  # the attribute of a compressed model that holds its plan
+
+
+_TOLD_OF_SWAPS: list[Callable[[nn.Module], None]] = []
+
+
+def after_swaps(told: Callable[[nn.Module], None]) -> None:
+    """Have a function called with each model in which a call swapped layers, once it has its plan or has none."""
+    _TOLD_OF_SWAPS.append(told)
+
+
+def tell_swapped(model: nn.Module) -> None:
+    """Call the functions of :func:`after_swaps`."""
+    for told in _TOLD_OF_SWAPS:
+        told(model)
 
 
 class CompressedModule(nn.Module):
@@ -261,6 +275,25 @@ class Plan(Mapping[str, Choice]):
             raise ValueError(f"layer {factorized[0]!r} is {ALREADY_FACTORIZED}: it cannot be kept dense")
         return self._with({name: self[name].keep_dense(name in self._candidates) for name in names})
 
+    def renamed(self, names: Mapping[str, str], before: Cost | None = None) -> "Plan":
+        """Return the plan of another model: layers have new names, and those that are not named are left out.
+
+        Args:
+            names: the new name of each layer by its present one, in the order of the new plan.
+            before: costs of the other model where it is dense; by default it costs what this one does.
+        """
+        weights = self.request.weights and {
+            names[name]: weight for name, weight in self.request.weights.items() if name in names
+        }
+        return Plan(
+            {new: self[name] for name, new in names.items()},
+            before or self._before,
+            methods={names[name]: method for name, method in self._methods.items() if name in names},
+            seconds=self.seconds if before is None else None,
+            request=replace(self.request, weights=weights),
+            uncounted=self.uncounted if before is None else {},
+        )
+
     def _matching(self, layers: str) -> list[str]:
         names = [name for name in self if matches(name, layers)]
         if not names:
@@ -349,6 +382,7 @@ class Plan(Mapping[str, Choice]):
             uncounted=self.uncounted,
         )
         setattr(model, PLAN, plan)
+        tell_swapped(model)
         return cast(CompressedModule, model)
 
     def __repr__(self) -> str:
