@@ -27,6 +27,7 @@ from decomp._util.naming import some
 from decomp._util.schema import Value
 from decomp.files.save import require_described
 from decomp.layers import Factorized
+from decomp.methods import METHODS
 from decomp.planning.cost import Cost
 from decomp.planning.plan import PLAN, Plan, read_plan
 
@@ -108,7 +109,14 @@ class DecompQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             ValueError: the model has other factorized layers than the plan says; the message names one.
         """
-        require_described(model, self.quantization_config.to_plan())
+        plan = self.quantization_config.to_plan()
+        require_described(model, plan)
+        own = next((name for name, choice in plan.items() if choice.ranks and choice.method not in METHODS), None)
+        if own is not None:
+            raise ValueError(
+                f"layer {own!r} was decomposed by a method of your own, {plan[own].method!r}, which "
+                "from_pretrained would not find: use decomp.save, and decomp.load(path, model, methods=[...])"
+            )
         model.config.quantization_config = self.quantization_config  # a part of the model may have been saved last
         state = dict(model.state_dict())
         for name in _factorized(model):

@@ -28,7 +28,7 @@ ALLOWED = {
     "explorer": {
         *("_util", "analysis", "api", "calibration", "linalg", "methods", "network", "planning", "ranks"),
     },
-    "huggingface": {"_util", "files", "layers", "planning"},
+    "huggingface": {"_util", "files", "layers", "methods", "planning"},
     "hosts": {"huggingface"},
     "losses": {"training"},
     "plots": {"analysis"},

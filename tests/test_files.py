@@ -7,6 +7,7 @@ import random
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -424,10 +425,16 @@ def test_what_a_file_cannot_hold_is_refused_by_its_name(tmp_path):
     small = compressed()
     small.counter = Stateful()
     attempt(small, TypeError, r"module 'counter' \(Stateful\) keeps an extra state")
-    own = decomp.methods.Method(**{**vars(METHODS["tucker"]), "name": "mine"})
-    attempt(
-        decomp.plan(Network(), own, 4, layers="mixer").apply(Network()), ValueError, "a method of your own, 'mine'"
-    )
+
+
+def test_a_method_of_the_users_own_is_given_to_load(tmp_path):
+    own = replace(METHODS["tucker"], name="mine")
+    small = decomp.plan(Network(), own, 4, layers="mixer").apply(Network())
+    decomp.save(small, tmp_path / "small.safetensors")
+    require_equal(small, decomp.load(tmp_path / "small.safetensors", meta(), methods=[own]))
+    refused(tmp_path / "small.safetensors", Network(), "layer 'mixer': unknown method 'mine'; .* methods=")
+    text = small.decomp_plan.to_json()
+    assert decomp.Plan.from_json(text, [own]).build(Network()).decomp_plan.to_json() == text
 
 
 def test_a_file_is_replaced_whole_and_as_readable_as_others(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 import decomp
 from decomp import hosts
 from decomp.layers import Factorized
+from decomp.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 TOKENS = {"vocab_size": 120, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -275,6 +277,13 @@ def test_a_model_that_is_not_as_its_plan_says_is_not_saved(tmp_path):
     with pytest.raises(
         ValueError, match=r"'bert.encoder.layer.0.output.dense' is a Linear, the plan of the model"
     ):
+        small.save_pretrained(tmp_path)
+
+
+def test_a_method_of_the_users_own_is_not_saved(tmp_path):
+    own = replace(METHODS["svd"], name="mine")
+    small = decomp.plan(bert(), own, 4).apply(bert())
+    with pytest.raises(ValueError, match=r"by a method of your own, 'mine', which from_pretrained would not find"):
         small.save_pretrained(tmp_path)
 
 

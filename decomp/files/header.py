@@ -1,7 +1,7 @@
 """The metadata of a model file: format, plan, names of shared tensors, constructor and checksums."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from decomp._util.io import digest
 from decomp._util.schema import Value
 from decomp._util.version import installed_version
+from decomp.methods import Method
 from decomp.planning.plan import Plan
 
 FAMILY = "decomp-model-"
@@ -55,8 +56,8 @@ class Header:
         return {**fields, "checksum": _of_all(fields)}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str] | None) -> "Header":
-        """Read a header.
+    def from_metadata(cls, metadata: Mapping[str, str] | None, methods: Iterable[Method] = ()) -> "Header":
+        """Read a header, whose plan may name methods of the user's own.
 
         Raises:
             ValueError: the metadata are not those of a model file, or of a newer version, or damaged.
@@ -81,7 +82,7 @@ class Header:
         )
         constructor = _parsed(document["constructor"]).record("name", "arguments")
         return cls(
-            plan=Plan.from_json(document["plan"].text()),
+            plan=Plan.from_json(document["plan"].text(), methods),
             shared=_texts(_parsed(document["shared"])),
             not_in_state=frozenset(name.text() for name in _parsed(document["not_in_state"]).items()),
             checksums=_texts(_parsed(document["checksums"])),

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from decomp.files.constructors import Constructor, construct
 from decomp.files.contents import Place, places
 from decomp.files.header import Header, checksum
+from decomp.methods import Method
 from decomp.network import surgery
 from decomp.planning.plan import CompressedModule
 
@@ -25,6 +26,7 @@ def load(
     *,
     allow: Iterable[Constructor | str] = (),
     device: torch.device | str | None = None,
+    methods: Iterable[Method] = (),
 ) -> CompressedModule:
     """Read a compressed model from a file that :func:`save` wrote.
 
@@ -40,6 +42,7 @@ def load(
         allow: the constructors that the file may name: names ("mypackage.models.Net"), or the classes and
             functions themselves. Only these are imported and called.
         device: of the result; by default that of each tensor of ``model``, and the CPU in place of meta.
+        methods: methods of your own by which layers were decomposed; a file holds only their names.
 
     Raises:
         ValueError: the file is damaged, of another program or of a newer version, or was not made of such a model,
@@ -49,7 +52,7 @@ def load(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
-    with _naming_file(path), _opened(path) as file:
+    with _naming_file(path), _opened(path, methods) as file:
         if model is None:
             model = construct(file.header.constructor, file.header.arguments, allow)
         built = file.header.plan.build(model)
@@ -91,7 +94,7 @@ class ModelFile:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[ModelFile]:
+def _opened(path: Path, methods: Iterable[Method]) -> Iterator[ModelFile]:
     """Open a file and read its header; entries without a checksum, or the other way round, are refused."""
     try:
         file = safe_open(path, framework="pt")
@@ -101,7 +104,7 @@ def _opened(path: Path) -> Iterator[ModelFile]:
         raise ValueError(f"damaged, or not a file of decomp.save ({error})") from error
     with file:
         entries: Any = file
-        header = Header.from_metadata(entries.metadata())
+        header = Header.from_metadata(entries.metadata(), methods)
         shapes = {name: tuple(entries.get_slice(name).get_shape()) for name in entries.keys()}  # noqa: SIM118
         for name in sorted(shapes.keys() ^ header.checksums.keys()):
             raise ValueError(f"damaged: its header and its entries differ on {name!r}")

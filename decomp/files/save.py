@@ -110,14 +110,11 @@ def require_described(model: nn.Module, plan: Plan) -> None:
         if not known:
             raise ValueError(f"layer {first!r} is a {kind}, of which the plan of the model says nothing")
         choice = plan[min(known)]
-        if choice.method not in METHODS:
+        # A layer of a method of the user's own may be one of ours, which states the name of our method.
+        method = module.method if choice.method in METHODS else choice.method
+        if (method, module.ranks) != (choice.method, choice.ranks):
             raise ValueError(
-                f"layer {first!r} was decomposed by a method of your own, {choice.method!r}, of which a file can "
-                f"hold only the name; known are {sorted(METHODS)}"
-            )
-        if (module.method, module.ranks) != (choice.method, choice.ranks):
-            raise ValueError(
-                f"layer {first!r} is {module.method} of ranks {module.ranks}, the plan of the model says "
+                f"layer {first!r} is {method} of ranks {module.ranks}, the plan of the model says "
                 f"{choice.method} of ranks {choice.ranks}"
             )
         for role, factor in module.named_children():

@@ -1,7 +1,7 @@
 """The plan: method and ranks of every layer, as data that can be read, edited, saved and applied."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Unpack, cast
 
@@ -341,14 +341,18 @@ class Plan(Mapping[str, Choice]):
         return json.dumps({**head, "uncounted": self.uncounted, "layers": layers}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
+    def from_json(cls, text: str, methods: Iterable[Method] = ()) -> "Plan":
         """Read a plan, which can be applied and built; ``decomp.plan(model, ranks=plan)`` makes it editable.
+
+        Args:
+            text: what :meth:`to_json` wrote.
+            methods: methods of your own that the plan names.
 
         Raises:
             ValueError: the text is not a plan; the message names the field.
         """
         try:
-            return read_plan(Value.parse(text))
+            return read_plan(Value.parse(text), methods)
         except ValueError as error:
             raise ValueError(f"not a plan of decomp in JSON: {error}") from None
 
@@ -360,7 +364,10 @@ class Plan(Mapping[str, Choice]):
         """
         method = self._methods.get(name) or METHODS.get(self[name].method)
         if method is None:
-            raise ValueError(f"layer {name!r}: unknown method {self[name].method!r}; known are {sorted(METHODS)}")
+            raise ValueError(
+                f"layer {name!r}: unknown method {self[name].method!r}; known are {sorted(METHODS)}. Give a "
+                "method of your own as methods=[...] to Plan.from_json or decomp.load"
+            )
         return method
 
     def require_fit(self, modules: Mapping[str, nn.Module]) -> None:
@@ -412,8 +419,8 @@ class Plan(Mapping[str, Choice]):
             yield f"{COSTS[kind].label} {' => '.join(map(COSTS[kind].write, change))}"
 
 
-def read_plan(value: Value) -> Plan:
-    """Read a plan from the JSON that :meth:`Plan.to_json` wrote.
+def read_plan(value: Value, methods: Iterable[Method] = ()) -> Plan:
+    """Read a plan from the JSON that :meth:`Plan.to_json` wrote, with methods of the user's own.
 
     Raises:
         ValueError: a field is unknown, missing, of another type or out of range; the message names it.
@@ -427,9 +434,12 @@ def read_plan(value: Value) -> Plan:
     if not entry["seconds"].is_null:
         measured_before, predicted = entry["seconds"].items(2)
         seconds = Change(measured_before.number(least=0), predicted.number())
+    choices = {name: Choice.read(layer) for name, layer in entry["layers"].entries().items()}
+    own = {method.name: method for method in methods}
     return Plan(
-        {name: Choice.read(layer) for name, layer in entry["layers"].entries().items()},
+        choices,
         Cost({kind: count.integer(least=0) for kind, count in before.items()}),
+        methods={name: own[choice.method] for name, choice in choices.items() if choice.method in own},
         seconds=seconds,
         request=Request.read(entry["request"]),
         uncounted={name: calls.integer(least=1) for name, calls in entry["uncounted"].entries().items()},
