@@ -6,6 +6,7 @@ Each folder holds a checkpoint, its inputs and the name of an Auto class. With d
 transformers says of the keys are written beside them; without it, the class and text of the error, if any.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,25 +14,27 @@ from pathlib import Path
 import torch
 import transformers
 
-WITH = sys.argv[1] == "with"
-if WITH:
-    import decomp.huggingface
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-for folder in map(Path, sys.argv[2:]):
+def load(folder, ours):
     kind = getattr(transformers, (folder / "auto.txt").read_text())
-    inputs = torch.load(folder / "inputs.pt")
     try:
         model, info = kind.from_pretrained(folder, output_loading_info=True)
     except Exception as error:
-        if WITH:
+        if ours:
             raise
         (folder / "error.json").write_text(json.dumps([type(error).__name__, str(error)]))
-        continue
+        return
     with torch.no_grad():
-        outputs = model(**inputs)[0]
+        outputs = model(**torch.load(folder / "inputs.pt"))[0]
     keys = {name: sorted(map(str, each)) for name, each in info.items()}
     torch.save({"outputs": outputs, "keys": keys}, folder / "loaded.pt")
-    if WITH:
-        decomp.huggingface.from_pretrained(folder)
+    if ours:
+        ours.from_pretrained(folder)
+
+
+if __name__ == "__main__":
+    ours = importlib.import_module("decomp.huggingface") if sys.argv[1] == "with" else None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for folder in map(Path, sys.argv[2:]):
+        load(folder, ours)
