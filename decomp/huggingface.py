@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from decomp._util.naming import some
 from decomp._util.schema import Value
+from decomp._util.warn import warn
 from decomp.files.save import require_described
 from decomp.layers import Factorized
 from decomp.methods import METHODS
@@ -160,22 +161,34 @@ def attach(model: nn.Module) -> None:
     for name, part in model.named_modules():
         if not isinstance(part, PreTrainedModel):
             continue
-        config, ours = part.config, isinstance(getattr(part, "hf_quantizer", None), DecompQuantizer)
-        if plan is not None and any(True for _ in _factorized(part)):
-            quantizer = DecompQuantizer(DecompConfig.of(_part(plan, name, part)))
-            part.hf_quantizer = quantizer
-            if id(config) not in configured:
-                config.quantization_config = quantizer.quantization_config
-        elif ours:
-            del part.hf_quantizer
-            if (
-                isinstance(getattr(config, "quantization_config", None), DecompConfig)
-                and id(config) not in configured
-            ):
-                del config.quantization_config
+        compressed = plan is not None and any(True for _ in _factorized(part))
+        quantizer = getattr(part, "hf_quantizer", None)
+        if quantizer is not None and not isinstance(quantizer, DecompQuantizer):
+            vars(quantizer).pop("is_serializable", None)
+            if compressed:
+                quantizer.is_serializable = _not_serializable
+            continue
+        config, configurable = part.config, id(part.config) not in configured
         configured.add(id(config))
+        if compressed:
+            part.hf_quantizer = DecompQuantizer(DecompConfig.of(_part(cast(Plan, plan), name, part)))
+            if configurable:
+                config.quantization_config = part.hf_quantizer.quantization_config
+        elif quantizer is not None:
+            del part.hf_quantizer
+            if configurable and isinstance(getattr(config, "quantization_config", None), DecompConfig):
+                del config.quantization_config
         for mark in ("is_quantized", "quantization_method"):  # from_pretrained sets them: .half() would be refused
             vars(part).pop(mark, None)
+
+
+def _not_serializable(*_: Any, **__: Any) -> bool:
+    """In place of ``is_serializable`` of another quantizer, which would save the plan of neither."""
+    warn(
+        "a model of transformers that is quantized and compressed by decomp as well cannot be saved by "
+        "save_pretrained: compress the model first, save it, and quantize what was loaded"
+    )
+    return False
 
 
 def _part(plan: Plan, name: str, part: nn.Module) -> Plan:
@@ -222,9 +235,8 @@ def _require_factors(model: PreTrainedModel, files: Sequence[str]) -> None:
     Raises:
         ValueError: no file holds a factor of any layer.
     """
-    factors = {
-        f"{name}.{child}" for name in _factorized(model) for child, _ in _layer(model, name).named_parameters()
-    }
+    layers = {name: model.get_submodule(name) for name in _factorized(model)}
+    factors = {f"{name}.{child}" for name, layer in layers.items() for child, _ in layer.named_parameters()}
     names: set[str] = set()
     for file in files:
         if not file.endswith(".safetensors"):
@@ -240,10 +252,6 @@ def _require_factors(model: PreTrainedModel, files: Sequence[str]) -> None:
             f"{str(files[0])!r} holds dense layers, and its config.json the plan of a compressed model: save the "
             "compressed model again, or remove quantization_config from config.json"
         )
-
-
-def _layer(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name)
 
 
 def from_pretrained(folder: str | Path, *arguments: Any, **options: Any) -> PreTrainedModel:

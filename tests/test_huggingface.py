@@ -8,11 +8,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.quantizers import HfQuantizer
 
 import decomp
 from decomp import hosts
@@ -341,6 +343,29 @@ def test_where_transformers_takes_no_quantizers_of_others_saving_raises(monkeypa
         ValueError, match=r"quantized with decomp .not saved by this version of transformers: .* use"
     ):
         small.save_pretrained(tmp_path)
+
+
+class Foreign(HfQuantizer):
+    """A quantizer that could save the model, if nothing else had been changed in it."""
+
+    is_trainable = True
+
+    def is_serializable(self):
+        return True
+
+
+def test_a_model_that_another_method_has_quantized_is_not_saved_as_if_it_had_one_change(tmp_path):
+    model = bert().eval()
+    model.hf_quantizer, model.is_quantized = Foreign(SimpleNamespace(quant_method="other")), True
+    small = decomp.svd(model, ranks=4)
+    with (
+        pytest.warns(UserWarning, match="quantized and compressed by decomp as well"),
+        pytest.raises(ValueError, match="quantized with other and is not serializable"),
+    ):
+        small.save_pretrained(tmp_path)
+    assert small.is_quantized
+    assert model.hf_quantizer.is_serializable()
+    assert decomp.densify(small).hf_quantizer.is_serializable()
 
 
 def test_only_models_of_transformers_are_looked_at(monkeypatch):
