@@ -10,15 +10,19 @@ from decomp.api import block_term, compress, cp, densify, flattened, plan, separ
 from decomp.calibration.calibrate import Statistics, calibrate
 from decomp.calibration.sensitivity import sensitivity
 from decomp.explorer.launch import explore
+from decomp.files.load import load
+from decomp.files.save import save
+from decomp.hosts import tell_transformers
 from decomp.network.batch_norm_folding import fold_batch_norm
 from decomp.planning.budget import OutOfReach
 from decomp.planning.build import NothingToDecompose
-from decomp.planning.plan import Plan
+from decomp.planning.plan import Plan, after_swaps
 from decomp.recovery.repair import repair
 from decomp.training.end_to_end import finetune
 from decomp.training.layerwise import finetune_layerwise
 
 __version__ = installed_version()
+after_swaps(tell_transformers)
 
 __all__ = [
     "NothingToDecompose",
@@ -39,6 +43,7 @@ __all__ = [
     "flattened",
     "fold_batch_norm",
     "layers",
+    "load",
     "losses",
     "plan",
     "plots",
@@ -46,6 +51,7 @@ __all__ = [
     "ranks",
     "repair",
     "report",
+    "save",
     "sensitivity",
     "separable",
     "svd",

@@ -28,7 +28,7 @@ from decomp.planning.arguments import (
 )
 from decomp.planning.budget import Budget
 from decomp.planning.cost import COSTS, Bounds
-from decomp.planning.plan import PLAN, CompressedModule, Plan
+from decomp.planning.plan import PLAN, CompressedModule, Plan, tell_swapped
 from decomp.planning.planner import make_budget_plan, make_plan, with_macs
 from decomp.ranks import RankSpec
 from decomp.recovery.sequential import apply_sequentially
@@ -345,6 +345,7 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise ValueError("the model has no factorized layer: there is nothing to convert back")
     whole = surgery.swap(model, dense, inplace=inplace)
     vars(whole).pop(PLAN, None)  # it no longer describes the model
+    tell_swapped(whole)
     return whole
 
 

@@ -20,6 +20,7 @@ ALLOWED = {
     "planning": {"_util", "calibration", "layers", "linalg", "methods", "network", "ranks"},
     "recovery": {"_util", "calibration", "data", "layers", "network", "planning"},
     "training": {"_util", "data", "network"},
+    "files": {"_util", "data", "layers", "methods", "network", "planning"},
     "api": {
         "_util",
         "calibration",
@@ -38,11 +39,13 @@ ALLOWED = {
     "explorer": {
         *("_util", "analysis", "api", "calibration", "linalg", "methods", "network", "planning", "ranks"),
     },
+    "huggingface": {"_util", "files", "layers", "methods", "planning"},
+    "hosts": {"huggingface"},
     "losses": {"training"},
     "plots": {"analysis"},
     "adapters": {"layers"},
     "digits": {"_util"},
-    "demo": {"_util", "analysis", "api", "digits", "planning", "ranks", "training"},
+    "demo": {"_util", "analysis", "api", "digits", "files", "planning", "ranks", "training"},
     "cli": {"_util", "demo"},
     "__main__": {"cli"},
 }

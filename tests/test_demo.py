@@ -4,7 +4,6 @@ from statistics import median
 
 import pytest
 import torch
-from safetensors.torch import load_model
 
 import decomp
 from decomp import digits
@@ -48,9 +47,7 @@ def test_the_run_prints_and_writes_what_it_says_and_is_reproducible(tmp_path, mo
     for stage in ("dense", "compressed", "fine-tuned"):
         assert stage in text
     assert (tmp_path / "0" / "tradeoff.png").read_bytes()[:4] == b"\x89PNG"
-    dense = digits.DigitNet()
-    rebuilt = outcomes[0][1].model.decomp_plan.build(dense)
-    load_model(rebuilt, str(tmp_path / "0" / "digits-tucker.safetensors"))
+    rebuilt = decomp.load(tmp_path / "0" / "digits-tucker.safetensors", digits.DigitNet())
     assert any(isinstance(module, Factorized) for module in rebuilt.modules())
     assert all(torch.equal(first[name], value) for name, value in rebuilt.state_dict().items())
 

@@ -1,7 +1,12 @@
 """The README and the guide say what is true, and their code runs."""
 
 import json
+import os
 import re
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import decomp
@@ -33,6 +38,25 @@ def test_code_of_the_readme_runs_and_prints_what_it_shows(tmp_path, monkeypatch,
     assert "kept dense on request" in outputs[1]
     again, small = scope["again"], scope["small"]
     assert all((a == b).all() for a, b in zip(again.parameters(), small.parameters(), strict=True))
+
+
+def test_code_of_the_page_on_other_tools_runs(tmp_path):
+    """In a process of its own: it starts a process group, and imports whatever the tools import."""
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "other_tools.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert len(blocks) >= 10
+    assert sum(block.count("assert ") for block in blocks) >= 10
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        code = "\n".join(blocks).replace("29511", str(free.getsockname()[1]))
+    (tmp_path / "other_tools.py").write_text(code)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        env["TORCH_COMPILE_DISABLE"] = "1"
+    command = [sys.executable, "-W", "ignore", "other_tools.py"]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_use_and_output_stand_within_the_first_25_lines():

@@ -1,5 +1,6 @@
 """What is built is what is in the tree, and a user's own layers.py never meets it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import decomp
 from decomp.cli.main import main
@@ -63,6 +65,16 @@ def test_the_version_is_that_of_the_project_everywhere(capsys):
     for command in ([sys.executable, "-m", "decomp"], [str(Path(sys.executable).with_name("decomp"))]):
         run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert run.stdout == f"decomp {version}\n"
+
+
+def test_changelog_and_citation_are_of_the_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    sections = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert next(section.split()[0] for section in sections if section != "Unreleased") == version
+    assert "Unreleased" not in sections[1:]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= citation.keys()
+    assert (citation["version"], citation["license"]) == (version, "MIT")
 
 
 def test_a_users_own_layers_module_is_left_alone(tmp_path):

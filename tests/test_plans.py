@@ -14,6 +14,7 @@ import decomp
 from decomp.layers import SVDConv, SVDLinear, TuckerConv
 from decomp.methods import METHODS
 from decomp.planning.choice import Change
+from decomp.planning.cost import Cost
 
 
 def network():
@@ -479,3 +480,19 @@ def test_a_weight_that_has_changed_since_the_plan_has_its_own_error():
     assert small.decomp_plan["0"].error < 1e-5
     assert small.decomp_plan["0"].note == "the weight has changed since the plan was made"
     assert small.decomp_plan["1"] == plan["1"]
+
+
+def test_the_plan_of_a_part_has_its_names_its_costs_and_its_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)), nn.Linear(32, 32))
+    plan = decomp.plan(model, params=0.5, example_inputs=torch.randn(2, 64), weights={"0.0": 2.0, "1": 0.5})
+    part = plan.renamed({"0.1": "1", "0.0": "0"}, Cost(params=64 * 65 + 32 * 65))
+    assert list(part) == ["1", "0"]
+    assert part["0"] == plan["0.0"]
+    assert part.request.weights == {"0": 2.0}
+    assert part.params == (6240, 6240 - plan["0.0"].saved("params") - plan["0.1"].saved("params"))
+    assert part.macs is None
+    small = part.build(model[0])
+    assert sum(parameter.numel() for parameter in small.parameters()) == part.params.after
+    whole = plan.renamed({name: name for name in plan})
+    assert json.loads(whole.to_json()) == json.loads(plan.to_json())

@@ -22,6 +22,9 @@ def use(model: nn.Module, image: Tensor, batches: list[Tensor]) -> None:
     decomp.cp(model, ranks=small.decomp_plan, modes=4)
     decomp.svd(model, ranks=lambda candidate: (candidate.limits[0] // 2,), exclude=("head.*", nn.Embedding))
     small.decomp_plan.with_budget(params=0.3, objective="sum").apply(model)
+    decomp.save(small, "small.safetensors", constructor=nn.Linear, arguments={"in_features": 8})
+    assert_type(decomp.load("small.safetensors", model, device="cpu"), CompressedModule)
+    assert_type(decomp.load("small.safetensors", allow=[nn.Linear, "a.b"]), CompressedModule)
     decomp.tucker(model, layer="*")  # type: ignore[call-arg]
     decomp.compress(model, macs="half")  # type: ignore[arg-type]
     decomp.plan(model, multiple_of="8")  # type: ignore[arg-type]

@@ -1,10 +1,12 @@
 """Atomic writing of files, and digests of tensors."""
 
 import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -13,25 +15,37 @@ from torch.utils._pytree import tree_leaves
 _UNFINISHED = ".unfinished-"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file atomically: if the process is killed, the file has either the old or the new content."""
-    handle, temporary = tempfile.mkstemp(prefix=_UNFINISHED, dir=path.parent)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the path of a temporary file to write, and put it in the place of ``path`` when the block ends.
+
+    If the block raises, or the process is killed, ``path`` has its old content.
+    """
+    temporary = path.parent / f"{_UNFINISHED}{uuid4().hex}"
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # as the umask of the process asks for
+        yield temporary
+        os.chmod(temporary, mode)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the directory entry must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file atomically: if the process is killed, the file has either the old or the new content."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Remove temporary files of processes that were killed inside :func:`write_atomically`."""
+    """Remove temporary files of processes that were killed inside :func:`replacing`."""
     for path in folder.glob(_UNFINISHED + "*"):
         path.unlink()
 

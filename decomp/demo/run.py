@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_model
 from torch import nn
 
 from decomp._util import tables
@@ -13,6 +12,7 @@ from decomp.analysis.compare import compare
 from decomp.analysis.drawing import MUTED, colours, label_points, new_figure, style
 from decomp.api import plan
 from decomp.digits import Digits, load_digits, train
+from decomp.files.save import save
 from decomp.planning.choice import Change
 from decomp.planning.plan import Plan
 from decomp.ranks import energy
@@ -77,7 +77,7 @@ def run(folder: Path, seed: int = 0, say: Callable[[str], None] = print) -> tupl
     ]
     figure, weights = folder / "tradeoff.png", folder / "digits-tucker.safetensors"
     draw(figure, outcome, curve, accuracy, macs_of(vbmf_plan).before)
-    save_model(outcome.model, str(weights))
+    save(outcome.model, weights)
     say(f"\nWrote {figure} and {weights}")
     return accuracy, outcome
 

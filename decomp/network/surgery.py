@@ -86,7 +86,7 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
     weights = [parameter for name, parameter in own.items() if name.startswith("weight")]
     return (
         _subclassed_tensor(own)
-        or held_by_torch(module)
+        or reparametrization(module)
         or hooks_of(module)
         or _odd_parts(module, own)
         or next(filter(None, (odd_weight(p, needs_values=needs_values) for p in weights)), "")
@@ -94,8 +94,8 @@ def refusal(module: Any, shared: Mapping[int, list[str]], *, needs_values: bool 
     )
 
 
-def held_by_torch(module: Any) -> str:
-    """A reparametrization by one of torch's utilities, and the call that removes it; or an empty string."""
+def reparametrization(module: Any) -> str:
+    """Return a reparametrization by one of torch's utilities, and the call that removes it; or an empty string."""
     if parametrize.is_parametrized(module):
         return "parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     if hasattr(module, "weight_g"):

@@ -60,7 +60,7 @@ def why_packed(model: nn.Module, module: nn.Module, shared: Mapping[int, list[st
     )
     odd = sorted({*own, *parts} - known)
     more = f"holds more than the weights that are unpacked: {', '.join(odd)}" if odd else ""
-    held = surgery.held_by_torch(module) or ("" if attention else _odd_experts(module)) or more
+    held = surgery.reparametrization(module) or ("" if attention else _odd_experts(module)) or more
     held = held or surgery.hooks_of(module)
     if held:
         return held

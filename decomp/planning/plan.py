@@ -1,7 +1,7 @@
 """The plan: method and ranks of every layer, as data that can be read, edited, saved and applied."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Unpack, cast
 
@@ -35,6 +35,20 @@ FORMAT = "decomp-plan-2"
 EARLIER_FORMAT = "decomp-plan-1"  # with params and macs as separate fields of a layer, and without a request
 LITTLE_GAIN = 1.25  # a plan whose model has fewer times less of a cost says what stands in the way
 PLAN = "decomp_plan"  # the attribute of a compressed model that holds its plan
+
+
+_TOLD_OF_SWAPS: list[Callable[[nn.Module], None]] = []
+
+
+def after_swaps(told: Callable[[nn.Module], None]) -> None:
+    """Have a function called with each model in which a call swapped layers, once it has its plan or has none."""
+    _TOLD_OF_SWAPS.append(told)
+
+
+def tell_swapped(model: nn.Module) -> None:
+    """Call the functions of :func:`after_swaps`."""
+    for told in _TOLD_OF_SWAPS:
+        told(model)
 
 
 class CompressedModule(nn.Module):
@@ -299,6 +313,25 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
             raise ValueError(f"layer {factorized[0]!r} is {ALREADY_FACTORIZED}: it cannot be kept dense")
         return self._with({name: self[name].keep_dense(name in self._candidates) for name in names})
 
+    def renamed(self, names: Mapping[str, str], before: Cost | None = None) -> "Plan":
+        """Return the plan of another model: layers have new names, and those that are not named are left out.
+
+        Args:
+            names: the new name of each layer by its present one, in the order of the new plan.
+            before: costs of the other model where it is dense; by default it costs what this one does.
+        """
+        weights = self.request.weights and {
+            names[name]: weight for name, weight in self.request.weights.items() if name in names
+        }
+        return Plan(
+            {new: self[name] for name, new in names.items()},
+            before or self._before,
+            methods={names[name]: method for name, method in self._methods.items() if name in names},
+            seconds=self.seconds if before is None else None,
+            request=replace(self.request, weights=weights),
+            uncounted=self.uncounted if before is None else {},
+        )
+
     def _matching(self, layers: str) -> list[str]:
         names = [name for name in self if matches(name, layers)]
         if not names:
@@ -348,14 +381,18 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         return json.dumps({**head, "uncounted": self.uncounted, "layers": layers}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
+    def from_json(cls, text: str, methods: Iterable[Method] = ()) -> "Plan":
         """Read a plan, which can be applied and built; ``decomp.plan(model, ranks=plan)`` makes it editable.
+
+        Args:
+            text: what :meth:`to_json` wrote.
+            methods: methods of your own that the plan names.
 
         Raises:
             ValueError: the text is not a plan; the message names the field.
         """
         try:
-            return read_plan(Value.parse(text))
+            return read_plan(Value.parse(text), methods)
         except ValueError as error:
             raise ValueError(f"not a plan of decomp in JSON: {error}") from None
 
@@ -367,7 +404,10 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         """
         method = self._methods.get(name) or METHODS.get(self[name].method)
         if method is None:
-            raise ValueError(f"layer {name!r}: unknown method {self[name].method!r}; known are {sorted(METHODS)}")
+            raise ValueError(
+                f"layer {name!r}: unknown method {self[name].method!r}; known are {sorted(METHODS)}. Give a "
+                "method of your own as methods=[...] to Plan.from_json or decomp.load"
+            )
         return method
 
     @property
@@ -394,6 +434,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
             uncounted=self.uncounted,
         )
         setattr(model, PLAN, plan)
+        tell_swapped(model)
         return cast(CompressedModule, model)
 
     def __repr__(self) -> str:
@@ -445,8 +486,8 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         yield f"little is saved: {after / before:.0%} of the {label} stay" + (f", {where}" if where else "")
 
 
-def read_plan(value: Value) -> Plan:
-    """Read a plan from the JSON that :meth:`Plan.to_json` wrote.
+def read_plan(value: Value, methods: Iterable[Method] = ()) -> Plan:
+    """Read a plan from the JSON that :meth:`Plan.to_json` wrote, with methods of the user's own.
 
     Raises:
         ValueError: a field is unknown, missing, of another type or out of range; the message names it.
@@ -460,9 +501,12 @@ def read_plan(value: Value) -> Plan:
     if not entry["seconds"].is_null:
         measured_before, predicted = entry["seconds"].items(2)
         seconds = Change(measured_before.number(least=0), predicted.number())
+    choices = {name: Choice.read(layer) for name, layer in entry["layers"].entries().items()}
+    own = {method.name: method for method in methods}
     return Plan(
-        {name: Choice.read(layer) for name, layer in entry["layers"].entries().items()},
+        choices,
         Cost({kind: count.integer(least=0) for kind, count in before.items()}),
+        methods={name: own[choice.method] for name, choice in choices.items() if choice.method in own},
         seconds=seconds,
         request=Request.read(entry["request"]),
         uncounted={name: calls.integer(least=1) for name, calls in entry["uncounted"].entries().items()},
