@@ -166,7 +166,7 @@ def structures(
 
     Torch's random generators are left as they were.
     """
-    devices = {cast(Tensor, module.weight).device for module in dense.values()}
+    devices = {next(module.parameters()).device for module in dense.values()}
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
         return {
             name: _layer(method_of(name), module).like(module, choices[name].ranks)
