@@ -62,7 +62,6 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **g
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(visible=True, alpha=0.25)
         ax.set_axisbelow(True)
-        _keep_colours(ax)
     return figure, axes
 
 
@@ -76,14 +75,6 @@ def style(name: str) -> Any:
 def colours() -> list[Any]:
     """The colours of lines in the style in use."""
     return list(style("axes.prop_cycle").by_key().get("color", ["tab:blue"]))
-
-
-def _keep_colours(ax: Any) -> None:
-    """Ticks are made when a figure is drawn, maybe after the style has gone: they keep the colours of now."""
-    for axis in ("x", "y"):
-        color, label = style(f"{axis}tick.color"), style(f"{axis}tick.labelcolor")
-        label = color if label == "inherit" else label
-        ax.tick_params(axis=axis, which="both", color=color, labelcolor=label, grid_color=style("grid.color"))
 
 
 def label_points(
