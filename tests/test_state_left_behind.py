@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,15 @@ CALLS = {
     "explore": lambda w: decomp.explore(w.model, w.x[:1]),
     "print": lambda w: str(w.plan),
 }
+
+
+def save_and_load(world):
+    with tempfile.TemporaryDirectory() as folder:
+        decomp.save(world.small, Path(folder, "small.safetensors"))
+        decomp.load(Path(folder, "small.safetensors"), world.model)
+
+
+CALLS["save and load"] = save_and_load
 
 
 def random_states():
