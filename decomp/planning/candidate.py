@@ -124,10 +124,12 @@ class Candidate:
             if outputs is not None:
                 analysis = method.analyse(outputs)
             stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
-        # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses.
+        # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses: by its spectra of
+        # the outputs where there are moments and the rule reads them, like any other layer.
         tucker_reference = None
         if not analysis.spectra:
-            tucker_reference = cache(partial(cls._tucker_reference, Unchanged(kernels), name, module, calls))
+            unchanged = Unchanged(kernels)
+            tucker_reference = cache(partial(cls._tucker_reference, unchanged, name, module, calls, moments))
         importance = None if moments is None else moments.importance
         return cls(
             name=name,
@@ -147,10 +149,15 @@ class Candidate:
 
     @classmethod
     def _tucker_reference(
-        cls, kernels: Unchanged, name: str, module: nn.Module, calls: list[Call] | None
+        cls,
+        kernels: Unchanged,
+        name: str,
+        module: nn.Module,
+        calls: list[Call] | None,
+        moments: Moments | None,
     ) -> "Candidate":
         kernels()
-        return cls.of(name, module, spectral_reference(module), calls)
+        return cls.of(name, module, spectral_reference(module), calls, moments=moments)
 
     @property
     def spectra(self) -> tuple[Spectrum, ...]:
