@@ -10,6 +10,7 @@ from decomp._util import tables
 from decomp.layers import Factorized
 from decomp.network import surgery
 from decomp.network.flops import ForwardPass, observe, uncounted_note
+from decomp.network.restoring import all_or_nothing
 from decomp.planning.choice import describe
 from decomp.planning.cost import count_params
 from decomp.planning.latency import latency, layer_seconds
@@ -66,6 +67,7 @@ class Profile:
         return f"{table}\n\n{uncounted_note(self.uncounted)}" if self.uncounted else table
 
 
+@all_or_nothing()
 def profile(model: nn.Module, example_inputs: Any) -> Profile:
     """Count and measure what ``model`` costs on a batch, in eval mode, without gradients.
 

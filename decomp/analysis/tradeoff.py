@@ -20,6 +20,7 @@ from decomp.analysis.scores import Evaluate, Scorer
 from decomp.calibration.calibrate import Statistics
 from decomp.methods import METHODS, Method, kinds_of, row_named
 from decomp.network import surgery
+from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector
 from decomp.planning.budget import OutOfReach
 from decomp.planning.choice import DENSE
@@ -203,6 +204,7 @@ class Tradeoff:
         return self.table()
 
 
+@all_or_nothing()
 def tradeoff(
     model: nn.Module,
     example_inputs: Any,

@@ -16,6 +16,7 @@ from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, naming_batch
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
 from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_of
+from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector
 from decomp.network.tracing import following_norms
 
@@ -31,6 +32,7 @@ class Statistics(ByLayer[Moments]):
         return f"<Statistics of {len(self)} layers>"
 
 
+@all_or_nothing()
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],

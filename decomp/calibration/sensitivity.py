@@ -1,5 +1,6 @@
 """The sensitivity of the network to errors in each layer, measured on data: weights for a budget."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from decomp._util.naming import naming
 from decomp._util.progress import bar
@@ -19,12 +19,14 @@ from decomp.linalg import as_float64, eigenbasis
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
 from decomp.network.forward import Unfused, call, evaluating, flat_output, hooked, to_device_of
+from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector
 
 KEPT_ENERGY = 0.75
 SQUARED_ROUNDING = 1e-10  # a smaller relative error is rounding: the weight has exactly low rank
 
 
+@all_or_nothing()
 def sensitivity(
     model: nn.Module,
     data: Iterable[Any],
@@ -132,17 +134,11 @@ def _cut(layer: nn.Module) -> tuple[Tensor, float]:
 @contextmanager
 def _running_with(layer: nn.Module, weight: Tensor) -> Iterator[None]:
     """Run ``layer`` with another weight inside the block; its own weight is not changed."""
-    busy = False
+    other: Any = copy.copy(layer)  # shares all but its parameters: other threads may run the layer itself
+    vars(other)["_parameters"] = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        nonlocal busy
-        if busy:
-            return output
-        busy = True
-        try:
-            return functional_call(module, {"weight": weight}, args, kwargs)
-        finally:
-            busy = False
+        return other.forward(*args, **kwargs)
 
     with hooked(after=[(layer, hook)]):
         yield

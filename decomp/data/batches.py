@@ -4,6 +4,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from decomp.network.forward import describe
+from decomp.network.restoring import temporarily
 
 Part = Callable[[int], bool]
 
@@ -165,6 +168,17 @@ class BatchSplit:
         every = max(2, round(1 / share)) if share else None
         return cls(every, (every or 0) // 2, rank, size)
 
+    @classmethod
+    def for_closed_form(cls, count: int) -> "BatchSplit":
+        """Hold out every fourth of ``count`` batches, of two or three the last, and none of one.
+
+        >>> [[i for i in range(count) if BatchSplit.for_closed_form(count).held_out(i)] for count in (1, 2, 3, 8)]
+        [[], [1], [2], [3, 7]]
+        """
+        if count >= (CLOSED_FORM_SPLIT.every or 0):
+            return CLOSED_FORM_SPLIT
+        return cls(every=count, first=count - 1) if count > 1 else cls(None)
+
     def own(self, index: int) -> bool:
         """Whether this process takes the batch."""
         return index % self.size == self.rank
@@ -254,6 +268,10 @@ def _as_plain(state: Any) -> Any:
     return tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, np.ndarray | np.generic) else leaf, state)
 
 
+_FETCHING = RLock()
+"""Held while a batch is fetched: the global random generators belong to all threads."""
+
+
 class OwnRandomness:
     """Data whose passes neither read nor advance the random generators of the program around them.
 
@@ -274,14 +292,15 @@ class OwnRandomness:
         self.this_pass = state = self._first if self._same_order else self.next_pass
         iterator: Iterator[Any] | None = None
         while True:
-            outside = random_state(self._data)
-            set_random_state(state, self._data)
-            try:
-                iterator = iter(self._data) if iterator is None else iterator
-                batch = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self.next_pass = state = random_state(self._data)
-                set_random_state(outside, self._data)
+            with _FETCHING:
+                outside = random_state(self._data)
+                with temporarily(partial(set_random_state, outside, self._data)):
+                    set_random_state(state, self._data)
+                    try:
+                        iterator = iter(self._data) if iterator is None else iterator
+                        batch = next(iterator)
+                    except StopIteration:
+                        return
+                    finally:
+                        self.next_pass = state = random_state(self._data)
             yield batch

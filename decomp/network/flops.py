@@ -3,7 +3,8 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,15 +51,11 @@ class MacCounter(FlopCounterMode):
         self.mod_tracker: Any = _OneModule()
         self._watch: Any = _WatchUncounted(self.flop_registry)
 
-    def __enter__(self) -> "MacCounter":
-        self._watch.__enter__()  # before the counter, so that it is shown what that has decomposed
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> Any:
-        suppressed = super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._watch.__exit__(*error)
-        return suppressed
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is run in the block. It is no ``__enter__``, which an interrupt could leave half done."""
+        with self._watch, self:  # the watch first, so that it is shown what the counter has decomposed
+            yield
 
     @property
     def macs(self) -> int:
@@ -130,7 +127,8 @@ def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> F
         running.remove(name)
 
     weights = {id(module.weight): name for name, module in modules.items() if isinstance(_weight(module), Tensor)}
-    with MacCounter() as counter, _Reads(weights, running, result.read):
+    counter = MacCounter()
+    with counter.counting(), _Reads(weights, running, result.read):
         macs = measure_per_module(model, batch, modules, lambda: counter.macs, before, after)
     result.macs = {name: int(value) for name, value in macs.items()}
     result.total_macs = counter.macs

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from decomp.layers.factorized import Factorized, attributes_of, is_plain
+from decomp.network.restoring import LOCK, OwnHook, Undo, on_failure, remove_own_hooks, training_of
 
 _WRAPPERS = {
     "OptimizedModule": "give the model that torch.compile was called with, and compile the result",
@@ -106,7 +107,8 @@ def hooks_of(module: nn.Module) -> str:
     """Return which hooks or patches of this module a replacement would drop, or an empty string."""
     own = dict(module.named_parameters(recurse=False))
     tensor_hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    on_module = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
+    dicts = (value for name, value in list(vars(module).items()) if name.endswith("_hooks"))
+    on_module = any(not isinstance(hook, OwnHook) for hooks in dicts for hook in list(hooks.values()))
     if on_module or any(getattr(parameter, kind, None) for parameter in own.values() for kind in tensor_hooks):
         return "has hooks, which a swap would drop: remove them first"
     return "its forward was replaced on the instance" if "forward" in vars(module) else ""
@@ -163,10 +165,18 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
     if not inplace:
         # deepcopy uses the memo's entry for an object in place of a copy: that is the replacement.
         memo: dict[int, Any] = {id(module): new[name] for name, module in old.items()}
+        original = model
         try:
-            model = copy.deepcopy(model, memo)
-            for name, module in old.items():
-                _take_attributes(new[name], module, lambda value: copy.deepcopy(value, memo))
+            with LOCK:  # other threads may set hooks and flags on the model, for the time of a call
+                model = copy.deepcopy(original, memo)
+                for name, module in old.items():
+                    _take_attributes(new[name], module, lambda value: copy.deepcopy(value, memo))
+                remove_own_hooks(model)
+                for module in original.modules():
+                    if isinstance(memo.get(id(module)), nn.Module):
+                        memo[id(module)].training = training_of(module)
+                for name, module in old.items():
+                    new[name].train(training_of(module))
         except Exception as error:
             raise TypeError(
                 f"the model cannot be copied ({error}): write inplace=True to change the given model"
@@ -178,6 +188,7 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
             )
         replacement = {id(module): new[name] for name, module in old.items()}
         _require_no_alias(model, replacement)
+        on_failure(_restoring_structure(model))
         for name, module in old.items():
             _take_attributes(new[name], module, lambda value: replacement.get(id(value), value))
         for parent in list(model.modules()):
@@ -186,6 +197,22 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
                     parent._modules[name] = replacement[id(child)]
     _set_fused_paths(model)
     return model
+
+
+def _restoring_structure(model: nn.Module) -> Undo:
+    """A function that gives all modules of a model their present children and attributes again."""
+    saved = [(module, dict(module._modules), dict(attributes_of(module))) for module in model.modules()]
+
+    def restore() -> None:
+        for module, children, attributes in saved:
+            if module._modules != children:
+                module._modules.clear()
+                module._modules.update(children)
+            for name in [name for name, _ in attributes_of(module) if name not in attributes]:
+                del vars(module)[name]
+            vars(module).update(attributes)
+
+    return restore
 
 
 def _take_attributes(new: nn.Module, old: nn.Module, taken: Callable[[Any], Any]) -> None:

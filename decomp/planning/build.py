@@ -19,6 +19,7 @@ from decomp.linalg import as_float64
 from decomp.methods import Method, Ranks
 from decomp.network import surgery
 from decomp.network.eligibility import ALREADY_FACTORIZED
+from decomp.network.restoring import on_failure, restoring_values
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Choice, describe
 
@@ -184,7 +185,9 @@ def correct_means(
         if bias is not None:
             bias.add_(shift.to(bias.dtype))
         elif moments.normalization:
-            mean = cast(Tensor, model.get_submodule(moments.normalization).running_mean)
+            norm = model.get_submodule(moments.normalization)
+            on_failure(restoring_values(norm))
+            mean = cast(Tensor, norm.running_mean)
             mean.sub_(shift.to(mean.device, mean.dtype))
 
 

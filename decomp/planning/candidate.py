@@ -124,8 +124,8 @@ class Candidate:
             if outputs is not None:
                 analysis = method.analyse(outputs)
             stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
-        # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses: by its spectra of
-        # the outputs where there are moments and the rule reads them, like any other layer.
+        # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses, with moments by
+        # the spectra of the outputs if the rule reads them.
         tucker_reference = None
         if not analysis.spectra:
             unchanged = Unchanged(kernels)

@@ -85,7 +85,7 @@ def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
     if not calls:
         return 0
     counter = MacCounter()
-    with counter, torch.no_grad():
+    with counter.counting(), torch.no_grad():
         for shape, output_size in calls:
             sizes = {} if output_size is None else {"output_size": output_size}
             module(example_input(module, shape), **sizes)

@@ -16,6 +16,7 @@ from decomp.methods import METHODS, Method
 from decomp.network import surgery
 from decomp.network.eligibility import ALREADY_FACTORIZED
 from decomp.network.flops import uncounted_note
+from decomp.network.restoring import all_or_nothing
 from decomp.planning.budget import Budget, Request, spend
 from decomp.planning.build import (
     correct_means,
@@ -267,6 +268,7 @@ class Plan(Mapping[str, Choice]):
             raise ValueError(f"{layers!r} matches no layer of the plan; it has {some(list(self))}")
         return names
 
+    @all_or_nothing()
     @surgery.outside_inference_mode()
     def apply(self, model: nn.Module, *, inplace: bool = False, progress: bool | None = None) -> CompressedModule:
         """Decompose the layers of ``model`` and return a model with the factorized layers in their place.
@@ -286,6 +288,7 @@ class Plan(Mapping[str, Choice]):
         correct_means(small, replaced, new, self._statistics)
         return small
 
+    @all_or_nothing()
     @surgery.outside_inference_mode()
     def build(self, model: nn.Module, *, inplace: bool = False) -> CompressedModule:
         """Return ``model`` with untrained factorized layers, for ``load_state_dict`` or training from scratch.

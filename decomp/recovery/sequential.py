@@ -17,6 +17,7 @@ from decomp.data.batches import CLOSED_FORM_SPLIT, Batches
 from decomp.layers import Factorized
 from decomp.network import surgery
 from decomp.network.forward import Unfused, evaluating
+from decomp.network.restoring import training_of
 from decomp.network.tracing import Tail
 from decomp.planning.build import (
     decomposed,
@@ -75,7 +76,7 @@ def apply_sequentially(
                 after_each(small, name)
     unreached = {name: module for name, module in replaced.items() if name not in order}
     for name in order:
-        small.get_submodule(name).train(replaced[name].training)  # they were built in eval mode
+        small.get_submodule(name).train(training_of(replaced[name]))  # they were built in eval mode
     rest = decomposed(unreached, plan, plan.method_of, plan.candidates, plan.statistics, False)
     final |= measured(plan, unreached, rest, plan.candidates, plan.statistics)
     return plan.swap(small, rest, final, inplace=True)

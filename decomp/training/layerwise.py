@@ -35,6 +35,7 @@ from decomp.data.batches import (
 )
 from decomp.network.forward import evaluating
 from decomp.network.pairing import blocks_of, pairs_of
+from decomp.network.restoring import all_or_nothing, on_failure, restoring_values, temporarily
 from decomp.network.tracing import Tail
 from decomp.training.checkpoint import Checkpoint, identify
 from decomp.training.distributed import ProcessGroup, process_group
@@ -79,6 +80,7 @@ class FinetuneReport(ByLayer[LayerReport]):
         return tables.render("", ("layer", ">error of the output", ">steps", ">seconds", "note"), rows)
 
 
+@all_or_nothing()
 def finetune_layerwise(
     small: nn.Module,
     dense: nn.Module,
@@ -186,7 +188,8 @@ def finetune_layerwise(
             layer, parameters = pairs[name][0], _parameters_within(small, name, selected)
             examples = activations(*pairs[name], tail=dense_tails[name])
             trainers[name] = LayerTrainer(layer, parameters, examples, tails[name], settings, split, group)
-        with evaluating(small, dense):
+        outside = random_state()  # a checkpoint to resume from sets it
+        with evaluating(small, dense), temporarily(lambda: set_random_state(outside)):
             reports = _train_layers(trainers, saved, steps, progress if group.rank == 0 else False)
     return FinetuneReport(reports | {name: UNREACHED for name in pairs if name not in reports})
 
@@ -231,6 +234,7 @@ def _train_layers(
             with naming(name):
                 if finished is not None:
                     reports[name] = LayerReport(**finished["report"])
+                    on_failure(restoring_values(trainer.layer))
                     trainer.layer.load_state_dict(finished["layer"])
                     advance(steps, math.nan)
                     continue
@@ -303,6 +307,7 @@ class LayerTrainer:
         if not after < before:
             note = f"{loop.note or 'no gain'}: its factors were kept"
             return LayerReport(before, before, loop.steps_done, 0.0, note)
+        on_failure(restoring_values(self.layer))
         self.layer.load_state_dict(trained.state_dict())
         return LayerReport(before, after, loop.steps_done, 0.0, loop.note)
 
