@@ -570,5 +570,5 @@ def test_models_made_in_inference_mode_can_be_trained_and_repaired_afterwards():
         small.train()(x).sum().backward()
         assert all(parameter.grad is not None for parameter in small.parameters())
     small = next(made(model))
-    decomp.repair(small, model, [x, x], progress=False)
+    decomp.repair(small, model, [x, x, x, x], progress=False)
     decomp.finetune_layerwise(small, model, [x, x], steps=1, progress=False)

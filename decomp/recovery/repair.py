@@ -102,7 +102,7 @@ def repair(
         progress: show a progress bar.
 
     Raises:
-        ValueError: ``dense`` does not match ``small``, or the data is empty.
+        ValueError: ``dense`` does not match ``small``, or the data has fewer than two batches.
         TypeError: the data can be iterated over only once, or a batch does not fit the model.
 
     Source: Zhang et al. 2016, section 3.3 (targets of the dense network, inputs of the compressed one) and 3.2
@@ -121,6 +121,11 @@ def repair(
     amounts: dict[str, _Amount] = {}
     with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
         split = BatchSplit.for_closed_form(batches.count())
+        if split.every is None:
+            raise ValueError(
+                "data has fewer than two batches, and what is fitted to one is measured on another: split the "
+                "batch, list(x.split(8)) for example"
+            )
         restore = restoring_values(
             *(layer for layer, _ in pairs.values()), *norms_with_running_stats(small).values()
         )
@@ -143,15 +148,13 @@ def repair(
         after, note = _output_error(small, dense, batches, split), ""
         if batch_norm:
             after, note = _renormalized(small, dense, batches, split, after)
-        if after > before:
+        if not after <= before:
             restore()
             after, note = before, KEPT_WHOLE
             reports = {
                 name: replace(r, error_after=r.error_before, note=KEPT_WHOLE) for name, r in reports.items()
             }
-    if split.every is None:
-        note = "; ".join(filter(None, (note, "one batch, so measured on the batch of the fit")))
-    _warn_of_little_data(amounts, split)
+    _warn_of_little_data(amounts)
     for name in pairs.keys() - reports.keys():
         reports[name] = LayerRepair(math.nan, math.nan, "the data never reaches it")
     return RepairReport(reports, before, after, note)
@@ -200,7 +203,7 @@ class _Amount(NamedTuple):
         return self.rows / (ROWS_PER_UNKNOWN * self.unknowns)
 
 
-def _warn_of_little_data(amounts: Mapping[str, _Amount], split: BatchSplit) -> None:
+def _warn_of_little_data(amounts: Mapping[str, _Amount]) -> None:
     """Warn of the layer with the least rows for its unknowns, if they are too few."""
     name = min(amounts, key=lambda name: amounts[name].share, default="")
     if not amounts or not 0 < amounts[name].share < 1:
@@ -208,16 +211,16 @@ def _warn_of_little_data(amounts: Mapping[str, _Amount], split: BatchSplit) -> N
     rows, unknowns = amounts[name]
     few = sum(0 < amount.share < 1 for amount in amounts.values())
     warn(
-        f"repair: the data is too little for {few} of {len(amounts)} layers, of layer {name!r} most of all: it has "
+        f"repair: the data is too little for {few} of {len(amounts)} layers, for {name!r} most of all: it has "
         f"{rows} rows to fit {unknowns} unknowns per output, and {ROWS_PER_UNKNOWN * unknowns} would be enough "
         f"(give {math.ceil(1 / amounts[name].share)} times as many samples)"
     )
 
 
 def _output_error(small: nn.Module, dense: nn.Module, batches: Batches, split: BatchSplit) -> float:
-    """Relative error of all floating outputs of the network, over the held-out batches, or all if there are none."""
+    """Relative error of all floating outputs of the network, over the held-out batches."""
     squared_error, energy, empty = 0.0, 0.0, True
-    for _, batch in batches.numbered(part=None if split.every is None else split.held_out):
+    for _, batch in batches.numbered(part=split.held_out):
         empty = False
         outputs, dense_outputs = (_outputs(model, batch) for model in (small, dense))
         squared_error += sum(float((a - b).square().sum()) for a, b in zip(outputs, dense_outputs, strict=True))
