@@ -1,5 +1,7 @@
 """Rank rules with data: which ones read the outputs of a layer, and which always read its weight."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from layer_cases import SPATIAL
@@ -55,3 +57,27 @@ def test_rules_that_separate_noise_read_the_weight_whatever_the_data(method, rul
     model, data = few_directions()
     with_data = decomp.plan(model, method, rule, data=data, **QUIET)["0"]
     assert with_data.ranks == decomp.plan(model, method, rule, example_inputs=data[0])["0"].ranks
+
+
+def test_a_plan_from_data_says_that_its_errors_are_predictions_and_the_model_what_was_measured():
+    model, data = few_directions()
+    plan = decomp.plan(model, ranks=4, data=data, **QUIET)
+    assert "error of weight / predicted output" in " ".join(str(plan).split())
+    small = plan.apply(model)
+    assert "predicted" not in str(small.decomp_plan)
+    x = torch.cat(data)
+    with torch.no_grad():
+        outputs = model(x) - model(x).mean((0, 2, 3), keepdim=True)
+        error = float((small(x) - model(x)).norm() / outputs.norm())
+    assert small.decomp_plan["0"].output_error == pytest.approx(error, rel=1e-4)
+    assert small.decomp_plan["0"].output_error != pytest.approx(plan["0"].output_error, rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(20, 12), (12, 20)])
+def test_the_predicted_error_of_a_matrix_is_that_of_what_is_built(sizes):
+    model = nn.Sequential(nn.Linear(*sizes)).double()
+    data = [torch.randn(40, sizes[0], dtype=torch.float64) for _ in range(4)]
+    statistics = decomp.calibrate(model, data, **QUIET)
+    moments = {name: replace(each, shrinkage=0.0) for name, each in statistics.items()}
+    plan = decomp.plan(model, ranks=5, data=decomp.Statistics(moments, statistics.example), **QUIET)
+    assert plan.apply(model).decomp_plan["0"].output_error == pytest.approx(plan["0"].output_error, rel=1e-9)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from decomp._util import tables
 from decomp.layers import Factorized
@@ -124,8 +124,10 @@ def _profile(
     total = Usage(type(model).__name__, count_params(model), counts.total_macs, _bytes(model), seconds)
     params = max(total.params - sum(row.params for row in rows.values()), 0)
     macs = total.macs - sum(counts.macs.values())
-    if params or macs:
-        rows[ELSEWHERE] = Usage("", params, macs, 0, 0.0)
+    inside = {id(tensor) for layer in layers.values() for tensor in _tensors(layer)}
+    bytes = sum(tensor.nbytes for tensor in _tensors(model) if id(tensor) not in inside)
+    if params or macs or bytes:
+        rows[ELSEWHERE] = Usage("", params, macs, bytes, 0.0)
     return Profile(rows, total, counts.uncounted)
 
 
@@ -142,5 +144,9 @@ def _label(layer: nn.Module) -> str:
 
 
 def _bytes(module: nn.Module) -> int:
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}  # shared ones once
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in _tensors(module))
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, shared ones once."""
+    return list({id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values())

@@ -196,6 +196,9 @@ CLOSED_FORM_SPLIT = BatchSplit(every=4, first=3)
 """The split of everything that is fitted in closed form: calibration, repair, layer after layer."""
 
 
+_RANDOM = RLock()
+"""Held while a batch is fetched with random numbers of its own: the global generators belong to all threads."""
+
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
@@ -205,25 +208,27 @@ def random_state(data: Any = None) -> dict[str, Any]:
     The latter are the attributes of a DataLoader, and of its samplers and datasets, that are generators of torch,
     Python or NumPy; they are known by their place, ``"sampler.generator"`` for example.
     """
-    return {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": _as_plain(np.random.get_state(legacy=True)),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "data": {place: _state_of(generator) for place, generator in _generators(data).items()},
-    }
+    with _RANDOM:
+        return {
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": _as_plain(np.random.get_state(legacy=True)),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "data": {place: _state_of(generator) for place, generator in _generators(data).items()},
+        }
 
 
 def set_random_state(state: dict[str, Any], data: Any = None) -> None:
     """Restore what :func:`random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    for place, generator in _generators(data).items():
-        if place in state["data"]:
-            _set_state_of(generator, state["data"][place])
+    with _RANDOM:
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        if state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        for place, generator in _generators(data).items():
+            if place in state["data"]:
+                _set_state_of(generator, state["data"][place])
 
 
 def _generators(data: Any) -> dict[str, Generator]:
@@ -268,10 +273,6 @@ def _as_plain(state: Any) -> Any:
     return tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, np.ndarray | np.generic) else leaf, state)
 
 
-_FETCHING = RLock()
-"""Held while a batch is fetched: the global random generators belong to all threads."""
-
-
 class OwnRandomness:
     """Data whose passes neither read nor advance the random generators of the program around them.
 
@@ -292,7 +293,7 @@ class OwnRandomness:
         self.this_pass = state = self._first if self._same_order else self.next_pass
         iterator: Iterator[Any] | None = None
         while True:
-            with _FETCHING:
+            with _RANDOM:
                 outside = random_state(self._data)
                 with temporarily(partial(set_random_state, outside, self._data)):
                     set_random_state(state, self._data)

@@ -1,7 +1,7 @@
 """Replacement of modules inside a model, and the reasons why some cannot be replaced."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,6 +119,10 @@ def _odd_parts(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str:
     more = {*own, *(name for name, _ in buffers), *(name for name, _ in children)} - {"weight", "bias"}
     if more:
         return f"holds more than a weight and a bias: {', '.join(sorted(more))}"
+    tensors = {id(parameter): name for name, parameter in own.items()}
+    for name, value in attributes_of(module):
+        if id(value) in tensors:
+            return f"its attribute {name!r} is its {tensors[id(value)]} again: delete the attribute first"
     if "weight" not in own or not ("bias" in own or getattr(module, "bias", None) is None):
         return "its weight or bias is no parameter"
     return ""
@@ -190,7 +194,7 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool) -> nn
         _require_no_alias(model, replacement)
         on_failure(_restoring_structure(model))
         for name, module in old.items():
-            _take_attributes(new[name], module, lambda value: replacement.get(id(value), value))
+            _take_attributes(new[name], module, lambda value: _leading_to_new(value, model, replacement))
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
                 if id(child) in replacement:
@@ -220,6 +224,33 @@ def _take_attributes(new: nn.Module, old: nn.Module, taken: Callable[[Any], Any]
     for name, value in attributes_of(old):
         if not is_plain(value) and name not in vars(new) and not hasattr(type(new), name):
             vars(new)[name] = taken(value)  # setattr would make a child of a module
+
+
+class _Memo(dict[int, Any]):
+    """The memo of a deep copy, which notes whether the copy reached one of some objects."""
+
+    def __init__(self, entries: Mapping[int, Any], sought: Iterable[int]) -> None:
+        super().__init__(entries)
+        self._sought = frozenset(sought)
+        self.reached = False
+
+    def get(self, key: int, default: Any = None) -> Any:
+        self.reached |= key in self._sought
+        return super().get(key, default)
+
+
+def _leading_to_new(value: Any, model: nn.Module, replacement: Mapping[int, nn.Module]) -> Any:
+    """The value itself, or, where it leads to a replaced layer, a copy that leads to the new one.
+
+    The copy shares the other modules and tensors of the model.
+    """
+    shared: dict[int, Any] = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    memo = _Memo({**shared, **replacement}, replacement)
+    try:
+        copied = copy.deepcopy(value, memo)
+    except Exception:  # of whatever cannot be copied: a lock, a generator
+        return value
+    return copied if memo.reached else value
 
 
 def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:

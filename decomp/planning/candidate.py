@@ -22,7 +22,7 @@ from decomp.network.flops import Call
 from decomp.planning.allocation import Front
 from decomp.planning.choice import DENSE, Change, Choice, describe
 from decomp.planning.cost import COUNTED, Cost, Price
-from decomp.planning.latency import Stopwatch
+from decomp.planning.latency import Stopwatch, Timings
 from decomp.ranks import Fixed, Rule
 
 
@@ -106,12 +106,13 @@ class Candidate:
         method: Method,
         calls: list[Call] | None,
         *,
-        timed: bool = False,
+        timings: Timings | None = None,
         moments: Moments | None = None,
     ) -> "Candidate":
         """Analyse the weight of ``module``, and with moments of the data its output.
 
-        ``calls`` are the calls of the layer in one pass of the example inputs.
+        ``calls`` are the calls of the layer in one pass of the example inputs. With ``timings``, what the call
+        has measured so far, the layer is timed as well.
         """
         require_finite(name, module)
         kernels = group_kernels(module).detach()
@@ -123,7 +124,9 @@ class Candidate:
             outputs = None if moments is None else output_kernels(layer, kernels, moments)
             if outputs is not None:
                 analysis = method.analyse(outputs)
-            stopwatch = Stopwatch(price, limits, calls or [], kernels.device) if timed else None
+            stopwatch = None
+            if timings is not None:
+                stopwatch = Stopwatch(price, limits, calls or [], kernels.device, timings)
         # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses, with moments by
         # the spectra of the outputs if the rule reads them.
         tucker_reference = None

@@ -363,7 +363,8 @@ class Plan(Mapping[str, Choice]):
         macs = " => ".join(map(tables.number, self.macs)) if self.macs else ""
         names = {} if self.macs else {">MACs": ">MACs (share, large input)"}
         if any(choice.output_error is not None for choice in self.values()):
-            names[">error"] = ">error of weight / output"
+            # Plans with statistics predict; that of a compressed model has what was measured.
+            names[">error"] = f">error of weight / {'predicted ' if self._statistics else ''}output"
         columns = [names.get(column, column) for column in COLUMNS]
         rows = [choice.row(name) for name, choice in self.items()]
         table = tables.render("", columns, rows, ("whole model", replaced, "", "", params, macs, "", ""))
