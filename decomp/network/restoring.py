@@ -12,6 +12,8 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Hook = Callable[..., Any]
 
@@ -65,6 +67,7 @@ def all_or_nothing() -> Iterator[None]:
     """
     _innermost()
     call, calls = _Call(), _thread.calls
+    call.undos.append(_restoring_modes())
     place = len(calls)
     try:
         calls.append(ref(call))
@@ -78,6 +81,30 @@ def all_or_nothing() -> Iterator[None]:
         raise
     finally:
         del calls[place:]
+
+
+def _restoring_modes() -> Undo:
+    """A function that sets the modes of this thread again: gradients, autocast, modes of functions and dispatch.
+
+    The blocks that set them restore them, unless an interrupt comes between the last bytecode of a block and its
+    end.
+    """
+    gradients = torch.is_grad_enabled()
+    kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
+    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+    stacks = (_get_current_function_mode_stack, _get_current_dispatch_mode_stack)
+    depths = [len(stack()) for stack in stacks]
+
+    def restore() -> None:
+        for stack, depth in zip(stacks, depths, strict=True):
+            while len(stack()) > depth:
+                stack()[-1].__exit__(None, None, None)
+        for kind, (enabled, dtype) in autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_grad_enabled(gradients)
+
+    return restore
 
 
 def on_failure(undo: Undo) -> None:
