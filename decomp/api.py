@@ -18,6 +18,7 @@ from decomp.layers import Factorized
 from decomp.methods import Method, MethodOptions, Solver, default_options
 from decomp.network import surgery
 from decomp.network.forward import Batch
+from decomp.network.restoring import all_or_nothing
 from decomp.planning.arguments import (
     BudgetArguments,
     CallArguments,
@@ -41,6 +42,7 @@ Ranks = TypeAliasType("Ranks", RankSpec | Mapping[str, RankSpec] | Plan)
 
 
 @with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
+@all_or_nothing()
 def tucker(
     model: nn.Module, ranks: Ranks = "vbmf", *, solver: Solver | None = None, **arguments: Unpack[CallArguments]
 ) -> CompressedModule:
@@ -80,6 +82,7 @@ def tucker(
 
 
 @with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
+@all_or_nothing()
 def svd(
     model: nn.Module, ranks: Ranks = "vbmf", *, fold: str = "channel", **arguments: Unpack[CallArguments]
 ) -> CompressedModule:
@@ -109,6 +112,7 @@ def svd(
 
 
 @with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
+@all_or_nothing()
 def cp(
     model: nn.Module,
     ranks: Ranks = "vbmf",
@@ -145,6 +149,7 @@ def cp(
 
 
 @with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
+@all_or_nothing()
 def block_term(
     model: nn.Module, ranks: Ranks = "vbmf", *, blocks: int = 4, **arguments: Unpack[CallArguments]
 ) -> CompressedModule:
@@ -173,6 +178,7 @@ def block_term(
 
 
 @with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
+@all_or_nothing()
 def separable(
     model: nn.Module, ranks: Ranks = "vbmf", *, scheme: str = "spatial", **arguments: Unpack[CallArguments]
 ) -> CompressedModule:
@@ -202,6 +208,7 @@ def separable(
 
 
 @with_arguments(CallArguments, renamed={"asymmetric": "sequential"})
+@all_or_nothing()
 def flattened(model: nn.Module, ranks: Ranks = "vbmf", **arguments: Unpack[CallArguments]) -> CompressedModule:
     """Return the model with smaller layers: flattened filters on spatial convolutions, SVD on the others.
 
@@ -226,6 +233,7 @@ def flattened(model: nn.Module, ranks: Ranks = "vbmf", **arguments: Unpack[CallA
 
 
 @with_arguments(PlanArguments)
+@all_or_nothing()
 def plan(
     model: nn.Module,
     method: str | Method = "tucker",
@@ -280,6 +288,7 @@ def plan(
 
 
 @with_arguments(CompressArguments, renamed={"asymmetric": "sequential"})
+@all_or_nothing()
 def compress(
     model: nn.Module, example_inputs: Batch | None = None, **arguments: Unpack[CompressArguments]
 ) -> CompressedModule:
@@ -318,6 +327,7 @@ def compress(
     return _apply(model, decided, arguments)
 
 
+@all_or_nothing()
 @surgery.outside_inference_mode()
 def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Return the model with every factorized layer converted to a dense layer, the product of its factors.

@@ -42,7 +42,11 @@ def is_plain(value: object) -> bool:
 def copy_alone(layer: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Deep copy of a layer without the attributes that may lead out of it, to its parent for one."""
     outside = {name: value for name, value in attributes_of(layer) if not is_plain(value) and value is not layer}
-    new = copy.deepcopy(layer, {**(memo or {}), **{id(value): None for value in outside.values()}})
+    inside = {id(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
+    left_out = {id(value): None for value in outside.values() if id(value) not in inside}
+    # Hooks of other calls, in other threads: a layer with hooks of the user's is not decomposed.
+    hooks = {id(value): type(value)() for name, value in list(vars(layer).items()) if name.endswith("_hooks")}
+    new = copy.deepcopy(layer, {**hooks, **(memo or {}), **left_out})
     for name in outside:
         del vars(new)[name]
     return new

@@ -33,7 +33,6 @@ class MacTimer:
 def seconds_of_macs(monkeypatch):
     """Measured seconds are MACs times the value of this fixture."""
     monkeypatch.setattr("decomp.planning.latency.Timer", MacTimer)
-    monkeypatch.setattr("decomp.planning.latency._MEASURED", {})
     monkeypatch.setattr(
         "decomp.planning.planner.layer_seconds",
         lambda model, batch, layers: {

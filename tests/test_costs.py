@@ -10,6 +10,7 @@ import torch
 from networks import alexnet, resnet18, resnet50, vgg16
 from torch import nn
 
+import decomp
 from decomp.analysis.profile import profile
 from decomp.layers import group_kernels
 from decomp.methods import METHODS
@@ -108,3 +109,19 @@ def test_counting_touches_no_memory_of_the_layer():
     meta = on_meta(nn.Conv2d(3, 5, 3))
     assert all(parameter.is_meta for parameter in meta.parameters())
     assert count_macs(meta, [Call((1, 3, 5, 5))]) == 9 * 3 * 5 * 9
+
+
+def test_every_call_measures_seconds_anew(monkeypatch):
+    measured = []
+
+    def measure(layer, calls, layout):
+        measured.append(str(layer))
+        return 1.0
+
+    monkeypatch.setattr("decomp.planning.latency._measure", measure)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    decomp.plan(model, seconds=1e9, example_inputs=torch.zeros(1, 64), progress=False)
+    first = list(measured)
+    assert len(set(first)) == len(first), "layers of one structure are measured once in a call"
+    decomp.plan(model, seconds=1e9, example_inputs=torch.zeros(1, 64), progress=False)
+    assert measured == first * 2, "nothing is kept from an earlier call"

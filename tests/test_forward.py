@@ -1,4 +1,4 @@
-"""Hooks are there for one block and one thread."""
+"""Hooks are there for one block and one thread; what a failing call has changed is taken back."""
 
 from threading import Thread
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from decomp.network.forward import hooked
+from decomp.network import restoring
+from decomp.network.forward import Unfused, hooked
+from decomp.network.restoring import all_or_nothing, on_failure
 
 
 def hooks_of(*modules):
@@ -61,3 +63,79 @@ def test_calls_of_another_thread_are_not_seen():
         other.join()
     assert not seen
     assert bool(torch.isfinite(outputs[0]).all())
+
+
+def test_modes_that_an_interrupt_leaves_behind_are_taken_back():
+    @all_or_nothing()
+    def call():
+        torch.set_grad_enabled(False)
+        torch.set_autocast_enabled("cpu", True)
+        Unfused().__enter__()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_an_undo_that_is_interrupted_is_begun_again():
+    state, attempts = {"first": 1, "second": 1}, 0
+
+    def undo_second():
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            raise KeyboardInterrupt
+        state["second"] = 1
+
+    @all_or_nothing()
+    def call():
+        on_failure(lambda: state.update(first=1))
+        on_failure(undo_second)
+        state.update(first=2, second=2)
+        raise OSError
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert state == {"first": 1, "second": 1}
+
+
+def test_what_an_inner_call_completed_stays():
+    state = {"inner": 1, "outer": 1}
+
+    @all_or_nothing()
+    def inner():
+        on_failure(lambda: state.update(inner=1))
+        state.update(inner=2)
+
+    @all_or_nothing()
+    def outer():
+        on_failure(lambda: state.update(outer=1))
+        inner()
+        state.update(outer=2)
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        outer()
+    assert state == {"inner": 2, "outer": 1}
+
+
+def test_a_call_whose_guard_was_interrupted_is_forgotten():
+    """Its undos must not be kept, nor those of later calls be lost."""
+    lost, undone = all_or_nothing(), []
+    lost.__enter__()
+    on_failure(lambda: undone.append("lost"))
+    del lost  # as where an interrupt comes before the guard is left: what it knew is undone
+    assert undone == ["lost"]
+
+    @all_or_nothing()
+    def call():
+        on_failure(lambda: undone.append("call"))
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        call()
+    assert undone == ["lost", "call"]
+    assert restoring._innermost() is None

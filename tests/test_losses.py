@@ -102,3 +102,17 @@ def test_what_a_loss_cannot_use_is_named():
         losses.Distillation(net, temperature=0)
     with pytest.raises(TypeError, match="a str without logits"):
         losses.logits_of("x")
+
+
+@pytest.mark.parametrize(("hints", "count"), [({}, 0), ({"0": 1.0}, 1)])
+def test_a_function_mode_runs_only_where_features_are_compared(hints, count):
+    seen = []
+
+    class Watching(nn.Linear):
+        def forward(self, x):
+            seen.append(torch.overrides._get_current_function_mode_stack())
+            return super().forward(x)
+
+    dense, small = (nn.Sequential(Watching(4, 4), nn.Linear(4, 3)).eval() for _ in range(2))
+    losses.Distillation(dense, hints=hints)(small, torch.randn(2, 4))
+    assert [len(stack) for stack in seen] == [count, count]

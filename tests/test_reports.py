@@ -40,6 +40,8 @@ def test_counts_per_layer_and_in_total(net):
     assert report.rows["attention"].macs == 2 * (4 * 16 * 32 * 32 + 2 * 16 * 16 * 32)
     assert report.rows["(elsewhere)"].macs == 2 * 16 * 16 * 32
     assert report.rows["(elsewhere)"].params == 1
+    assert report.rows["(elsewhere)"].bytes == 4
+    assert report.total.bytes == sum(row.bytes for row in report.rows.values())
     assert report.total.macs == sum(row.macs for row in report.rows.values())
     assert report.total.params == sum(parameter.numel() for parameter in net.parameters())
     state = [*net.parameters(), *net.buffers()]
@@ -94,3 +96,19 @@ def test_attention_of_a_hugging_face_model_is_counted():
     attention = 2 * length * length * width
     layer = length * (4 * width * width + 2 * width * inner) + attention
     assert report.total.macs == 2 * (2 * layer + width * width)
+
+
+def test_bytes_outside_of_any_layer_are_those_of_parameters_and_buffers_once():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.register_buffer("table", torch.zeros(5, 8, dtype=torch.float64))
+            self.tied = self.fc.weight  # counts with the layer
+
+        def forward(self, x):
+            return self.fc(x + self.table[0].float())
+
+    report = decomp.profile(Positions(), torch.zeros(1, 8))
+    assert report.rows["(elsewhere)"].bytes == 5 * 8 * 8
+    assert report.total.bytes == sum(row.bytes for row in report.rows.values())

@@ -88,6 +88,54 @@ def test_attributes_of_a_replaced_layer_are_copied_with_the_model(wrap):
     assert alive() is None
 
 
+class Owner(nn.Module):
+    """A module that knows a layer without being its parent."""
+
+    def __init__(self, layer):
+        super().__init__()
+        object.__setattr__(self, "layer", layer)
+
+
+def plain():
+    return nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)
+
+
+WAYS_BACK = {
+    "a neighbour": lambda model: model[1],
+    "a neighbour that is replaced": lambda model: model[2],
+    "itself": lambda model: model[0],
+    "a module around it": lambda model: nn.Sequential(model[0]),
+    "a module that knows it": lambda model: Owner(model[0]),
+    "its method": lambda model: model[0].forward,
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("way", WAYS_BACK)
+def test_an_unregistered_module_on_a_layer_leads_to_the_new_layers(way, inplace):
+    model = nn.Sequential(*plain())
+    object.__setattr__(model[0], "way", WAYS_BACK[way](model))
+    dense = [weakref.ref(model[0]), weakref.ref(model[2])]
+    small = decomp.svd(model, ranks=4, inplace=inplace)
+    assert list(small.state_dict()) == list(decomp.svd(nn.Sequential(*plain()), ranks=4).state_dict())
+    if way == "a neighbour":
+        assert vars(small[0])["way"] is small[1]
+    elif way == "a neighbour that is replaced":
+        assert vars(small[0])["way"] is small[2]
+    del model
+    gc.collect()
+    assert [layer() for layer in dense] == [None, None]
+    assert len(pickle.dumps(small)) < 4 * (64 * 64), "no dense weight is in the file"
+
+
+def test_a_layer_with_its_weight_under_another_name_stays_dense_with_the_reason():
+    model = nn.Sequential(*plain())
+    object.__setattr__(model[0], "kernel", model[0].weight)
+    small = decomp.svd(model, ranks=4)
+    assert "its attribute 'kernel' is its weight again" in small.decomp_plan["0"].reason
+    assert small.decomp_plan["2"].ranks == (4,)
+
+
 def test_a_way_back_to_the_parent_does_not_put_the_dense_model_into_the_file():
     def size_of_file(keep_parent):
         torch.manual_seed(0)
@@ -573,5 +621,5 @@ def test_models_made_in_inference_mode_can_be_trained_and_repaired_afterwards():
         small.train()(x).sum().backward()
         assert all(parameter.grad is not None for parameter in small.parameters())
     small = next(made(model))
-    decomp.repair(small, model, [x, x], progress=False)
+    decomp.repair(small, model, [x, x, x, x], progress=False)
     decomp.finetune_layerwise(small, model, [x, x], steps=1, progress=False)

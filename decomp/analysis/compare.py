@@ -13,6 +13,7 @@ from decomp.analysis.scores import Evaluate
 from decomp.layers import Factorized
 from decomp.network import surgery
 from decomp.network.flops import uncounted_note
+from decomp.network.restoring import all_or_nothing
 from decomp.planning.plan import PLAN
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Comparison(tables.Tabular):
         return tables.Table((*names, *COST_COLUMNS), rows, total, (self.summary,))
 
 
+@all_or_nothing()
 def compare(
     small: nn.Module,
     dense: nn.Module,

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from decomp._util import tables
 from decomp.layers import Factorized, Unpacked
 from decomp.network import surgery
 from decomp.network.flops import ForwardPass, observe, uncounted_note
+from decomp.network.restoring import all_or_nothing
 from decomp.planning.choice import describe
 from decomp.planning.cost import bytes_of, count_params
 from decomp.planning.latency import latency, layer_seconds
@@ -97,6 +98,7 @@ class Profile(tables.Tabular):
         return tables.Table(columns, rows, total, (uncounted_note(self.uncounted),) if self.uncounted else ())
 
 
+@all_or_nothing()
 def profile(model: nn.Module, example_inputs: Any) -> Profile:
     """Count and measure what ``model`` costs on a batch, in eval mode, without gradients.
 
@@ -153,8 +155,10 @@ def _profile(
     total = Usage(type(model).__name__, count_params(model), counts.total_macs, _bytes(model), seconds)
     params = max(total.params - sum(row.params for row in rows.values()), 0)
     macs = total.macs - sum(counts.macs.values())
-    if params or macs:
-        rows[ELSEWHERE] = Usage("", params, macs, 0, 0.0)
+    inside = {id(tensor) for layer in layers.values() for tensor in _tensors(layer)}
+    bytes = sum(tensor.nbytes for tensor in _tensors(model) if id(tensor) not in inside)
+    if params or macs or bytes:
+        rows[ELSEWHERE] = Usage("", params, macs, bytes, 0.0)
     return Profile(rows, total, counts.uncounted)
 
 
@@ -175,5 +179,9 @@ def _label(layer: nn.Module) -> str:
 
 
 def _bytes(module: nn.Module) -> int:
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}  # shared ones once
-    return sum(map(bytes_of, tensors.values()))
+    return sum(map(bytes_of, _tensors(module)))
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, shared ones once."""
+    return list({id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values())

@@ -21,6 +21,7 @@ from decomp.analysis.scores import Evaluate, Scorer
 from decomp.calibration.calibrate import Statistics
 from decomp.methods import METHODS, Method, kinds_of, row_named
 from decomp.network import surgery
+from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector
 from decomp.network.unpacking import unpacked
 from decomp.planning.budget import OutOfReach
@@ -241,6 +242,7 @@ class Tradeoff(tables.Tabular):
         return (cell("params"), cell("macs"), latency, tables.Cell(f"{point.score:.4f}", value=point.score))
 
 
+@all_or_nothing()
 def tradeoff(
     model: nn.Module,
     example_inputs: Any,

@@ -21,6 +21,7 @@ from decomp.layers import routes_rows
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
 from decomp.network.forward import Unfused, call, differentiable_in_eval, evaluating, hooked, to_device_of
+from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector
 from decomp.network.tracing import following_norms
 from decomp.network.unpacking import unpacked
@@ -53,6 +54,7 @@ class Statistics(ByLayer[AnyMoments]):
         return tables.render("", ("layer", ">samples", ">positions", ">of", ">standard error"), rows)
 
 
+@all_or_nothing()
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],

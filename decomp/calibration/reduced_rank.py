@@ -1,12 +1,12 @@
 """Least-squares refit of the last factors of a layer to moments of its patches, with the first factors fixed."""
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from decomp.layers import Factorized, group_kernels
+from decomp.layers.factorized import copy_alone
 from decomp.linalg import leading_eigenvectors
 
 
@@ -46,7 +46,7 @@ def _features(layer: type[Factorized], dense: nn.Module, kernels: Mapping[str, T
     last = list(kernels)[-1]
     expand = kernels[last].flatten(2)
     _, outputs, rank = expand.shape
-    wide = copy.deepcopy(dense).to(torch.float64)
+    wide = copy_alone(dense).to(torch.float64)
     parts = []
     for start in range(0, rank, outputs):
         units = torch.zeros_like(expand)

@@ -29,6 +29,7 @@ from decomp.network.forward import (
     hooked,
     to_device_of,
 )
+from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector
 from decomp.network.unpacking import unpacked
 
@@ -36,6 +37,7 @@ KEPT_ENERGY = 0.75
 SQUARED_ROUNDING = 1e-10  # a smaller relative error is rounding: the weight has exactly low rank
 
 
+@all_or_nothing()
 def sensitivity(
     model: nn.Module,
     data: Iterable[Any],

@@ -4,6 +4,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import TypeAliasType
 
 from decomp.network.forward import describe
+from decomp.network.restoring import temporarily
 
 Part = Callable[[int], bool]
 Mask = TypeAliasType("Mask", str | Callable[[Any], Tensor | None] | None)
@@ -232,6 +235,17 @@ class BatchSplit:
         every = max(2, round(1 / share)) if share else None
         return cls(every, (every or 0) // 2, rank, size)
 
+    @classmethod
+    def for_closed_form(cls, count: int) -> "BatchSplit":
+        """Hold out every fourth of ``count`` batches, of two or three the last, and none of one.
+
+        >>> [[i for i in range(count) if BatchSplit.for_closed_form(count).held_out(i)] for count in (1, 2, 3, 8)]
+        [[], [1], [2], [3, 7]]
+        """
+        if count >= (CLOSED_FORM_SPLIT.every or 0):
+            return CLOSED_FORM_SPLIT
+        return cls(every=count, first=count - 1) if count > 1 else cls(None)
+
     def own(self, index: int) -> bool:
         """Whether this process takes the batch."""
         return index % self.size == self.rank
@@ -249,6 +263,9 @@ CLOSED_FORM_SPLIT = BatchSplit(every=4, first=3)
 """The split of everything that is fitted in closed form: calibration, repair, layer after layer."""
 
 
+_RANDOM = RLock()
+"""Held while a batch is fetched with random numbers of its own: the global generators belong to all threads."""
+
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
@@ -258,25 +275,27 @@ def random_state(data: Any = None) -> dict[str, Any]:
     The latter are the attributes of a DataLoader, and of its samplers and datasets, that are generators of torch,
     Python or NumPy; they are known by their place, ``"sampler.generator"`` for example.
     """
-    return {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": _as_plain(np.random.get_state(legacy=True)),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "data": {place: _state_of(generator) for place, generator in _generators(data).items()},
-    }
+    with _RANDOM:
+        return {
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": _as_plain(np.random.get_state(legacy=True)),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "data": {place: _state_of(generator) for place, generator in _generators(data).items()},
+        }
 
 
 def set_random_state(state: dict[str, Any], data: Any = None) -> None:
     """Restore what :func:`random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    for place, generator in _generators(data).items():
-        if place in state["data"]:
-            _set_state_of(generator, state["data"][place])
+    with _RANDOM:
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        if state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        for place, generator in _generators(data).items():
+            if place in state["data"]:
+                _set_state_of(generator, state["data"][place])
 
 
 def _generators(data: Any) -> dict[str, Generator]:
@@ -341,14 +360,15 @@ class OwnRandomness:
         self.this_pass = state = self._first if self._same_order else self.next_pass
         iterator: Iterator[Any] | None = None
         while True:
-            outside = random_state(self._data)
-            set_random_state(state, self._data)
-            try:
-                iterator = iter(self._data) if iterator is None else iterator
-                batch = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self.next_pass = state = random_state(self._data)
-                set_random_state(outside, self._data)
+            with _RANDOM:
+                outside = random_state(self._data)
+                with temporarily(partial(set_random_state, outside, self._data)):
+                    set_random_state(state, self._data)
+                    try:
+                        iterator = iter(self._data) if iterator is None else iterator
+                        batch = next(iterator)
+                    except StopIteration:
+                        return
+                    finally:
+                        self.next_pass = state = random_state(self._data)
             yield batch

@@ -8,12 +8,14 @@ from torch import nn
 from decomp.analysis.scores import Evaluate
 from decomp.calibration.calibrate import Statistics
 from decomp.explorer.state import Exploration
+from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector
 
 if TYPE_CHECKING:
     from decomp.explorer.widgets import Explorer
 
 
+@all_or_nothing()
 def explore(
     model: nn.Module,
     example_inputs: Any,

@@ -1,6 +1,7 @@
 """Choosing ranks by hand: what the explorer knows and decides, without any widget."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -13,6 +14,7 @@ from decomp.analysis.scores import Evaluate, Scorer
 from decomp.calibration.calibrate import Statistics
 from decomp.calibration.sensitivity import sensitivity
 from decomp.methods import METHODS
+from decomp.network.restoring import all_or_nothing, on_failure
 from decomp.network.selection import Selector
 from decomp.network.unpacking import unpacked
 from decomp.planning.budget import CachedFronts, fixed_cost
@@ -248,9 +250,10 @@ class Exploration:
             ValueError: there are too many or too few ranks, or one is past its limit.
         """
         candidate = self.layers[name]
-        self.plan = self.plan.choosing({name: (candidate, candidate.decide(Fixed(tuple(ranks), exact=True)))})
-        self.held.add(name)
-        self._requested[name] = tuple(ranks)
+        with self._changing():
+            self.plan = self.plan.choosing({name: (candidate, candidate.decide(Fixed(tuple(ranks), exact=True)))})
+            self.held.add(name)
+            self._requested[name] = tuple(ranks)
 
     def shown_ranks(self, name: str) -> Ranks:
         """Return the ranks of a layer; where it is dense those that were requested last, or the largest.
@@ -271,6 +274,24 @@ class Exploration:
         Raises:
             ValueError: the layer has no such method.
         """
+        with self._changing():
+            self._choose_method(name, method)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Run a block that changes several attributes; if it fails, they are as before."""
+        plan, held, layers, requested = self.plan, set(self.held), dict(self.layers), dict(self._requested)
+
+        def restore() -> None:
+            self.plan, self.layers, self._requested = plan, dict(layers), dict(requested)
+            self.held.clear()
+            self.held.update(held)
+
+        with all_or_nothing():
+            on_failure(restore)
+            yield
+
+    def _choose_method(self, name: str, method: str) -> None:
         current = self.plan[name]
         candidate = self.layers[name] if method == DENSE else self._candidate(name, method)
         self.held.add(name)

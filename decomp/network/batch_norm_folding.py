@@ -13,6 +13,7 @@ from decomp.layers.kernels import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, is_inpu
 from decomp.linalg import as_float64
 from decomp.network.flops import observe
 from decomp.network.forward import BATCH_NORMS
+from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector, select
 from decomp.network.surgery import (
     check_model,
@@ -28,6 +29,7 @@ from decomp.network.tracing import following_norms
 _LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 
 
+@all_or_nothing()
 @outside_inference_mode()
 def fold_batch_norm(
     model: nn.Module,

@@ -1,10 +1,9 @@
-"""Calling a model with a batch: arguments, devices, eval mode, hooks."""
+"""Calling a model with a batch: arguments, devices, outputs; eval mode and hooks are those of ``restoring``."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import is_dataclass
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -13,10 +12,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import TypeAliasType
 
+from decomp.network.restoring import evaluating as evaluating
+from decomp.network.restoring import hooked as hooked
+
 Batch = TypeAliasType("Batch", Tensor | Sequence[Any] | Mapping[str, Any])
 """The arguments of a model: a tensor is one argument, a tuple or list positional ones, a mapping keywords."""
-
-Hook = Callable[..., Any]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -32,49 +32,10 @@ def norm_scale(variance: Tensor, eps: float, gamma: Tensor | None) -> Tensor:
     return scale if gamma is None else scale * gamma.detach()
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode, so that BatchNorm statistics do not change; then restore all train flags."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False  # not eval(): a model may override it and change its weights there
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
 def differentiable_in_eval(model: nn.Module) -> AbstractContextManager[Any]:
     """Keep cuDNN away from a model with recurrent layers: it has no backward pass of these in eval mode."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-
-
-@contextmanager
-def hooked(
-    before: Iterable[tuple[nn.Module, Hook]] = (), after: Iterable[tuple[nn.Module, Hook]] = ()
-) -> Iterator[None]:
-    """Run the block with forward hooks on modules; they are removed after it, also on an exception.
-
-    The hooks run only for calls in this thread: others may run the same modules at the same time.
-
-    Args:
-        before: modules with a hook (module, args, kwargs) that runs before their forward.
-        after: modules with a hook (module, args, kwargs, output) that runs after it; if it returns a value other
-            than None, that replaces the output.
-    """
-    thread = get_ident()
-
-    def here(hook: Hook) -> Hook:
-        return lambda *given: hook(*given) if get_ident() == thread else None
-
-    with ExitStack() as stack:
-        for module, hook in before:
-            stack.callback(module.register_forward_pre_hook(here(hook), with_kwargs=True).remove)
-        for module, hook in after:
-            stack.callback(module.register_forward_hook(here(hook), with_kwargs=True).remove)
-        yield
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Replacement of modules inside a model, and the reasons why some cannot be replaced."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from decomp.layers import Unpacked, UnpackedAttention, UnpackedExperts
 from decomp.layers.factorized import Factorized, attributes_of, is_plain
+from decomp.network.restoring import LOCK, OwnHook, Undo, on_failure, remove_own_hooks, training_of
 
 _WRAPPERS = {
     "OptimizedModule": "give the model that torch.compile was called with, and compile the result",
@@ -156,7 +157,8 @@ def hooks_of(module: nn.Module) -> str:
     """Return which hooks or patches of this module a replacement would drop, or an empty string."""
     own = dict(module.named_parameters(recurse=False))
     tensor_hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    on_module = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
+    dicts = (value for name, value in list(vars(module).items()) if name.endswith("_hooks"))
+    on_module = any(not isinstance(hook, OwnHook) for hooks in dicts for hook in list(hooks.values()))
     if on_module or any(getattr(parameter, kind, None) for parameter in own.values() for kind in tensor_hooks):
         return "has hooks, which a swap would drop: remove them first"
     return "its forward was replaced on the instance" if "forward" in vars(module) else ""
@@ -175,6 +177,10 @@ def _odd_parts(module: nn.Module, own: Mapping[str, nn.Parameter]) -> str:
     more = parts - set(usual)
     if more:
         return f"holds more than {what}: {', '.join(sorted(more))}"
+    tensors = {id(parameter): name for name, parameter in own.items()}
+    for name, value in attributes_of(module):
+        if id(value) in tensors:
+            return f"its attribute {name!r} is its {tensors[id(value)]} again: delete the attribute first"
     return "" if is_usual else "its weight or bias is no parameter"
 
 
@@ -234,10 +240,18 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool, share
             held = (value for module in model.modules() for value in vars(module).values())
             tensors = (*model.parameters(), *model.buffers(), *(each for each in held if isinstance(each, Tensor)))
             memo |= {id(tensor): tensor for tensor in tensors}
+        original = model
         try:
-            model = copy.deepcopy(model, memo)
-            for name, module in old.items():
-                _take_attributes(new[name], module, lambda value: copy.deepcopy(value, memo))
+            with LOCK:  # other threads may set hooks and flags on the model, for the time of a call
+                model = copy.deepcopy(original, memo)
+                for name, module in old.items():
+                    _take_attributes(new[name], module, lambda value: copy.deepcopy(value, memo))
+                remove_own_hooks(model)
+                for module in original.modules():
+                    if isinstance(memo.get(id(module)), nn.Module):
+                        memo[id(module)].training = training_of(module)
+                for name, module in old.items():
+                    new[name].train(training_of(module))
         except Exception as error:
             raise TypeError(
                 f"the model cannot be copied ({error}): write inplace=True to change the given model"
@@ -249,8 +263,9 @@ def swap(model: nn.Module, new: Mapping[str, nn.Module], *, inplace: bool, share
             )
         replacement = {id(module): new[name] for name, module in old.items()}
         _require_no_alias(model, replacement)
+        on_failure(_restoring_structure(model))
         for name, module in old.items():
-            _take_attributes(new[name], module, lambda value: replacement.get(id(value), value))
+            _take_attributes(new[name], module, lambda value: _leading_to_new(value, model, replacement))
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
                 if id(child) in replacement:
@@ -282,11 +297,54 @@ def _with_whole_packings(model: nn.Module, new: Mapping[str, nn.Module]) -> dict
     return whole
 
 
+def _restoring_structure(model: nn.Module) -> Undo:
+    """A function that gives all modules of a model their present children and attributes again."""
+    saved = [(module, dict(module._modules), dict(attributes_of(module))) for module in model.modules()]
+
+    def restore() -> None:
+        for module, children, attributes in saved:
+            if module._modules != children:
+                module._modules.clear()
+                module._modules.update(children)
+            for name in [name for name, _ in attributes_of(module) if name not in attributes]:
+                del vars(module)[name]
+            vars(module).update(attributes)
+
+    return restore
+
+
 def _take_attributes(new: nn.Module, old: nn.Module, taken: Callable[[Any], Any]) -> None:
     """Set on a new layer what was set on the old one, but for plain values, which it took when it was made."""
     for name, value in attributes_of(old):
         if not is_plain(value) and name not in vars(new) and not hasattr(type(new), name):
             vars(new)[name] = taken(value)  # setattr would make a child of a module
+
+
+class _Memo(dict[int, Any]):
+    """The memo of a deep copy, which notes whether the copy reached one of some objects."""
+
+    def __init__(self, entries: Mapping[int, Any], sought: Iterable[int]) -> None:
+        super().__init__(entries)
+        self._sought = frozenset(sought)
+        self.reached = False
+
+    def get(self, key: int, default: Any = None) -> Any:
+        self.reached |= key in self._sought
+        return super().get(key, default)
+
+
+def _leading_to_new(value: Any, model: nn.Module, replacement: Mapping[int, nn.Module]) -> Any:
+    """The value itself, or, where it leads to a replaced layer, a copy that leads to the new one.
+
+    The copy shares the other modules and tensors of the model.
+    """
+    shared: dict[int, Any] = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    memo = _Memo({**shared, **replacement}, replacement)
+    try:
+        copied = copy.deepcopy(value, memo)
+    except Exception:  # of whatever cannot be copied: a lock, a generator
+        return value
+    return copied if memo.reached else value
 
 
 def _require_no_alias(model: nn.Module, replaced: Mapping[int, nn.Module]) -> None:

@@ -20,6 +20,7 @@ from decomp.linalg import as_float64, safe_scale
 from decomp.methods import Method, Ranks
 from decomp.network import surgery
 from decomp.network.eligibility import ALREADY_FACTORIZED
+from decomp.network.restoring import on_failure, restoring_values
 from decomp.network.unpacking import NOT_COPIED, why_packed
 from decomp.planning.candidate import Candidate, scale_of
 from decomp.planning.choice import Choice, describe
@@ -235,7 +236,9 @@ def correct_means(
         if bias is not None:
             bias.add_(shift.to(bias.dtype))
         elif moments.normalization:
-            mean = cast(Tensor, model.get_submodule(moments.normalization).running_mean)
+            norm = model.get_submodule(moments.normalization)
+            on_failure(restoring_values(norm))
+            mean = cast(Tensor, norm.running_mean)
             mean.sub_(shift.to(mean.device, mean.dtype))
 
 

@@ -23,7 +23,7 @@ from decomp.network.flops import Call
 from decomp.planning.allocation import Front
 from decomp.planning.choice import DENSE, Change, Choice, describe
 from decomp.planning.cost import COUNTED, Cost, Price
-from decomp.planning.latency import Stopwatch
+from decomp.planning.latency import Stopwatch, Timings
 from decomp.ranks import Fixed, Rule
 
 
@@ -128,12 +128,13 @@ class Candidate:
         method: Method,
         calls: list[Call] | None,
         *,
-        timed: bool = False,
+        timings: Timings | None = None,
         moments: AnyMoments | None = None,
     ) -> "Candidate":
         """Analyse the weight of ``module``, and with moments of the data its output.
 
-        ``calls`` are the calls of the layer in one pass of the example inputs.
+        ``calls`` are the calls of the layer in one pass of the example inputs. With ``timings``, what the call
+        has measured so far, the layer is timed as well.
         """
         require_finite(name, module)
         kernels = method.kernels(module)
@@ -148,12 +149,16 @@ class Candidate:
             outputs = None if moments is None else output_kernels(layer, scaled, moments)
             if outputs is not None:
                 analysis = method.analyse(outputs)
-            stopwatch = Stopwatch(price, limits, calls or [], device) if timed else None
+            stopwatch = None
+            if timings is not None:
+                stopwatch = Stopwatch(price, limits, calls or [], device, timings)
         energy = analysis.energy * scale * scale
-        # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses.
+        # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses, with moments by
+        # the spectra of the outputs if the rule reads them.
         tucker_reference = None
         if not analysis.spectra:
-            tucker_reference = cache(partial(cls._tucker_reference, Unchanged(kernels), name, module, calls))
+            unchanged = Unchanged(kernels)
+            tucker_reference = cache(partial(cls._tucker_reference, unchanged, name, module, calls, moments))
         importance = None if moments is None else moments.importance
         return cls(
             name=name,
@@ -173,10 +178,15 @@ class Candidate:
 
     @classmethod
     def _tucker_reference(
-        cls, kernels: Unchanged, name: str, module: nn.Module, calls: list[Call] | None
+        cls,
+        kernels: Unchanged,
+        name: str,
+        module: nn.Module,
+        calls: list[Call] | None,
+        moments: AnyMoments | None,
     ) -> "Candidate":
         kernels()
-        candidate = cls.of(name, module, spectral_reference(module), calls)
+        candidate = cls.of(name, module, spectral_reference(module), calls, moments=moments)
         candidate.keep()
         return candidate
 

@@ -43,8 +43,9 @@ class Choice:
     those of the layer by kind, before and after: "params", "bytes" and "macs", which are multiply-adds on the
     example inputs (ints) or a share of the dense layer's (floats). ``error`` is the planned relative error of the
     weight, and ``output_error`` that of the output about its mean, None without data. The plan of an applied model
-    holds the measured errors instead. ``note`` describes adjustments, such as clamped ranks. ``kept_dense`` means
-    that the user asked for a dense layer, which budgets then do not change.
+    holds the measured errors instead; they differ for spatial kernels, whose output error is predicted by moments
+    of the channels and of each axis in place of those of patches. ``note`` describes adjustments, such as clamped
+    ranks. ``kept_dense`` means that the user asked for a dense layer, which budgets then do not change.
     """
 
     layer: str

@@ -21,7 +21,9 @@ RANK_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75)
 LEAST_SECONDS_PER_ROUND = 0.01
 ROUNDS = 3
 TIMED_PASSES = 5
-_MEASURED: dict[tuple[Any, ...], float] = {}
+
+Timings = dict[tuple[Any, ...], float]
+"""Seconds of the structures that one call has measured: layers of the same structure are measured once."""
 
 
 def latency(models: list[nn.Module], batch: Any) -> list[float]:
@@ -62,10 +64,18 @@ class Stopwatch:
         limits: its largest ranks.
         calls: the inputs of the layer in one pass.
         device: where it is measured.
+        timings: what the call has measured so far.
     """
 
-    def __init__(self, price: Price, limits: tuple[int, ...], calls: Sequence[Call], device: torch.device) -> None:
-        self.dense = _seconds(price.spec, tuple(calls), device)
+    def __init__(
+        self,
+        price: Price,
+        limits: tuple[int, ...],
+        calls: Sequence[Call],
+        device: torch.device,
+        timings: Timings,
+    ) -> None:
+        self.dense = _seconds(price.spec, tuple(calls), device, timings)
         from scipy.optimize import isotonic_regression  # late: it takes longer than the rest of import decomp
 
         points: dict[int, float] = {}
@@ -73,7 +83,7 @@ class Stopwatch:
             ranks = tuple(max(1, min(round(share * limit), limit)) for limit in limits)
             cost = price(ranks)
             if cost.macs < price.dense.macs or not price.dense.macs:  # a dense embedding has no MACs
-                points[cost.macs] = _seconds(price.structure(ranks), tuple(calls), device)
+                points[cost.macs] = _seconds(price.structure(ranks), tuple(calls), device, timings)
         points = points or {price.dense.macs: self.dense}
         self._macs = np.array(sorted(points), np.float64)
         # More MACs cannot be faster: violations are noise, removed by isotonic regression.
@@ -93,14 +103,14 @@ class Stopwatch:
         self._seconds *= factor
 
 
-def _seconds(layer: nn.Module, calls: tuple[Call, ...], device: torch.device) -> float:
+def _seconds(layer: nn.Module, calls: tuple[Call, ...], device: torch.device, timings: Timings) -> float:
     """Median seconds of all calls of a layer given on the meta device; each structure is measured once."""
     weight = max(layer.parameters(), key=lambda parameter: parameter.dim())
     layout = memory_format_of(weight)
     key = (str(layer), weight.dtype, layout, calls, device, torch.get_num_threads())
-    if key not in _MEASURED:
-        _MEASURED[key] = _measure(copy.deepcopy(layer).to_empty(device=device).eval(), calls, layout)
-    return _MEASURED[key]
+    if key not in timings:
+        timings[key] = _measure(copy.deepcopy(layer).to_empty(device=device).eval(), calls, layout)
+    return timings[key]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from decomp.methods import METHODS, Method
 from decomp.network import surgery
 from decomp.network.eligibility import ALREADY_FACTORIZED
 from decomp.network.flops import uncounted_note
+from decomp.network.restoring import all_or_nothing
 from decomp.network.unpacking import unpacked
 from decomp.planning.budget import Budget, Request, spend
 from decomp.planning.build import (
@@ -338,6 +339,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
             raise ValueError(f"{layers!r} matches no layer of the plan; it has {some(list(self))}")
         return names
 
+    @all_or_nothing()
     @surgery.outside_inference_mode()
     def apply(self, model: nn.Module, *, inplace: bool = False, progress: bool | None = None) -> CompressedModule:
         """Decompose the layers of ``model`` and return a model with the factorized layers in their place.
@@ -358,6 +360,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         correct_means(small, replaced, new, self._statistics)
         return small
 
+    @all_or_nothing()
     @surgery.outside_inference_mode()
     def build(self, model: nn.Module, *, inplace: bool = False) -> CompressedModule:
         """Return ``model`` with untrained factorized layers, for ``load_state_dict`` or training from scratch.
@@ -457,7 +460,8 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         params, macs = tables.change(*self.params), tables.change(*self.macs) if self.macs else ""
         names = {} if self.macs else {"MACs": "MACs (share, large input)"}
         if any(choice.output_error is not None for choice in self.values()):
-            names["error"] = "error of weight / output"
+            # Plans with statistics predict; that of a compressed model has what was measured.
+            names["error"] = f"error of weight / {'predicted ' if self._statistics else ''}output"
         columns = [replace(column, title=names.get(column.title, column.title)) for column in COLUMNS]
         rows = [choice.row(name) for name, choice in self.items()]
         total = ("whole model", replaced, "", "", params, macs, "", "")

@@ -22,7 +22,7 @@ from decomp.planning.build import NothingToDecompose
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
-from decomp.planning.latency import latency, layer_seconds
+from decomp.planning.latency import Timings, latency, layer_seconds
 from decomp.planning.plan import Plan
 from decomp.planning.survey import Survey, survey
 from decomp.ranks import RULES, parse_request
@@ -118,13 +118,14 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     statistics = _statistics(model, scope)
     surveyed = _survey(model, allowed, why_not, statistics, scope)
     timed = budget.kind not in COUNTED
+    timings: Timings | None = {} if timed else None
     candidates: dict[str, list[Candidate]] = {}
     for name, module in bar(
         scope["progress"], "time and analyse" if timed else "analyse", surveyed.decomposable.items()
     ):
         calls, moments = surveyed.calls(name), statistics.get(name)
         candidates[name] = [
-            _alone(name, module, each, calls, timed=timed, moments=moments) for each in fitting(module)
+            _alone(name, module, each, calls, timings=timings, moments=moments) for each in fitting(module)
         ]
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]

@@ -136,6 +136,11 @@ class Refit:
         """Whether some batches are held out of the fit."""
         return self._held_out.count > 0
 
+    @property
+    def unknowns(self) -> int:
+        """How many unknowns each output has: the inputs of the last factor, and the constant."""
+        return self._weight.shape[2] + (self._bias is not None)
+
     @torch.no_grad()
     def apply(self) -> float:
         """Solve with a few ridges, set the best solution if it lowers the error; return the relative error."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from decomp.data.activations import Example
-from decomp.data.batches import CLOSED_FORM_SPLIT
+from decomp.data.batches import BatchSplit
 from decomp.network.forward import norm_scale
 from decomp.network.tracing import Tail
 from decomp.recovery.least_squares import Refit, State
@@ -106,10 +106,14 @@ class ReluRefit:
         examples: inputs of the layer and outputs of the dense one; iterated over once per pass.
         relu: the ReLU after the layer, with the BatchNorm in between.
         tail: the functions after the dense layer, which compute the goal.
+        split: which batches are held out of the fit.
     """
 
-    def __init__(self, refit: Refit, examples: Iterable[Example], relu: Rectifier, tail: Tail) -> None:
+    def __init__(
+        self, refit: Refit, examples: Iterable[Example], relu: Rectifier, tail: Tail, split: BatchSplit
+    ) -> None:
         self._refit, self._examples, self._relu, self._tail = refit, examples, relu, tail
+        self._split = split
 
     def apply(self, old: State) -> tuple[float, float]:
         """Refit from the linear solution and set the best state; return the errors of ``old`` and of the best."""
@@ -133,7 +137,7 @@ class ReluRefit:
         matrix, bias = state
         squared_error = energy = 0.0
         for example in self._examples:
-            held_out = CLOSED_FORM_SPLIT.held_out(example.batch)
+            held_out = self._split.held_out(example.batch)
             measured = held_out or not self._refit.has_held_out
             if not measured and weight is None:
                 continue

@@ -1,9 +1,9 @@
 """Repair without gradients: last factors and biases refitted in the order of execution, BatchNorm re-estimated."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from decomp._util import tables
 from decomp._util.by_layer import ByLayer
 from decomp._util.naming import naming
 from decomp._util.progress import bar
+from decomp._util.warn import warn
 from decomp.calibration.sampling import Positions, Sampling
 from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
-from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, unpadded
+from decomp.data.batches import Batches, BatchSplit, Mask, unpadded
 from decomp.layers import Factorized, routes_rows
 from decomp.network.forward import (
     Unfused,
@@ -22,23 +23,26 @@ from decomp.network.forward import (
     difference,
     evaluating,
     floating,
-    hooked,
     norms_with_running_stats,
     to_device_of,
 )
 from decomp.network.pairing import factorized_names, pairs_of
+from decomp.network.restoring import all_or_nothing, hooked, on_failure, restoring_values, training_as_now
 from decomp.network.tracing import Tail
 from decomp.network.unpacking import unpacked
 from decomp.recovery.batch_norm_shift import batch_norm_shifts
 from decomp.recovery.least_squares import OutputSizeMismatch, Refit
 from decomp.recovery.relu import Rectifier, ReluRefit, rectifier
 
+ROWS_PER_UNKNOWN = 4  # with n rows and p unknowns the noise adds about p / (n - p) to the squared error: a third
+KEPT_WHOLE = "no gain in the output of the network: kept as it was"
+
 
 @dataclass(frozen=True)
 class LayerRepair:
     """Relative error of one layer's output on the held-out batches, before and after the refit.
 
-    The note says where the error is measured after the ReLU that follows the layer.
+    The note says where the error is measured after the ReLU that follows the layer, and why a layer was kept.
     """
 
     error_before: float
@@ -49,7 +53,8 @@ class LayerRepair:
 class RepairReport(tables.Tabular, ByLayer[LayerRepair]):
     """The errors of each layer before and after the repair, in the order of execution; prints as a table.
 
-    ``output_error_before`` and ``output_error_after`` are relative errors of the network's output on all batches.
+    ``output_error_before`` and ``output_error_after`` are relative errors of the network's output on the held-out
+    batches.
     """
 
     def __init__(self, layers: Mapping[str, LayerRepair], before: float, after: float, note: str) -> None:
@@ -71,6 +76,7 @@ class RepairReport(tables.Tabular, ByLayer[LayerRepair]):
         return tables.Table(columns, rows, ("whole model", whole, self.note))
 
 
+@all_or_nothing()
 def repair(
     small: nn.Module,
     dense: nn.Module,
@@ -91,8 +97,12 @@ def repair(
     with central moments S. A layer without a bias adds b to the BatchNorm that follows; without either there is no
     b, and moments are about zero. rho, a multiple of the mean diagonal of S_zz, is chosen on every fourth batch,
     which is held out of the fit; the original factor A_0 stays if no rho is better. Then the BatchNorm statistics
-    are re-estimated, and restored unless the error of the network's output falls. No labels and no gradients are
-    needed.
+    are re-estimated on the batches of the fit, and restored unless the error of the network's output falls. No
+    labels and no gradients are needed.
+
+    All errors are those of held-out batches: every fourth, or the last of two or three. If in the end the error of
+    the network's output has not fallen on them, ``small`` is kept as it was. A warning says where the data is too
+    little for the unknowns of a layer, and how much would be enough.
 
     With ``nonlinear``, a layer followed by a ReLU or ReLU6 r, directly or after a BatchNorm, is then refitted to
     minimize ||r(y) - r(A z + b)||^2: the fit is repeated for targets t that minimize, element by element,
@@ -114,7 +124,7 @@ def repair(
         progress: show a progress bar.
 
     Raises:
-        ValueError: ``dense`` does not match ``small``, or the data is empty.
+        ValueError: ``dense`` does not match ``small``, or the data has fewer than two batches.
         TypeError: the data can be iterated over only once, or a batch does not fit the model.
 
     Source: Zhang et al. 2016, section 3.3 (targets of the dense network, inputs of the compressed one) and 3.2
@@ -132,8 +142,19 @@ def repair(
     batches = Batches.in_fixed_order(data, inputs, mask)
     sampling = Sampling(positions, batches.count())
     reports: dict[str, LayerRepair] = {}
+    amounts: dict[str, _Amount] = {}
     with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
-        before = _output_error(small, dense, batches)
+        split = BatchSplit.for_closed_form(batches.count())
+        if split.every is None:
+            raise ValueError(
+                "data has fewer than two batches, and what is fitted to one is measured on another: split the "
+                "batch, list(x.split(8)) for example"
+            )
+        restore = restoring_values(
+            *(layer for layer, _ in pairs.values()), *norms_with_running_stats(small).values()
+        )
+        on_failure(restore)
+        before = _output_error(small, dense, batches, split)
         order = reached_tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
         norm_shifts = batch_norm_shifts(small, dense, batches, pairs)
         of_dense = reached_tails(dense, batches, {n: pair[1] for n, pair in pairs.items()}) if nonlinear else {}
@@ -148,30 +169,44 @@ def repair(
             with naming(name):
                 dense_tail = of_dense.get(name, Tail())
                 refit = Refit(pairs[name][0], norm_shifts.get(name), sampling)
-                reports[name] = _refit(pairs[name][0], refit, activations, rectifier(tail, dense_tail), dense_tail)
-        after, note = _output_error(small, dense, batches), ""
+                relu = rectifier(tail, dense_tail)
+                reports[name] = _refit(pairs[name][0], refit, activations, relu, dense_tail, split)
+                amounts[name] = _Amount(refit.equations.count, refit.unknowns)
+        after, note = _output_error(small, dense, batches, split), ""
         if batch_norm:
-            after, note = _renormalized(small, dense, batches, after)
+            after, note = _renormalized(small, dense, batches, split, after)
+        if not after <= before:
+            restore()
+            after, note = before, KEPT_WHOLE
+            reports = {
+                name: replace(r, error_after=r.error_before, note=KEPT_WHOLE) for name, r in reports.items()
+            }
+    _warn_of_little_data(amounts)
     for name in pairs.keys() - reports.keys():
         reports[name] = LayerRepair(math.nan, math.nan, "the data never reaches it")
     return RepairReport(reports, before, after, note)
 
 
 def _refit(
-    layer: Factorized, refit: Refit, activations: Activations, relu: Rectifier | None, tail: Tail
+    layer: Factorized,
+    refit: Refit,
+    activations: Activations,
+    relu: Rectifier | None,
+    tail: Tail,
+    split: BatchSplit,
 ) -> LayerRepair:
     examples = ExampleCache[Example](activations.windows)
     try:
         for example in examples:
             target = example.targets[0]
-            held_out = CLOSED_FORM_SPLIT.held_out(example.batch)
+            held_out = split.held_out(example.batch)
             refit.add(example.received, target, held_out=held_out, batch=example.batch, mask=example.mask)
             relu = relu if relu is not None and relu.applies_to(target, refit.axes) else None
     except RoutedDifferently:
         return LayerRepair(math.nan, math.nan, "routed differently: not refitted")
     except OutputSizeMismatch:
         return LayerRepair(math.nan, math.nan, "called with an output_size: not refitted")
-    relu_refit = ReluRefit(refit, examples, relu, tail) if relu is not None and refit.is_solvable else None
+    relu_refit = ReluRefit(refit, examples, relu, tail, split) if relu is not None and refit.is_solvable else None
     if not any(parameter.requires_grad for parameter in layer.parameters()):
         error = refit.error() if relu_refit is None else relu_refit.error()
         return LayerRepair(error, error, "frozen: not refitted")
@@ -184,10 +219,36 @@ def _refit(
     return LayerRepair(before, error, note if error < before else "no gain: its factor was kept")
 
 
-def _output_error(small: nn.Module, dense: nn.Module, batches: Batches) -> float:
-    """Relative error of all floating outputs of the network, over the whole data."""
+class _Amount(NamedTuple):
+    """The rows that a layer was fitted to, and the unknowns of each of its outputs."""
+
+    rows: int
+    unknowns: int
+
+    @property
+    def share(self) -> float:
+        """How much of what would be enough there is."""
+        return self.rows / (ROWS_PER_UNKNOWN * self.unknowns)
+
+
+def _warn_of_little_data(amounts: Mapping[str, _Amount]) -> None:
+    """Warn of the layer with the least rows for its unknowns, if they are too few."""
+    name = min(amounts, key=lambda name: amounts[name].share, default="")
+    if not amounts or not 0 < amounts[name].share < 1:
+        return
+    rows, unknowns = amounts[name]
+    few = sum(0 < amount.share < 1 for amount in amounts.values())
+    warn(
+        f"repair: the data is too little for {few} of {len(amounts)} layers, for {name!r} most of all: it has "
+        f"{rows} rows to fit {unknowns} unknowns per output, and {ROWS_PER_UNKNOWN * unknowns} would be enough "
+        f"(give {math.ceil(1 / amounts[name].share)} times as many samples)"
+    )
+
+
+def _output_error(small: nn.Module, dense: nn.Module, batches: Batches, split: BatchSplit) -> float:
+    """Relative error of all floating outputs of the network, over the held-out batches."""
     squared_error, energy, empty = 0.0, 0.0, True
-    for _, batch, mask in batches.masked():
+    for _, batch, mask in batches.masked(part=split.held_out):
         empty = False
         outputs, dense_outputs = (
             [unpadded(output, mask) for output in _outputs(model, batch)] for model in (small, dense)
@@ -204,7 +265,9 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     return [tensor.double() for tensor in floating(call(model, to_device_of(model, batch)))]
 
 
-def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: float) -> tuple[float, str]:
+def _renormalized(
+    small: nn.Module, dense: nn.Module, batches: Batches, split: BatchSplit, before: float
+) -> tuple[float, str]:
     """Estimate BatchNorm statistics by an average over all positions; undone unless the error falls.
 
     The statistics of each batch count with its number of positions: of inputs (batch, channels, *positions), all
@@ -213,29 +276,32 @@ def _renormalized(small: nn.Module, dense: nn.Module, batches: Batches, before: 
     norms = list(norms_with_running_stats(small).values())
     if not norms:
         return before, ""
-    original = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
-    momenta = [norm.momentum for norm in norms]
+    restore = {norm: restoring_values(norm) for norm in norms}
     try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.training = True
-        with hooked(before=[(norm, _weighted_by_positions()) for norm in norms]):
-            for batch in batches:
+        with training_as_now(*norms), hooked(before=[(norm, _weighted_by_positions()) for norm in norms]):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.training = True
+            for _, batch in batches.numbered(part=split.train):
                 call(small, to_device_of(small, batch))
     except ValueError as error:
-        _restore(norms, original)
+        for norm in norms:
+            restore[norm]()
         return before, f"the statistics of BatchNorm were kept: {error}"
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum, norm.training = momentum, False
     reached = [norm for norm in norms if int(norm.num_batches_tracked or 0)]
-    unreached = [pair for pair in zip(norms, original, strict=True) if pair[0] not in reached]
-    _restore([norm for norm, _ in unreached], [buffers for _, buffers in unreached])
-    after = _output_error(small, dense, batches)
-    if after < before:
-        return after, f"{len(reached)} BatchNorm re-estimated"
-    _restore(norms, original)
-    return before, f"no gain: the statistics of {len(reached)} BatchNorm were kept"
+    for norm in norms:
+        if norm not in reached:
+            restore[norm]()
+    if all(bool(torch.isfinite(buffer).all()) for norm in reached for buffer in norm.buffers()):
+        after = _output_error(small, dense, batches, split)
+        if after < before:
+            return after, f"{len(reached)} BatchNorm re-estimated"
+        note = f"no gain: the statistics of {len(reached)} BatchNorm were kept"
+    else:
+        note = "a variance overflows on this data: the statistics of BatchNorm were kept"
+    for norm in norms:
+        restore[norm]()
+    return before, note
 
 
 def _weighted_by_positions() -> Any:
@@ -250,9 +316,3 @@ def _weighted_by_positions() -> Any:
         norm.momentum = here / max(1, seen)
 
     return hook
-
-
-def _restore(norms: Sequence[nn.Module], original: Sequence[Mapping[str, Tensor]]) -> None:
-    for norm, values in zip(norms, original, strict=True):
-        for name, value in values.items():
-            getattr(norm, name).copy_(value)

@@ -18,6 +18,7 @@ from decomp.data.suspended import HeldExamples
 from decomp.layers import Factorized, routes_rows
 from decomp.network import surgery
 from decomp.network.forward import Unfused, evaluating
+from decomp.network.restoring import training_of
 from decomp.network.tracing import Tail
 from decomp.network.unpacking import unpacked
 from decomp.planning.build import (
@@ -85,7 +86,7 @@ def apply_sequentially(
                 held.replace(name, layer, small)
     unreached = {name: module for name, module in replaced.items() if name not in order}
     for name in order:
-        small.get_submodule(name).train(replaced[name].training)  # they were built in eval mode
+        small.get_submodule(name).train(training_of(replaced[name]))  # they were built in eval mode
     rest = decomposed(unreached, plan, plan.method_of, plan.candidates, plan.statistics, False)
     final |= measured(plan, unreached, rest, plan.candidates, plan.statistics)
     return plan.swap(small, rest, final, inplace=True)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decomp.network.restoring import on_failure, restoring_values, temporarily
+
 
 @contextmanager
 def process_group(accelerator: Any, *models: nn.Module | None) -> Iterator["ProcessGroup"]:
@@ -105,6 +107,8 @@ class ProcessGroup:
         if self.size > 1:
             from accelerate.utils import broadcast
 
+            on_failure(restoring_values(model))
+
             with torch.no_grad():
                 for tensor in chain(model.parameters(), model.buffers()):
                     tensor.copy_(broadcast(tensor.detach().contiguous()))
@@ -160,13 +164,15 @@ class ProcessGroup:
         """Move the models to the device of this process for the block, and back after it."""
         homes = [(model, _device_of(model)) for model in models if model is not None]
         moving = [(model, home) for model, home in homes if home is not None and home != self.device]
-        try:
+
+        def back() -> None:
+            for model, home in moving:
+                model.to(home)
+
+        with temporarily(back):
             for model, _ in moving:
                 model.to(self.device)
             yield
-        finally:
-            for model, home in moving:
-                model.to(home)
 
 
 def _device_of(model: nn.Module) -> torch.device | None:

@@ -23,6 +23,7 @@ from decomp.data.batches import (
     set_random_state,
 )
 from decomp.network.forward import evaluating, moved
+from decomp.network.restoring import all_or_nothing, on_failure, restoring_values, temporarily, training_as_now
 from decomp.training.checkpoint import Checkpoint, identify, name_of
 from decomp.training.distributed import ProcessGroup, process_group
 from decomp.training.loop import (
@@ -59,6 +60,7 @@ class TuningReport:
         return f"{change} in {self.steps} steps, {self.seconds:.1f} s{note}"
 
 
+@all_or_nothing()
 def finetune(
     small: nn.Module,
     data: Iterable[Any],
@@ -150,10 +152,16 @@ def finetune(
                 **group.identity(),
             }
             saved = Checkpoint(checkpoint, identity, writes=group.rank == 0)
+        on_failure(restoring_values(small))
         tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
         loop = TrainingLoop(tensors, selected, settings, group)
         run = EndToEndRun(small, objective, data, validate, loop, group, round(frozen_norm * steps))
-        with bar(progress if group.rank == 0 else False, "fine-tune", total=steps) as steps_bar, evaluating(small):
+        outside = random_state()  # dropout draws in the steps
+        with (
+            bar(progress if group.rank == 0 else False, "fine-tune", total=steps) as steps_bar,
+            evaluating(small),
+            temporarily(lambda: set_random_state(outside)),
+        ):
             return run.train(saved, steps_bar)
 
 
@@ -294,7 +302,7 @@ class EndToEndRun:
 @contextmanager
 def _in_train_mode(model: nn.Module, *, norms_frozen: bool) -> Iterator[None]:
     """Run the block in train mode, except for BatchNorm where it is frozen."""
-    with evaluating(model):
+    with training_as_now(*model.modules()):
         for module in model.modules():
             is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
             module.training = not (is_norm and norms_frozen)

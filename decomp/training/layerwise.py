@@ -39,6 +39,7 @@ from decomp.data.batches import (
 from decomp.data.suspended import HeldActivations, HeldExamples
 from decomp.network.forward import evaluating
 from decomp.network.pairing import blocks_of, factorized_names, pairs_of
+from decomp.network.restoring import all_or_nothing, on_failure, restoring_values, temporarily
 from decomp.network.selection import Selector
 from decomp.network.tracing import Tail
 from decomp.network.unpacking import unpacked
@@ -100,6 +101,7 @@ class FinetuneReport(tables.Tabular, ByLayer[LayerReport]):
         return tables.Table(columns, rows)
 
 
+@all_or_nothing()
 def finetune_layerwise(
     small: nn.Module,
     dense: nn.Module,
@@ -213,8 +215,10 @@ def finetune_layerwise(
         part = _NeededBatches(split, most)
         # Passes are held for several layers of one process: otherwise there is nothing to share.
         orders = reached if group.size == 1 and len(reached) > 1 else {}
+        outside = random_state()  # a checkpoint to resume from sets it
         with (
             evaluating(small, dense),
+            temporarily(lambda: set_random_state(outside)),
             HeldExamples(small, dense, pairs, orders, batches, cache_bytes, part) as held,
         ):
             trainers = {}
@@ -295,6 +299,7 @@ def _train_layers(
             with naming(name):
                 if finished is not None:
                     reports[name] = LayerReport(**finished["report"])
+                    on_failure(restoring_values(trainer.layer))
                     trainer.layer.load_state_dict(finished["layer"])
                     advance(steps, math.nan)
                     done(name)
@@ -385,6 +390,7 @@ class LayerTrainer:
         if not after < before:
             note = f"{loop.note or 'no gain'}: its factors were kept"
             return LayerReport(before, before, loop.steps_done, 0.0, note)
+        on_failure(restoring_values(self.layer))
         self.layer.load_state_dict(trained.state_dict())
         return LayerReport(before, after, loop.steps_done, 0.0, loop.note)
 

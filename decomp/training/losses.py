@@ -138,9 +138,9 @@ class Distillation:
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         arguments = self._inputs(batch)
         names = {*self._hints, *self._attention}
-        with evaluating(self.teacher), torch.no_grad(), Unfused(), _features(self.teacher, names) as of_teacher:
+        with evaluating(self.teacher), torch.no_grad(), _features(self.teacher, names) as of_teacher:
             targets = call(self.teacher, to_device_of(self.teacher, arguments))
-        with Unfused(), _features(model, names) as of_student:
+        with _features(model, names) as of_student:
             outputs = call(model, arguments)
         terms = []
         if self._soft:
@@ -199,5 +199,9 @@ def _features(model: nn.Module, names: set[str]) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    with hooked(after=[(modules[name], keep(name)) for name in names]):
+    if not names:
+        yield outputs
+        return
+    # The fused path of encoders calls no hook; a function mode, which keeps it away, costs time at every function.
+    with Unfused(), hooked(after=[(modules[name], keep(name)) for name in names]):
         yield outputs
