@@ -417,7 +417,7 @@ def test_a_repair_that_cannot_renormalize_keeps_the_statistics(net, data):
             return self.layers(x)
 
     model = Branch().eval()
-    for rows in ([8, 1, 8], [8, 8, 8]):  # the last is held out
+    for rows in ([16, 1, 16], [16, 16, 16]):  # the last is held out
         small = decomp.svd(model, ranks=3)
         report = decomp.repair(small, model, [torch.randn(count, 16) for count in rows], progress=False)
         assert small.layers[1].momentum == 0.1

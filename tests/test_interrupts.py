@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import decomp
 from decomp.explorer.state import Exploration
+from decomp.losses import Distillation
 
 FOLDERS = (Path(decomp.__file__).parent, Path(decomp.layers.__file__).parent)
 OURS = {str(path) for folder in FOLDERS for path in folder.rglob("*.py")}
@@ -47,7 +48,10 @@ EXPLORING = {
     "method of an exploration": lambda w: explored(w).choose_method("0", "svd_spatial"),
     "evaluation of an exploration": lambda w: explored(w).evaluate(),
 }
-EVERY = CALLS | IN_PLACE | EXPLORING
+OTHERS = {
+    "a step of a distillation": lambda w: decomp.losses.Distillation(w.model, hints={"0": 1.0})(w.small, w.x)
+}
+EVERY = CALLS | IN_PLACE | EXPLORING | DISTILLED
 
 
 class Instants:
@@ -217,4 +221,4 @@ def test_whatever_ends_a_call_leaves_all_as_it_was(name, seconds_of_macs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVERY)
 def test_twenty_instants_of_each_call(name, seconds_of_macs):
-    interrupted(name, 20)
+    interrupted(name, int(__import__("os").environ.get("N", 20)))

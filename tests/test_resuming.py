@@ -272,3 +272,43 @@ def test_whole_files_of_something_else_are_refused(checkpoint, tmp_path):
     small, message = resumed(checkpoint, tmp_path, whole)
     assert not message
     assert alike(small.state_dict(), checkpoint[3])
+
+
+@pytest.mark.parametrize("call", ["finetune", "finetune_layerwise"])
+def test_a_run_that_is_interrupted_leaves_the_model_and_goes_on_when_it_is_called_again(tmp_path, call):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    data = [torch.randn(16, 32) for _ in range(5)]
+    batches = 0
+
+    class Source:
+        def __iter__(self):
+            nonlocal batches
+            for batch in data:
+                batches += 1
+                if batches == ends_at:
+                    raise KeyboardInterrupt
+                yield batch
+
+        def __len__(self):
+            return len(data)
+
+    def run(small, folder):
+        options = {"steps": 12, "checkpoint": folder, "checkpoint_every": 2, "progress": False}
+        if call == "finetune":
+            return decomp.finetune(small, Source(), teacher=dense, lr=1e-2, **options)
+        return decomp.finetune_layerwise(small, dense, Source(), lr=1e-2, cache_bytes=1, **options)
+
+    ends_at = -1
+    expected, small = (decomp.svd(dense, ranks=4) for _ in range(2))
+    run(expected, tmp_path / "whole")
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    whole, batches = batches, 0
+    ends_at = whole * 2 // 3
+    with pytest.raises(KeyboardInterrupt):
+        run(small, tmp_path / "ended")
+    assert (tmp_path / "ended" / "current.safetensors").exists()
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    ends_at = -1
+    run(small, tmp_path / "ended")
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in small.state_dict().items())

@@ -357,12 +357,14 @@ class Exploration:
         return self._curves[key]
 
     @property
+    @all_or_nothing()
     def baseline(self) -> float:
         """The score of the dense model."""
         if self._baseline is None:
             self._baseline = self.scorer(self.model)
         return self._baseline
 
+    @all_or_nothing()
     def apply(self) -> nn.Module:
         """Return the model that the plan makes; the same object as long as the plan stays the same.
 
@@ -373,6 +375,7 @@ class Exploration:
             self._applied = (self.plan, self.plan.apply(self.model, progress=False))
         return self._applied[1]
 
+    @all_or_nothing()
     def evaluate(self) -> Trial:
         """Score the model of the plan, and add it to ``tried``.
 

@@ -4,8 +4,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, NamedTuple
@@ -58,13 +57,17 @@ class MacCounter(FlopCounterMode):
         self.mod_tracker: Any = _OneModule()
         self._watch: Any = _WatchUncounted(self.flop_registry)
 
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count what is run in the block. It is no ``__enter__``, which an interrupt could leave half done."""
-        with self._watch, self:  # the watch first, so that it is shown what the counter has decomposed
-            for mode in (self._watch, self.mode):
-                _without_import_of_the_compiler(mode)
-            yield
+    def __enter__(self) -> "MacCounter":
+        self._watch.__enter__()  # before the counter, so that it is shown what that has decomposed
+        super().__enter__()  # type: ignore[no-untyped-call]
+        for mode in (self._watch, self.mode):
+            _without_import_of_the_compiler(mode)
+        return self
+
+    def __exit__(self, *error: Any) -> Any:
+        suppressed = super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._watch.__exit__(*error)
+        return suppressed
 
     @property
     def macs(self) -> int:
@@ -155,8 +158,7 @@ def observe(model: nn.Module, batch: Any, modules: Mapping[str, nn.Module]) -> F
         running.remove(name)
 
     weights = {id(module.weight): name for name, module in modules.items() if isinstance(_weight(module), Tensor)}
-    counter = MacCounter()
-    with counter.counting(), _Reads(weights, running, result.read):
+    with MacCounter() as counter, _Reads(weights, running, result.read):
         macs = measure_per_module(model, batch, modules, lambda: counter.macs, before, after)
     result.macs = {name: int(value) for name, value in macs.items()}
     result.total_macs = counter.macs

@@ -259,8 +259,8 @@ def _remove(hooks: dict[int, Any], with_kwargs: dict[int, bool], hook: "OwnHook 
     """Remove a hook of ours, or all of them, by itself and not by its handle, which an interrupt may have lost."""
     for key, each in list(hooks.items()):
         if each is hook or (hook is None and isinstance(each, OwnHook)):
-            del hooks[key]
             with_kwargs.pop(key, None)
+            del hooks[key]  # last: as long as it is there, this can be begun again
 
 
 class OwnHook:

@@ -100,7 +100,7 @@ def count_macs(module: nn.Module, calls: Sequence[Call]) -> int:
     # Made before: under a counter torch runs the Python version of torch.ones, which imports its compiler.
     one_step = [_as_one_step(module, each) for each in calls]
     inputs = [example_input(module, each) for each in one_step]
-    with counter.counting(), torch.no_grad():
+    with counter, torch.no_grad():
         for x, each in zip(inputs, one_step, strict=True):
             sizes = {} if each.output_size is None else {"output_size": each.output_size}
             module(x, **sizes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from decomp.network.forward import Unfused, call, evaluating, hooked, to_device_of
+from decomp.network.restoring import all_or_nothing
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -135,6 +136,7 @@ class Distillation:
         self._hints, self._attention = dict(hints or {}), dict(attention or {})
         self._inputs = inputs or (lambda batch: batch)
 
+    @all_or_nothing()
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         arguments = self._inputs(batch)
         names = {*self._hints, *self._attention}
