@@ -48,9 +48,7 @@ EXPLORING = {
     "method of an exploration": lambda w: explored(w).choose_method("0", "svd_spatial"),
     "evaluation of an exploration": lambda w: explored(w).evaluate(),
 }
-OTHERS = {
-    "a step of a distillation": lambda w: decomp.losses.Distillation(w.model, hints={"0": 1.0})(w.small, w.x)
-}
+DISTILLED = {"a step of a distillation": lambda w: Distillation(w.model, hints={"0": 1.0})(w.small, w.x)}
 EVERY = CALLS | IN_PLACE | EXPLORING | DISTILLED
 
 
