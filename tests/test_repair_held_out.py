@@ -82,9 +82,7 @@ def test_statistics_that_would_overflow_are_kept():
     model, draw = trained()
     small = decomp.svd(model, ranks=8).requires_grad_(False)
     with torch.no_grad():
-        next(small[0].parameters()).mul_(
-            -3
-        )  # so bad, and frozen, that constants are better
+        next(small[0].parameters()).mul_(-3)  # so bad, and frozen, that constants are better
     data = [draw(64) for _ in range(4)]
     data[1] = data[1] * 1e20  # finite, but not the variance of it
     report = decomp.repair(small, model, data, **QUIET)

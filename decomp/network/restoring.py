@@ -92,7 +92,7 @@ def _restoring_modes() -> Undo:
     gradients = torch.is_grad_enabled()
     kinds = [kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind)]
     autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
-    stacks = (_get_current_function_mode_stack, _get_current_dispatch_mode_stack)
+    stacks: list[Any] = [_get_current_function_mode_stack, _get_current_dispatch_mode_stack]
     depths = [len(stack()) for stack in stacks]
 
     def restore() -> None:
