@@ -120,6 +120,8 @@ class DecompQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         model.config.quantization_config = self.quantization_config  # a part of the model may have been saved last
         state = dict(model.state_dict())
+        # Conversions to the names of the original checkpoint split and join dense weights, and know no factors.
+        vars(model)["_weight_conversions"] = []
         for name in _factorized(model):
             factor = next(model.get_submodule(name).parameters())
             state[f"{name}.weight"] = torch.zeros(1, dtype=factor.dtype)

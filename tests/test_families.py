@@ -98,7 +98,7 @@ def test_the_error_of_an_output_of_random_length_is_refused():
     with pytest.raises(ValueError, match="VitsModel gives outputs of different sizes for the same batch"):
         decomp.sensitivity(model, [batch], progress=False)
     with pytest.raises(ValueError, match="different sizes for the same batch"):
-        decomp.repair(small, model, [batch], progress=False)
+        decomp.repair(small, model, [batch, batch], progress=False)
     with pytest.raises(ValueError, match=r"different sizes.*evaluate="):
         decomp.tradeoff(model, batch, methods=["svd_channel"], budgets=[0.8], progress=False)
     scored = decomp.tradeoff(

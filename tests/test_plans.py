@@ -77,7 +77,7 @@ def test_without_example_inputs_macs_are_shares():
 
 
 def test_print_shows_every_layer_ranks_and_reasons():
-    text = str(decomp.plan(network(), ranks={"conv": (20, 10)}, example_inputs=IMAGE))
+    text = decomp.plan(network(), ranks={"conv": (20, 10)}, example_inputs=IMAGE).table(width=200)
     line = next(line for line in text.splitlines() if line.strip().startswith("conv"))
     assert "20 x 10" in line
     assert "=>" in line

@@ -15,7 +15,7 @@ def model(name):
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-165, 1e155, 1e300])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if "rnn" not in name])
 def test_a_weight_of_extreme_scale_is_decomposed_like_that_of_scale_one(name, scale):
     dense = model(name)
     expected = decomp.plan(dense, name, ranks=1).apply(dense)

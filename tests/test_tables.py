@@ -58,7 +58,9 @@ def reports():
     found["plan of a transformer"] = decomp.plan(transformer, ranks={"*query*": 8}, example_inputs=tokens)
     found["comparison of a transformer"] = decomp.compare(small, transformer, tokens)
     found["profile of a transformer"] = decomp.profile(transformer, tokens)
-    found["repair"] = decomp.repair(small, transformer, [torch.randn(8, 32) for _ in range(4)], progress=False)
+    few = [torch.randn(8, 32) for _ in range(4)]
+    with pytest.warns(UserWarning, match="the data is too little"):
+        found["repair"] = decomp.repair(small, transformer, few, progress=False)
     found["fine-tuning"] = FinetuneReport(
         {
             name: LayerReport(0.5, 0.25, 300, 1.5, "NaN at step 7" if "3" in name else "")
@@ -100,7 +102,8 @@ def test_nothing_is_lost_in_a_narrow_table(reports, name, width):
     names = {record["layer"] for record in report.records() if "layer" in record}
     whole = {n for n in names if n in joined}
     heads = [line.split("  ")[0] for line in text.splitlines() if "…" in line.split("  ")[0]]
-    assert len(set(heads)) == len(heads) == len(names - whole), "shortened names stay distinct"
+    assert len(set(heads)) == len(heads), "shortened names stay distinct"
+    assert len(names - whole) <= len(heads) <= len(names), "a note may hold a name that is shortened in its row"
 
 
 def test_reasons_are_footnotes_where_few_and_under_their_rows_where_many(reports):

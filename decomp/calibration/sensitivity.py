@@ -1,5 +1,6 @@
 """The sensitivity of the network to errors in each layer, measured on data: weights for a budget."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from decomp._util.naming import naming
@@ -163,17 +163,14 @@ def _projected(kernels: Tensor) -> Tensor:
 @contextmanager
 def _running_with(layer: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Run ``layer`` with other weights inside the block; its own are not changed."""
-    busy = False
+    other: Any = copy.copy(layer)  # shares all but its parameters: other threads may run the layer itself
+    changed = {name: nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()}
+    vars(other)["_parameters"] = {**layer._parameters, **changed}
+    if isinstance(layer, nn.RNNBase):
+        vars(other)["_flat_weights"] = [getattr(other, name) for name in layer._flat_weights_names]
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        nonlocal busy
-        if busy:
-            return output
-        busy = True
-        try:
-            return functional_call(module, dict(weights), args, kwargs)
-        finally:
-            busy = False
+        return other.forward(*args, **kwargs)
 
     with hooked(after=[(layer, hook)]):
         yield

@@ -110,15 +110,15 @@ class Patches:
         self._axes, self._groups = len(dense.kernel_size), dense.groups
         taps = math.prod(dense.kernel_size)
         self._number: Any = _uninitialized(dense, 1, taps, groups=1).to_empty(device="cpu").double()
-        units = torch.eye(taps, dtype=torch.float64).reshape(1, taps, 1, *dense.kernel_size)
+        units = torch.eye(taps, dtype=torch.float64, device="cpu").reshape(1, taps, 1, *dense.kernel_size)
         with torch.no_grad():
             self._number.weight.copy_(join_kernels(units, input_first=is_input_first(dense)))
-        self._read: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
+        self._read: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0, device="cpu"))
 
     def positions_read(self, size: tuple[int, ...]) -> Tensor:
         """(taps, output positions): one plus the index of the input position, 0 where the patch reads padding."""
         if self._read[0] != size:
-            numbers = torch.arange(1, math.prod(size) + 1, dtype=torch.float64).reshape(1, 1, *size)
+            numbers = torch.arange(1, math.prod(size) + 1, dtype=torch.float64, device="cpu").reshape(1, 1, *size)
             with torch.no_grad():
                 self._read = size, self._number(numbers)[0].flatten(1).to(torch.int32)
         return self._read[1]

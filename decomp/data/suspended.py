@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from decomp.data.activations import Activations, Example, Window
 from decomp.data.batches import Batches, Part, naming_batch
-from decomp.network.forward import Unfused, call, floating, to_device_of
+from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
 from decomp.network.tracing import Tail
 
 SECONDS_TO_WAIT = 60.0  # and twenty times what a pass takes: no pass that runs needs as long
@@ -141,10 +141,9 @@ class Gates:
         self._started = started
         if torch.get_default_device().type != "cpu":
             self.device = torch.get_default_device()
-        with ExitStack() as stack:
-            for name, layer in self.layers.items():
-                stack.callback(layer.register_forward_pre_hook(self._before(name), with_kwargs=True).remove)
-                stack.callback(layer.register_forward_hook(self._after(name), with_kwargs=True).remove)
+        before = [(layer, self._before(name)) for name, layer in self.layers.items()]
+        after = [(layer, self._after(name)) for name, layer in self.layers.items()]
+        with hooked(before, after, in_all_threads=True), ExitStack() as stack:
             stack.callback(_end, started)
             yield self
 
@@ -155,18 +154,20 @@ class Gates:
         return begun
 
     def _before(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(*given: Any) -> None:
             here = self.passes.get(get_ident())
             if here is not None and not self.after and name not in self.replaced:
+                _, args, kwargs = given
                 here.hold(Arrival(name, args, kwargs))
 
         return hook
 
     def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        def hook(*given: Any) -> Any:
             here = self.passes.get(get_ident())
             if here is None:
                 return None
+            _, args, kwargs, output = given
             if self.after and name not in self.replaced:
                 here.hold(Arrival(name, args, kwargs, output))
             instead = self.replaced.get(name)
@@ -235,16 +236,12 @@ def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batch
     def count(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal most
-            if get_ident() == thread:
-                order.append(name)
-                most = max(most, live.bytes)
+            order.append(name)
+            most = max(most, live.bytes)
 
         return hook
 
-    thread = get_ident()
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(count(name), with_kwargs=True).remove)
+    with hooked(after=[(layer, count(name)) for name, layer in layers.items()]):
         for number, batch in enumerate(first):
             start = time.perf_counter()
             kind = model_device(model)

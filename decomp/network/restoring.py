@@ -218,19 +218,23 @@ def training_as_now(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(
-    before: Iterable[tuple[nn.Module, Hook]] = (), after: Iterable[tuple[nn.Module, Hook]] = ()
+    before: Iterable[tuple[nn.Module, Hook]] = (),
+    after: Iterable[tuple[nn.Module, Hook]] = (),
+    *,
+    in_all_threads: bool = False,
 ) -> Iterator[None]:
     """Run the block with forward hooks on modules; they are removed after it, also on an exception.
 
-    The hooks run only for calls in this thread: others may run the same modules at the same time.
+    The hooks run only for calls in this thread, unless ``in_all_threads``: others may run the same modules at the
+    same time. A hook that has just been removed may still be called, without the keyword arguments.
 
     Args:
         before: modules with a hook (module, args, kwargs) that runs before their forward.
         after: modules with a hook (module, args, kwargs, output) that runs after it; if it returns a value other
             than None, that replaces the output.
     """
-    own_before = [(module, OwnHook(hook)) for module, hook in before]
-    own_after = [(module, OwnHook(hook)) for module, hook in after]
+    own_before = [(module, OwnHook(hook, in_all_threads=in_all_threads)) for module, hook in before]
+    own_after = [(module, OwnHook(hook, in_all_threads=in_all_threads)) for module, hook in after]
 
     def remove() -> None:
         with LOCK:
@@ -266,11 +270,11 @@ def _remove(hooks: dict[int, Any], with_kwargs: dict[int, bool], hook: "OwnHook 
 class OwnHook:
     """A hook of ours on a module of the user's, which does nothing when another thread calls the module."""
 
-    def __init__(self, hook: Hook) -> None:
-        self._hook, self._thread = hook, get_ident()
+    def __init__(self, hook: Hook, *, in_all_threads: bool = False) -> None:
+        self._hook, self._thread = hook, None if in_all_threads else get_ident()
 
     def __call__(self, *given: Any) -> Any:
-        return self._hook(*given) if get_ident() == self._thread else None
+        return self._hook(*given) if self._thread in (None, get_ident()) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OwnHook":
         return self

@@ -21,6 +21,7 @@ from decomp._util.arguments import Argument
 from decomp.layers import Factorized, InputSVDRNN, group_kernels
 from decomp.layers.factorized import copy_alone
 from decomp.network.flops import Call, MacCounter
+from decomp.network.restoring import LOCK
 
 Ranks = tuple[int, ...]
 Counts = NDArray[np.int64]
@@ -155,7 +156,8 @@ def on_meta(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in module.parameters()
     }
-    return copy_alone(module, memo)
+    with LOCK:  # other threads may set hooks on the module, for the time of a call
+        return copy_alone(module, memo)
 
 
 def large_input_shape(dense: nn.Module) -> tuple[int, ...]:
