@@ -381,7 +381,8 @@ class LayerTrainer:
             student.float()  # half precision is too coarse for the steps of an optimizer
         tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
         loop = TrainingLoop(tensors, self._trained, self._settings, self._group)
-        judged = _Judged(held_out, max(2, self._settings.interval // 2))
+        # As many in all processes together as one process would take.
+        judged = _Judged(held_out, math.ceil(max(2, self._settings.interval // 2) / self._group.size))
         loop.best_error = self._error(self.layer, judged) or 0.0
         self._run(loop, student, stream, judged, name, saved, advance)
         trained = copy.deepcopy(self.layer)
