@@ -76,3 +76,5 @@ def main(folder, out, *, steps=40, accumulate=1, held_out=0.2):
 
 if __name__ == "__main__":
     main(*sys.argv[1:3])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them

@@ -1,5 +1,6 @@
 """The processes of a training run, usually a single one: sums and means over them, devices, mixed precision."""
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,7 +44,10 @@ def _default_group(*models: nn.Module | None) -> "ProcessGroup":
         # The number of steps is global as well, and stays as it is.
         group = ProcessGroup.of(Accelerator(gradient_accumulation_steps=GradientState().num_steps))
     elif torch.distributed.is_initialized() or get_cpu_distributed_information().world_size > 1:
+        began = torch.distributed.is_initialized()
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        if not began:
+            atexit.register(_end_process_group)
         group = ProcessGroup(state.device, int(state.process_index), int(state.num_processes))
     else:
         on_gpu = torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -52,6 +56,12 @@ def _default_group(*models: nn.Module | None) -> "ProcessGroup":
     if group.size == 1 and elsewhere:
         group.device = elsewhere[0]
     return group
+
+
+def _end_process_group() -> None:
+    """End what was begun here: threads of a backend that still run when Python ends can abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class ProcessGroup:
