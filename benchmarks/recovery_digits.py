@@ -85,7 +85,7 @@ def main() -> None:
     ]
     rows.append(("seconds, median", "", *(f"{statistics.median(c):.1f}" for c in zip(*seconds, strict=True))))
     title = f"accuracy; dense {statistics.mean(dense_accuracy):.1%}, {seeds} seeds"
-    print(render(title, ("method", ">MACs", *(f">{step}" for step in STEPS)), rows, ("mean", "", *spread)))
+    print(render(title, ("method", ">MACs", *(f">{step}" for step in STEPS)), [*rows, ("mean", "", *spread)]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import decomp
 from decomp.calibration.moments import LayerSums
+from decomp.data.activations import Activations, reached_tails
+from decomp.data.batches import Batches
+from decomp.data.suspended import HeldActivations, HeldExamples
 from decomp.layers import ExpertLinear, SVDExpertLinear, UnpackedExperts, group_kernels
 from decomp.methods import METHODS
 from decomp.network.flops import observe
@@ -473,3 +476,39 @@ def test_profiles_show_the_experts_as_a_whole():
     assert row.layer == "UnpackedExperts gate_up_proj dense, down_proj (8,)"
     assert dense.macs - row.macs == 48 * (32 * 64 - 8 * (32 + 64))
     assert dense.params - row.params == 4 * (32 * 64 - 8 * (32 + 64))
+
+
+class Routed(nn.Module):
+    """Two layers of experts behind a router."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.first, self.second = expert_linear(4, 8, 8, torch.float32), expert_linear(4, 8, 8, torch.float32)
+
+    def forward(self, x):
+        experts = self.router(x).argmax(1)
+        return self.second(self.first(x, experts).relu(), experts)
+
+
+def test_held_passes_keep_the_rows_that_both_networks_send_to_the_same_expert():
+    dense = Routed().eval()
+    small = decomp.svd(dense, ranks=2, exclude="router")
+    with torch.no_grad():
+        small.router.weight.add_(0.7 * torch.randn_like(small.router.weight))
+    data = Batches([torch.randn(20, 8) for _ in range(4)])
+    pairs = {name: (small.get_submodule(name), dense.get_submodule(name)) for name in ("first", "second")}
+    tails = reached_tails(dense, data, {name: pair[1] for name, pair in pairs.items()})
+    with torch.no_grad(), HeldExamples(small, dense, pairs, tails, data, 2**28) as held:
+        for name, pair in pairs.items():
+            first = held.activations(name)
+            assert isinstance(first, HeldActivations)
+            plain = Activations(small, dense, *pair, tails[name], data, 2**28)
+            windows = zip(first.windows(), plain.windows(), strict=True)
+            examples = [each for ours, theirs in windows for each in zip(ours.items, theirs.items, strict=True)]
+            assert len(examples) == 4
+            for ours, theirs in examples:
+                assert 0 < len(ours.args[1]) < 20
+                assert torch.equal(ours.args[1], theirs.args[1])
+                assert torch.equal(ours.targets[0], theirs.targets[0])
+            held.replace(name, None, small)

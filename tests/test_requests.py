@@ -159,3 +159,10 @@ def test_the_budget_is_refused_as_a_whole(model):
         decomp.compress(model, bytes=3)
     with pytest.raises(ValueError, match=r"objective= need a budget: write one of macs=, params=, bytes="):
         decomp.plan(model, objective="sum")
+
+
+def test_a_plan_of_packed_attention_takes_example_inputs_where_it_is_applied():
+    layer, x = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval(), torch.randn(2, 5, 32)
+    plan = decomp.plan(layer, ranks={"self_attn.q_proj": 4})
+    small = decomp.svd(layer, plan, example_inputs=x)
+    assert small.decomp_plan.macs == decomp.plan(layer, ranks=plan, example_inputs=x).macs

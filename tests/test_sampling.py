@@ -216,3 +216,14 @@ def test_one_forward_pass_and_with_a_loss_one_backward_pass():
     decomp.calibrate(model, data, layers="2", loss="output", progress=False)
     assert len(calls) == 1 + len(data)
     assert not gradients, "no gradient goes further back than the first layer"
+
+
+def test_a_batch_of_nothing_but_padding_is_left_out():
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 12)).eval()
+    batches = [{"input": torch.randn(4, 6, 12), "attention_mask": torch.ones(4, 6)} for _ in range(8)]
+    batches[2]["attention_mask"] = torch.zeros(4, 6)
+    small = decomp.svd(
+        model, ranks=3, data=batches, inputs=lambda batch: batch["input"], sequential=True, progress=False
+    )
+    report = decomp.repair(small, model, batches, inputs=lambda batch: batch["input"], progress=False)
+    assert report.output_error_after <= report.output_error_before

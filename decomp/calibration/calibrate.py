@@ -95,7 +95,8 @@ def calibrate(
             number, or "all".
         mask: what is padding and does not count, for layers whose inputs and outputs are (batch, length,
             channels): a key of the batches, or a function of a batch of ``data`` that returns a tensor (batch,
-            length), 0 at padding; None counts all. Other layers, convolutions for instance, count all positions.
+            length), 0 at padding; None counts all. Other layers, convolutions and recurrent ones for instance,
+            count all positions.
         progress: show a progress bar.
 
     Raises:

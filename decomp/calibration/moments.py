@@ -244,8 +244,8 @@ class LayerSums:
             *self._row_metric(energy),
             self.normalization,
             patches,
-            0 if largest is None else largest.sampler.taken,
-            0 if largest is None else largest.sampler.seen,
+            0 if largest is None else largest.sampler.taken if self._experts is None else self.samples,
+            0 if largest is None else largest.sampler.seen if self._experts is None else self.samples,
             0.0 if largest is None else largest.standard_error(centred=centred),
         )
 
@@ -287,7 +287,8 @@ class LayerSums:
     def _shrinkage(self, centred: bool) -> float:
         """Chosen on the held-out batches; by :func:`oracle_shrinkage` without them, or with too many channels."""
         sums = self._inputs or self._outputs
-        formula = oracle_shrinkage(sums.second(centred=True), self.samples) if sums is not None else 0.0
+        rows = self.samples if sums is None else min(self.samples, sums.sampler.taken or self.samples)
+        formula = oracle_shrinkage(sums.second(centred=True), rows) if sums is not None else 0.0
         if self._inputs is None or not 1 < self.kernels.shape[2] <= LARGEST_VALIDATED_MOMENTS:
             return formula
         if not self._inputs.has(held_out=False) or not self._inputs.has(held_out=True):

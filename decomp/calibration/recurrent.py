@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import RLock
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from decomp.layers import InputSVDRNN
 from decomp.layers.kernels import recurrent_matrices, shape_of
 from decomp.linalg import as_float64, shrunk, symmetric_power
 from decomp.network.forward import hooked
+from decomp.network.restoring import temporarily
 
 Matrices: TypeAlias = Mapping[str, Tensor]
 
@@ -64,6 +66,9 @@ class RecurrentMoments:
         )
         return replace(self, seconds=seconds, shrunk=shrunk)
 
+
+_FLAGS = RLock()
+"""Held while frozen weights require gradients: they are those of all threads."""
 
 AnyMoments: TypeAlias = Moments | RecurrentMoments
 
@@ -191,14 +196,20 @@ class RecurrentSums:
 @contextmanager
 def requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let parameters require gradients in the block, frozen ones too."""
-    flags = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_()
+    if not parameters:
         yield
-    finally:
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.requires_grad_(flag)
+        return
+    with _FLAGS:
+        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+
+        def freeze() -> None:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+        with temporarily(freeze):
+            for parameter in frozen:
+                parameter.requires_grad_()
+            yield
 
 
 def _rows(given: Any) -> Tensor:

@@ -137,7 +137,7 @@ class Activations:
             raise RoutedDifferently
         pairs = list(zip(ours, theirs, strict=True))
         if routes_rows(self._layer):
-            pairs = [_routed_alike(*pair) for pair in pairs]
+            pairs = [routed_alike(*pair) for pair in pairs]
         return [
             Example(index, our.args, our.kwargs, [self._tail(result) for result in their.results])
             for our, their in pairs
@@ -146,19 +146,21 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """One call of a layer: what it was given, and the tensors that it returned."""
+
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: list[Tensor]
 
 
-def _routed_alike(our: _Call, their: _Call) -> tuple[_Call, _Call]:
+def routed_alike(our: Call, their: Call) -> tuple[Call, Call]:
     """The rows that both networks send to the same expert, which the second argument gives for each."""
     same = our.args[1] == their.args[1]
 
-    def kept(call: _Call) -> _Call:
+    def kept(call: Call) -> Call:
         rows, experts, *rest = call.args
-        return _Call((rows[same], experts[same], *rest), call.kwargs, [result[same] for result in call.results])
+        return Call((rows[same], experts[same], *rest), call.kwargs, [result[same] for result in call.results])
 
     return kept(our), kept(their)
 
@@ -167,16 +169,16 @@ class _LastCall(BaseException):
     """Ends a pass after the last call of the layer. No ``Exception``, which the forward of a model may catch."""
 
 
-def _calls(model: nn.Module, layer: nn.Module, batch: Any, count: int) -> list[_Call]:
+def _calls(model: nn.Module, layer: nn.Module, batch: Any, count: int) -> list[Call]:
     """Run ``model`` until ``layer`` was called ``count`` times, and return these calls."""
     begun: list[tuple[Any, Any]] = []
-    ended: list[_Call] = []
+    ended: list[Call] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         begun.append(_copied((args, kwargs)))
 
     def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        ended.append(_Call(*begun.pop(), [tensor.detach().clone() for tensor in floating(result)]))
+        ended.append(Call(*begun.pop(), [tensor.detach().clone() for tensor in floating(result)]))
         if len(ended) == count:
             raise _LastCall
 

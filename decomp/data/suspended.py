@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from decomp.data.activations import Activations, Example, Window
+from decomp.data.activations import Activations, Call, Example, Window, routed_alike
 from decomp.data.batches import Batches, Part, naming_batch
+from decomp.layers import routes_rows
 from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
 from decomp.network.tracing import Tail
 
@@ -379,9 +380,13 @@ class HeldExamples:
             shapes = ([leaf.shape for leaf in floating((a.args, a.kwargs))] for a in (ours, theirs))
             if next(shapes) != next(shapes):
                 raise OutOfOrder  # the passes of their own say what it means
-            targets = [tail(output) for output in floating(theirs.output)]
+            our = Call(ours.args, ours.kwargs, [])
+            their = Call(theirs.args, theirs.kwargs, floating(theirs.output))
+            if routes_rows(self._pairs[name][0]):
+                our, their = routed_alike(our, their)
+            targets = [tail(output) for output in their.results]
             if any(target.numel() for target in targets):
-                examples.append(Example(each.index, ours.args, ours.kwargs, targets, each.mask))
+                examples.append(Example(each.index, our.args, our.kwargs, targets, each.mask))
         return examples
 
     def _begin(self) -> None:

@@ -235,8 +235,9 @@ class Exploration:
         """
         rule = energy(share)
         free = {name: candidate for name, candidate in self.layers.items() if name not in self.held}
+        step, least = self.plan.request.multiple_of, self.plan.request.min_gain
         self.plan = self.plan.choosing(
-            {name: (c, c.decide(rule, min_gain=self.plan.request.min_gain)) for name, c in free.items()}
+            {name: (c, c.decide(rule, multiple_of=step, min_gain=least)) for name, c in free.items()}
         )
 
     def choose_ranks(self, name: str, ranks: Ranks) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from decomp._util.naming import matches, some
-from decomp.layers import Factorized
+from decomp.layers import Factorized, Unpacked
 from decomp.layers.kernels import shape_of
 from decomp.network.selection import Selector, select
 
@@ -43,13 +43,15 @@ def pairs_of(
                 f"{layer.dense_shape}: give the model that small was made from"
             )
     pairs = {name: (layer, known[name]) for name, layer in factorized.items()}
+    packings = {name: module for name, module in small.named_modules() if isinstance(module, Unpacked)}
     parts = ["*"] if layers is None else layers if isinstance(layers, tuple | list | set | frozenset) else [layers]
     selected: set[str] = set()
     for part in parts:
         if isinstance(part, type):
             names = {name for name, pair in pairs.items() if part in map(type, pair)}
         else:
-            names = select(part, {name: twin for name, (_, twin) in pairs.items()}, "layers", "factorized layer")
+            twins = {name: twin for name, (_, twin) in pairs.items()}
+            names = select(part, twins, "layers", "factorized layer", unpacked=packings)
         if not names:
             raise ValueError(f"layers={part!r} matches no factorized layer; there are {some(list(factorized))}")
         selected |= names

@@ -151,6 +151,7 @@ def with_macs(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
     Raises:
         ValueError: the plan was made for another model.
     """
+    model = unpacked(model, plan.replaced)
     modules = {name: module for module, names in names_of(model) for name in names if name in plan}
     plan.require_fit(modules)
     forward_pass = observe(model, example_inputs, modules)

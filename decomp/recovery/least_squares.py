@@ -95,6 +95,8 @@ class Refit:
         if not axes:
             received = unpadded(received, mask, dims=3 if received.is_floating_point() else 2)
             target = unpadded(target, mask)
+            if not target.numel():
+                return  # nothing but padding
         elif received.dim() == axes + 1:
             received, target = received[None], target[None]
         total = count_rows(target, axes)

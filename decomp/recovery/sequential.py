@@ -104,12 +104,10 @@ class _LayerStep:
 
     def decompose(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
-        if not plan.method_of(name).affine:
-            return self._alone(name, plan)
+        if not plan.method_of(name).affine or routes_rows(self.own):
+            return self._alone(name, plan)  # a refit has one weight for all rows
         calibrated = cast(Moments | None, plan.statistics.get(name))
         try:
-            if routes_rows(self.own):
-                raise RoutedDifferently  # a refit has one weight for all rows
             patches = self._refit()
             received = ((example.received, example.batch, example.mask) for example in self.examples)
             centred = self.norm_shift is not None

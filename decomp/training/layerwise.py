@@ -495,8 +495,10 @@ class LayerTrainer:
     def _squares(self, layer: nn.Module, example: Example) -> tuple[Tensor, Tensor]:
         """||phi(f(x)) - phi(y)||^2 and ||phi(y)||^2 over all outputs."""
         outputs = example.run(layer, self._tail)
+        # Axes of a convolution are positions of an image, however long they are.
+        mask = None if hasattr(self.layer, "kernel_size") else example.mask
         pairs = [
-            (unpadded(output, example.mask).float(), unpadded(target, example.mask).float())
+            (unpadded(output, mask).float(), unpadded(target, mask).float())
             for output, target in zip(outputs, example.targets, strict=True)
         ]
         lost = torch.stack([(output - target).square().sum() for output, target in pairs]).sum()
