@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from decomp._util.optional import needing
 from decomp._util.progress import bar
 
 Batch = tuple[Tensor, Tensor]
@@ -102,12 +103,8 @@ def load_digits(seed: int = 0) -> Digits:
     >>> sum(len(images) for images in digits.images), len(digits.test[0])
     (1437, 360)
     """
-    try:
+    with needing("sklearn", "the digits come with scikit-learn: pip install 'decomp[demo]'"):
         from sklearn.datasets import load_digits as load
-    except ModuleNotFoundError as error:
-        if error.name != "sklearn":
-            raise
-        raise ImportError("the digits come with scikit-learn: pip install 'decomp[demo]'") from error
 
     data = load()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16

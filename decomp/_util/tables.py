@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
+from decomp._util.optional import needing
+
 WIDTH_OF_NO_TERMINAL = 120
 LEAST_NAME = 16  # below this many characters a name gets a line of its own
 MOST_FOOTNOTES = 12  # more distinct remarks are written under their rows
@@ -290,12 +292,8 @@ class Tabular(ABC):
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
+        with needing("pandas", "to_pandas() needs pandas: pip install pandas, or use records()"):
             from pandas import DataFrame
-        except ModuleNotFoundError as error:
-            if error.name != "pandas":
-                raise
-            raise ImportError("to_pandas() needs pandas: pip install pandas, or use records()") from error
         return DataFrame.from_records(self.records())
 
     def __str__(self) -> str:

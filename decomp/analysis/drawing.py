@@ -10,6 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, cast
 
 from decomp._util import tables
+from decomp._util.optional import needing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,12 +30,8 @@ def figure_class() -> "type[Figure]":
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
+    with needing("matplotlib", "figures need matplotlib: pip install 'decomp[notebook]'"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise ImportError("figures need matplotlib: pip install 'decomp[notebook]'") from error
 
     class NotebookFigure(Figure):
         def _repr_png_(self) -> bytes:

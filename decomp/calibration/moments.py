@@ -386,11 +386,7 @@ class MomentSums:
         if self._origin is None:
             self._origin = rows.mean(1, dtype=torch.float64).to(rows.dtype)
         moved = rows - self._origin[:, None].to(rows)
-        empty = (0.0, torch.zeros((), dtype=torch.float64, device=rows.device))
-        count, total = self._parts.get(held_out, empty)
-        total = total + weight * moved.sum(1, dtype=torch.float64)
-        self._parts[held_out] = count + weight * rows.shape[1], total
-        self._products[held_out].add(moved if weight == 1 else moved * weight**0.5)
+        self._accumulate(moved, weight * rows.shape[1], weight=weight, held_out=held_out)
         if weight != 1:
             fourth = [each.square().sum((0, 2)).to(torch.float64).square().sum() for each in (moved, rows)]
             ones = torch.full_like(fourth[0], rows.shape[1])
@@ -399,9 +395,14 @@ class MomentSums:
     def add_padded(self, rows: Tensor, count: int, *, held_out: bool = False) -> None:
         """Accumulate rows (groups, rows, channels) of which some are zeros, and which stand for ``count`` rows."""
         self._origin = torch.zeros(self._shape, dtype=rows.dtype, device=rows.device)
-        before, total = self._parts.get(held_out, (0.0, torch.zeros((), dtype=torch.float64, device=rows.device)))
-        self._parts[held_out] = before + count, total + rows.sum(1, dtype=torch.float64)
-        self._products[held_out].add(rows)
+        self._accumulate(rows, count, weight=1.0, held_out=held_out)
+
+    def _accumulate(self, moved: Tensor, count: float, *, weight: float, held_out: bool) -> None:
+        """Add rows less the origin to their part, which stand for ``count`` rows."""
+        empty = (0.0, torch.zeros((), dtype=torch.float64, device=moved.device))
+        before, total = self._parts.get(held_out, empty)
+        self._parts[held_out] = before + count, total + weight * moved.sum(1, dtype=torch.float64)
+        self._products[held_out].add(moved if weight == 1 else moved * weight**0.5)
 
     @property
     def count(self) -> float:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from decomp._util.optional import needing
 from decomp.analysis.scores import Evaluate
 from decomp.calibration.calibrate import Statistics
 from decomp.explorer.state import Exploration
@@ -62,12 +63,8 @@ def explore(
     >>> explorer.plan["0"].ranks, explorer.apply()[0].ranks
     ((8,), (8,))
     """
-    try:
+    with needing("ipywidgets", "decomp.explore needs ipywidgets: pip install 'decomp[notebook]'"):
         from decomp.explorer.widgets import Explorer
-    except ModuleNotFoundError as error:
-        if error.name != "ipywidgets":
-            raise
-        raise ImportError("decomp.explore needs ipywidgets: pip install 'decomp[notebook]'") from error
     return Explorer(
         Exploration(
             model,
