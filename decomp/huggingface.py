@@ -256,6 +256,29 @@ def _require_factors(model: PreTrainedModel, files: Sequence[str]) -> None:
         )
 
 
+def is_compressed(folder: str | Path, **options: Any) -> bool:
+    """Whether the ``config.json`` of a model says that decomp compressed it."""
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
+    stated = getattr(config, "quantization_config", None)
+    return isinstance(stated, dict) and stated.get("quant_method") == METHOD
+
+
+def class_of(folder: str | Path, **options: Any) -> Any:
+    """The class of transformers that ``config.json`` names.
+
+    Raises:
+        ValueError: it names none, or one that transformers does not have.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
+    name = (config.architectures or [""])[0]
+    if not name:
+        raise ValueError(f"{str(folder)!r}: its config.json names no class in architectures")
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ValueError(f"{str(folder)!r}: transformers has no class {name!r}: call from_pretrained of yours")
+    return kind
+
+
 def from_pretrained(folder: str | Path, *arguments: Any, **options: Any) -> PreTrainedModel:
     """Load a compressed model that ``small.save_pretrained(folder)`` wrote, in the class that it had.
 
@@ -270,19 +293,13 @@ def from_pretrained(folder: str | Path, *arguments: Any, **options: Any) -> PreT
     Raises:
         ValueError: the model is not a compressed one, or keys are missing, unexpected or of another shape.
     """
-    config = transformers.AutoConfig.from_pretrained(
-        folder, **{k: v for k, v in options.items() if k in OF_THE_HUB}
-    )
-    stated = getattr(config, "quantization_config", None) or {}
-    if not isinstance(stated, dict) or stated.get("quant_method") != METHOD:
+    of_the_hub = {k: v for k, v in options.items() if k in OF_THE_HUB}
+    if not is_compressed(folder, **of_the_hub):
         raise ValueError(
             f"{str(folder)!r} is no compressed model of decomp: its config.json has no quantization_config with "
             f'"quant_method": "{METHOD}"'
         )
-    names = config.architectures or [""]
-    kind = getattr(transformers, names[0], None)
-    if kind is None:
-        raise ValueError(f"{str(folder)!r}: transformers has no class {names[0]!r}: call from_pretrained of yours")
+    kind = class_of(folder, **of_the_hub)
     model, info = kind.from_pretrained(folder, *arguments, **{**options, "output_loading_info": True})
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):

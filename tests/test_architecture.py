@@ -46,7 +46,20 @@ ALLOWED = {
     "adapters": {"layers"},
     "digits": {"_util"},
     "demo": {"_util", "analysis", "api", "digits", "files", "planning", "ranks", "training"},
-    "cli": {"_util", "demo"},
+    "cli": {
+        *(
+            "_util",
+            "analysis",
+            "api",
+            "calibration",
+            "demo",
+            "files",
+            "huggingface",
+            "network",
+            "planning",
+            "ranks",
+        ),
+    },
     "__main__": {"cli"},
 }
 

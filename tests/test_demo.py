@@ -7,6 +7,7 @@ import torch
 
 import decomp
 from decomp import digits
+from decomp.cli import commands
 from decomp.cli import main as cli
 from decomp.demo import run as demo
 from decomp.layers import Factorized
@@ -53,7 +54,7 @@ def test_the_run_prints_and_writes_what_it_says_and_is_reproducible(tmp_path, mo
 
 
 def test_the_command_line_says_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
     assert cli.main(["demo"]) == 1
     assert "pip install 'decomp[demo]'" in capsys.readouterr().err
     with pytest.raises(SystemExit):

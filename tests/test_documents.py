@@ -116,3 +116,34 @@ def test_notebooks_were_run_in_order_and_show_what_the_web_can_show():
 def test_public_names_are_documented():
     for name in decomp.__all__:
         assert getattr(decomp, name).__doc__, name
+
+
+def test_commands_of_the_page_on_the_command_line_run(tmp_path):
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL):
+        (tmp_path / name).write_text(code.replace("train(digits)", "train(digits, epochs=3)"))
+    commands = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).replace(
+        "--max-drop 0.01", "--max-drop 1"
+    )
+    assert len(re.findall("^(?:python|decomp) ", commands, re.MULTILINE)) >= 10
+    for name in ("python", "decomp"):
+        module = "-m decomp" if name == "decomp" else ""
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore {module} "$@"\n')
+        program.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = ["bash", "-euo", "pipefail", "-c", commands]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "fewer MACs" in run.stdout
+    written = {
+        "small.safetensors",
+        "best.safetensors",
+        "report.html",
+        "bert-small",
+        "piped.safetensors",
+        "made.json",
+    }
+    assert not written - {path.name for path in tmp_path.iterdir()}
