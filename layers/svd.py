@@ -34,6 +34,7 @@ class SVDMatrix(Factorized):
 class SVDLinear(SVDMatrix):
     """``nn.Linear(S -> r, no bias)`` then ``nn.Linear(r -> T)``: params and MACs r (S + T).
 
+    W = B A, the truncated SVD, which is the best approximation of rank r (Eckart and Young 1936).
     It replaces ``nn.Linear`` and the ``Conv1D`` of Hugging Face, which is a linear layer too.
 
     Source: Denton et al. 2014, section 3.2; Girshick 2015, section 3.1.

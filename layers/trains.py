@@ -82,7 +82,8 @@ class TensorTrainConv(Factorized):
 class AsymmetricConv(TensorTrainConv):
     """``k x 1 (S -> d2)``, ``1 x k (d2 -> d1)``, ``1x1 (d1 -> T)``: a tensor train whose first rank is full.
 
-    Ranks (d2, d1) per group. Source: Zhang et al. 2016, section 3.3 ("asymmetric 3d decomposition").
+    K[t, s, i, j] = sum_{b, c} G2[b, s, i] G3[c, b, j] G4[t, c], ranks (d2, d1) per group. Source: Zhang et al.
+    2016, section 3.3 ("asymmetric 3d decomposition").
     """
 
     method = "asymmetric"
@@ -98,7 +99,8 @@ class AsymmetricConv(TensorTrainConv):
 class SpatialSVDConv(TensorTrainConv):
     """``k x 1 (S -> r)``, then ``1 x k (r -> T)``: params r (S kh + T kw) per group.
 
-    The SVD of the (S kh) x (T kw) unfolding. Source: Jaderberg et al. 2014, scheme 2.
+    K[t, s, i, j] = sum_a G2[a, s, i] G3[t, a, j]: the SVD of the (S kh) x (T kw) unfolding. Source: Jaderberg et
+    al. 2014, scheme 2.
     """
 
     method = "svd_spatial"

@@ -1,5 +1,7 @@
-"""The README and the guide say what is true, and their code runs."""
+"""The README and the pages of the site say what is true, and their code runs."""
 
+import ast
+import copy
 import json
 import os
 import re
@@ -7,19 +9,35 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import cache
+from importlib import util
 from pathlib import Path
+
+import pytest
 
 import decomp
 from decomp.methods import METHODS
 from decomp.ranks import RULES
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GENERATED = {f"{name}.md" for name in METHODS} | {"_table.md"}
+PAGES = sorted(
+    path for path in DOCS.rglob("*.md") if not (path.parent.name == "methods" and path.name in GENERATED)
+)
+# These define all that they use, and run in a process of their own.
+ALONE = {"other_tools.md", "runtimes.md", "command_line.md"}
+RUNNING = [path for path in PAGES if "```python" in path.read_text(encoding="utf-8") and path.name not in ALONE]
+
+
+def blocks_of(path: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def test_code_of_the_readme_runs_and_prints_what_it_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = blocks_of(ROOT / "README.md")
     assert len(blocks) >= 3
     scope: dict[str, object] = {}
     outputs = []
@@ -40,11 +58,37 @@ def test_code_of_the_readme_runs_and_prints_what_it_shows(tmp_path, monkeypatch,
     assert all((a == b).all() for a, b in zip(again.parameters(), small.parameters(), strict=True))
 
 
+def shortened(block: str) -> str:
+    """The code with little training in it: that it runs is what is tested, not how far it gets."""
+    block = block.replace("train(digits)", "train(digits, epochs=6)")
+    return re.sub(r"(finetune_layerwise\(\w+, \w+, \w+)\)", r"\1, steps=4)", block)
+
+
+@cache
+def names_of_the_start_page() -> dict[str, object]:
+    """``model``, ``x``, ``data``, ``batches``, ``accuracy`` as the start page makes them, and a ``small``."""
+    scope: dict[str, object] = {}
+    exec(compile(shortened(blocks_of(DOCS / "start.md")[0]), "start.md", "exec"), scope)
+    scope["small"] = decomp.compress(scope["model"], scope["x"], macs=0.5)
+    return scope
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("page", RUNNING, ids=lambda path: path.stem)
+def test_code_of_every_page_runs(page, tmp_path, monkeypatch):
+    """Blocks run from top to bottom, in an empty folder, with the names of the start page."""
+    monkeypatch.chdir(tmp_path)
+    shared = names_of_the_start_page()
+    scope = {**shared, "model": copy.deepcopy(shared["model"]), "small": copy.deepcopy(shared["small"])}
+    blocks = blocks_of(page)
+    for block in blocks[1:] if page.name == "start.md" else blocks:
+        exec(compile(shortened(block), page.name, "exec"), scope)
+    assert scope["model"].state_dict().keys() == shared["model"].state_dict().keys()
+
+
 def test_code_of_the_page_on_other_tools_runs(tmp_path):
     """In a process of its own: it starts a process group, and imports whatever the tools import."""
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "other_tools.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    blocks = blocks_of(DOCS / "other_tools.md")
     assert len(blocks) >= 10
     assert sum(block.count("assert ") for block in blocks) >= 10
     with socket.socket() as free:
@@ -74,15 +118,17 @@ def test_the_commands_of_the_readme_are_those_of_the_ci():
 
 
 def test_links_of_the_documents_lead_somewhere():
-    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    documents = [ROOT / "README.md", *PAGES]
     links = {
         (document, target)
         for document in documents
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8"))
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+        if not target.startswith("http")
     }
     links |= {(documents[0], target) for target in re.findall(r"`([\w/]+\.(?:md|ipynb))`", README)}
-    assert len(links) > 5
-    assert not [(document.name, target) for document, target in links if not (document.parent / target).exists()]
+    assert len(links) > 50
+    missing = [(document.name, target) for document, target in links if not (document.parent / target).exists()]
+    assert not [(name, target) for name, target in missing if Path(target).name not in GENERATED]
 
 
 def test_the_readme_has_no_relative_links_which_a_package_index_breaks():
@@ -90,14 +136,71 @@ def test_the_readme_has_no_relative_links_which_a_package_index_breaks():
     assert not [target for target in targets if not target.startswith("https://")]
 
 
-def test_the_guide_lists_every_method_with_its_ranks_and_every_rule():
-    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]+ \| [^|]+ \|$", guide, re.MULTILINE))
-    assert set(rows) == set(METHODS)
-    for name, method in METHODS.items():
-        assert rows[name].strip().strip("()") == ", ".join(method.rank_names)
-    for name in (*RULES, "energy", "params", "macs"):
-        assert f"`{name}(" in guide
+def extension(name: str):
+    spec = util.spec_from_file_location(f"docs_{name}", DOCS / "_ext" / f"{name}.py")
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_page_with_formula_picture_costs_and_source(name):
+    pages, method = extension("methods"), METHODS[name]
+    page = pages.page(method)
+    assert re.search(r"^\$\$ [KW]\S* .*= .* \$\$$", page, re.MULTILINE), "no formula"
+    assert page.count("<rect") >= 2, "no picture"
+    assert len(re.findall(r"^\| 0\.\d+ \|", page, re.MULTILINE)) >= 1, "no costs"
+    assert re.search(r"\| source \| [A-Z][a-z].* (19|20)\d\d", page), "no source"
+    ranks = ", ".join(f"`{each}`" for each in method.rank_names)
+    assert f"| ranks | {ranks} |" in page
+    assert len(re.search(r"works on \| (.*) \|", page).group(1)) > 5
+    assert f"[`{name}`]({name}.md)" in pages.table()
+
+
+def test_the_calls_that_method_pages_name_exist():
+    pages = extension("methods")
+    for name in METHODS:
+        call = ast.parse(pages.one_line_call(name)).body[0].value
+        while isinstance(call.func.value, ast.Call):
+            call = call.func.value
+        assert hasattr(decomp, call.func.attr), name
+
+
+def test_the_pages_list_every_rule_and_every_public_name():
+    rules = (DOCS / "rank_rules.md").read_text(encoding="utf-8")
+    for name in (*RULES, "energy", "error", "params", "macs"):
+        assert f"`{name}(" in rules
+    reference = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
+    packages = {"adapters", "layers", "losses", "plots", "ranks", "__version__"}
+    for name in set(decomp.__all__) - packages:
+        assert re.search(rf"\.\. auto\w+:: decomp\.{name}$", reference, re.MULTILINE), name
+    for name in packages - {"ranks", "__version__"}:
+        assert f".. automodule:: decomp.{name}\n" in reference, name
+
+
+def test_messages_of_the_page_on_troubleshooting_are_those_of_the_library():
+    """Each quoted message, ... apart, is made of pieces that stand in the source in this order."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\*\*`(.*?)`\*\*", page, re.MULTILINE)
+    assert len(quoted) >= 20
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "decomp").rglob("*.py")]
+    literals = [text for source in sources for text in _literals(source)]
+    for message in quoted:
+        pieces = [piece.strip(" :;,.(){}=0") for piece in re.split(r"\.\.\.|\(\.\.\.\)|0\.5", message)]
+        for piece in filter(lambda piece: len(piece) > 8, pieces):
+            assert any(piece in text for text in literals), f"{message!r}: {piece!r} is in no message"
+
+
+def _literals(source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            found.append(
+                "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
 
 
 def test_notebooks_were_run_in_order_and_show_what_the_web_can_show():

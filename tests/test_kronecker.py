@@ -202,7 +202,7 @@ def test_a_budget_takes_it_where_the_weight_is_a_sum_of_products():
 
 
 def test_it_wins_on_sums_of_products_alone():
-    """Mean relative errors over ten 64 x 64 matrices at a quarter of the parameters; the guide quotes them."""
+    """Mean relative errors over ten 64 x 64 matrices at a quarter of the parameters; its page quotes them."""
 
     def normal(*size):
         return torch.randn(size, dtype=torch.float64)
