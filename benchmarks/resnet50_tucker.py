@@ -25,16 +25,18 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"plan": [], "plan again (ranks changed)": [], "apply": []}
     for _ in range(RUNS):
         start = time.perf_counter()
-        plan = decomp.plan(model, "tucker", "vbmf", example_inputs=image, progress=False)
+        plan = decomp.plan(model, "tucker", decomp.ranks.vbmf(pure=True), example_inputs=image, progress=False)
         planned = time.perf_counter()
-        plan.with_ranks("*", decomp.ranks.energy(0.9))
+        plan.with_ranks("*", decomp.ranks.energy(0.9, pure=True))
         edited = time.perf_counter()
         small = plan.apply(model, progress=False)
         applied = time.perf_counter()
         for step, spent in zip(seconds, (planned - start, edited - planned, applied - edited), strict=True):
             seconds[step].append(spent)
     with PeakMemory(*model.parameters(), *model.buffers()) as memory:
-        result = decomp.plan(model, "tucker", "vbmf", progress=False).apply(model, progress=False)
+        result = decomp.plan(model, "tucker", decomp.ranks.vbmf(pure=True), progress=False).apply(
+            model, progress=False
+        )
     tensors = (*result.parameters(), *result.buffers())
     result_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     print(plan)

@@ -12,6 +12,8 @@ from torch import nn
 from typing_extensions import TypeAliasType
 
 from decomp._util.arguments import arguments_of, with_arguments
+from decomp._util.naming import some
+from decomp._util.warn import warn
 from decomp.calibration.calibrate import Statistics
 from decomp.data.batches import require_passes
 from decomp.layers import Factorized
@@ -31,6 +33,7 @@ from decomp.planning.budget import Budget
 from decomp.planning.cost import COSTS, Bounds
 from decomp.planning.plan import PLAN, CompressedModule, Plan, tell_swapped
 from decomp.planning.planner import make_budget_plan, make_plan, with_macs
+from decomp.planning.safeguard import energy_kept
 from decomp.ranks import RankSpec
 from decomp.recovery.sequential import apply_sequentially
 from decomp.training.layerwise import FinetuneReport, LayerReport, finetune_layerwise
@@ -50,7 +53,8 @@ def tucker(
 
     K[t, s, i, j] ~= sum_{a, b} U[t, a] C[a, b, i, j] V[s, b] becomes 1x1, k x k and 1x1 convolutions; W ~= B A
     becomes two linear layers or 1x1 convolutions. A layer is replaced only if that lowers both its parameters and
-    its MACs. The result has its plan as an attribute: ``print(small.decomp_plan)``.
+    its MACs, and, for rules that see one layer at a time, only where it saves more than it costs the network
+    (:class:`decomp.ranks.SpectralRule`). The result has its plan as an attribute: ``print(small.decomp_plan)``.
 
     Args:
         model: any ``nn.Module``; not changed, unless ``inplace``.
@@ -371,7 +375,10 @@ def _decompose(
     _require_batches(arguments)
     limits, scope = _part(arguments, RankLimits), _part(arguments, Scope)
     if not isinstance(ranks, Plan):
-        return _apply(model, make_plan(model, method, options, ranks, limits, scope), arguments)
+        decided = make_plan(model, method, options, ranks, limits, scope)
+        if arguments["finetune"] is False:
+            _warn_of_risk(decided)
+        return _apply(model, decided, arguments)
     if arguments["layers"] is not None or arguments["exclude"] not in ((), [], None):
         raise ValueError("a Plan already determines the layers: leave layers= and exclude= out")
     for name, each in arguments_of(RankLimits).items():
@@ -386,6 +393,17 @@ def _decompose(
     if arguments["example_inputs"] is not None:
         ranks = with_macs(ranks, model, arguments["example_inputs"])
     return _apply(model, ranks, arguments)
+
+
+def _warn_of_risk(decided: Plan) -> None:
+    """Warn where the ranks of rules are expected to destroy the model."""
+    risky = {name: choice for name, choice in decided.items() if choice.at_risk and choice.ranks}
+    if risky:
+        warn(
+            f"the ranks of {some(sorted(risky))} keep {100 * energy_kept(risky):.0f} % of the energy on average: "
+            "the model may hardly work before it is fine-tuned. Measure it, or write "
+            "compress(model, x, macs=0.5), which spends a budget where the network needs it"
+        )
 
 
 def _require_batches(arguments: CallArguments | CompressArguments) -> None:

@@ -27,7 +27,7 @@ def linear(kept, size=64):
     return spectrum(nn.Linear(size, size, bias=False), [1.0] * kept + [weak] * (size - kept))
 
 
-RULE = decomp.ranks.energy(0.945)
+RULE = decomp.ranks.energy(0.945, pure=True)
 
 
 def test_a_layer_that_saves_too_little_stays_dense_and_says_so():
@@ -46,7 +46,7 @@ def test_a_layer_that_saves_too_little_stays_dense_and_says_so():
 def test_the_stem_of_a_resnet_is_not_replaced_for_a_percent():
     stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False))
     image = torch.zeros(1, 3, 224, 224)
-    rule = decomp.ranks.energy(0.9)
+    rule = decomp.ranks.energy(0.9, pure=True)
     replaced = decomp.plan(stem, ranks=rule, min_gain=0, example_inputs=image)["0"]
     assert replaced.ranks
     assert replaced.error > 0.3
@@ -110,11 +110,12 @@ def test_ranks_of_rules_are_multiples(rule, rank):
 def test_multiples_are_full_or_multiples_in_every_mode_but_those_of_the_method():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(20, 48, 3))
+    rule = decomp.ranks.energy(0.5, pure=True)
     for method in ("tucker", "cp", "block_term"):
-        chosen = decomp.plan(model, method, decomp.ranks.energy(0.5), multiple_of=4)["0"].ranks
+        chosen = decomp.plan(model, method, rule, multiple_of=4)["0"].ranks
         assert chosen
         assert all(rank % 4 == 0 for rank in chosen), (method, chosen)
-    assert decomp.plan(model, "block_term", decomp.ranks.energy(0.5), blocks=3, multiple_of=4)["0"].ranks[0] == 3
+    assert decomp.plan(model, "block_term", rule, blocks=3, multiple_of=4)["0"].ranks[0] == 3
 
 
 def test_a_bound_that_no_multiple_keeps_says_so():

@@ -241,7 +241,7 @@ def test_energy_keeps_the_share_and_not_one_component_more():
     values = torch.linalg.svdvals(dense.weight.detach().double()).square()
     shares = values.cumsum(0) / values.sum()
     for share in (0.2, 0.5, 0.7):
-        plan = decomp.plan(dense, ranks=decomp.ranks.energy(share))
+        plan = decomp.plan(dense, ranks=decomp.ranks.energy(share, pure=True))
         expected = int((shares < share).sum()) + 1
         assert decomp.ranks.energy(share)(plan.candidates[""][0]) == (expected,)
         pays = expected * (30 + 20) < 30 * 20

@@ -34,13 +34,13 @@ def test_there_are_methods_without_spectra():
 @pytest.mark.parametrize("method", WITHOUT_SPECTRA)
 def test_energy_of_the_outputs_bounds_methods_without_spectra_by_the_tucker_of_the_outputs(method):
     model, data = few_directions()
+    rule = energy(0.9, pure=True)
     statistics = decomp.calibrate(model, data, **QUIET)
     tucker, by_weight = (
-        decomp.plan(model, ranks=energy(0.9), data=d, example_inputs=data[0], **QUIET)["0"]
-        for d in (statistics, None)
+        decomp.plan(model, ranks=rule, data=d, example_inputs=data[0], **QUIET)["0"] for d in (statistics, None)
     )
     assert tucker.params.after < 0.5 * by_weight.params.after
-    plan = decomp.plan(model, method, energy(0.9), data=statistics, **QUIET)
+    plan = decomp.plan(model, method, rule, data=statistics, **QUIET)
     choice, (candidate,) = plan["0"], plan.candidates["0"]
     assert choice.params.after <= tucker.params.after or not choice.ranks
     within = [

@@ -72,7 +72,9 @@ def run(folder: Path, seed: int = 0, say: Callable[[str], None] = print) -> tupl
     rows = [(stage, f"{share:.1%}") for stage, share in stages.items()]
     say(tables.render("", ("network", ">accuracy on held-out digits"), rows))
     curve = [
-        compress(dense, vbmf_plan.with_ranks("*", energy(share)), digits, f"energy {share:g}", progress=False)
+        compress(
+            dense, vbmf_plan.with_ranks("*", energy(share, pure=True)), digits, f"energy {share:g}", progress=False
+        )
         for share in bar(None, "trade-off", ENERGIES)
     ]
     figure, weights = folder / "tradeoff.png", folder / "digits-tucker.safetensors"

@@ -233,7 +233,7 @@ class Exploration:
         Args:
             share: in (0, 1].
         """
-        rule = energy(share)
+        rule = energy(share, pure=True)  # its effect is seen at once
         free = {name: candidate for name, candidate in self.layers.items() if name not in self.held}
         step, least = self.plan.request.multiple_of, self.plan.request.min_gain
         self.plan = self.plan.choosing(

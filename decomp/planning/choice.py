@@ -46,6 +46,8 @@ class Choice:
     holds the measured errors instead; they differ for spatial kernels, whose output error is predicted by moments
     of the channels and of each axis in place of those of patches. ``note`` describes adjustments, such as clamped
     ranks. ``kept_dense`` means that the user asked for a dense layer, which budgets then do not change.
+    ``at_risk`` means that the ranks of a rule would cost the network more than they save: the layer stays dense,
+    or is replaced because the rule is ``pure``.
     """
 
     layer: str
@@ -58,6 +60,7 @@ class Choice:
     note: str = ""
     output_error: float | None = None
     kept_dense: bool = False
+    at_risk: bool = False
 
     @property
     def was_factorized(self) -> bool:
@@ -90,6 +93,7 @@ class Choice:
             reason=reason,
             note="",
             output_error=None if self.output_error is None else 0.0,
+            at_risk=False,
         )
 
     def keep_dense(self, decomposable: bool) -> "Choice":
@@ -107,7 +111,8 @@ class Choice:
         Raises:
             ValueError: a field is unknown, missing or of another type; the message names it.
         """
-        entry = value.record(*(field.name for field in fields(cls)))
+        optional = ["at_risk"]  # files of 0.2.0 and earlier do not have it
+        entry = value.record(*(each.name for each in fields(cls) if each.name not in optional), optional=optional)
         costs = entry["costs"].record("params", "macs", optional=COUNTED)
         output_error = entry["output_error"]
         return cls(
@@ -121,6 +126,7 @@ class Choice:
             note=entry["note"].text(),
             output_error=None if output_error.is_null else output_error.number(least=0),
             kept_dense=entry["kept_dense"].boolean(),
+            at_risk="at_risk" in entry and entry["at_risk"].boolean(),
         )
 
     def row(self, name: str) -> tuple[str | tables.Cell, ...]:
@@ -130,7 +136,8 @@ class Choice:
         if self.ranks:
             text = f"{self.error:.3f}" + ("" if self.output_error is None else f" / {self.output_error:.3f}")
             error = tables.Cell(text, value=self.error, share=self.error)
-        return (name or "(the model)", self.layer, self.method, ranks, *costs, error, self.reason or self.note)
+        note = "; ".join(filter(None, ("at risk" if self.at_risk else "", self.note)))
+        return (name or "(the model)", self.layer, self.method, ranks, *costs, error, self.reason or note)
 
     def record(self, name: str) -> dict[str, Any]:
         """The choice as data: one entry per number and text, under the name of the layer."""
@@ -141,7 +148,7 @@ class Choice:
         }
         head = {"layer": name, "type": self.layer, "method": self.method, "ranks": self.ranks}
         errors = {"error": self.error, "output_error": self.output_error}
-        return head | costs | errors | {"reason": self.reason, "note": self.note}
+        return head | costs | errors | {"reason": self.reason, "note": self.note, "at_risk": self.at_risk}
 
 
 def _read_change(kind: str, value: Value) -> Change:

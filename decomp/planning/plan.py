@@ -30,6 +30,7 @@ from decomp.planning.build import (
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import COLUMNS, KEPT_DENSE, Change, Choice, where_it_stays
 from decomp.planning.cost import COSTS, COUNTED, Bounds, Cost
+from decomp.planning.safeguard import safeguard
 from decomp.ranks import RULES, RankSpec, parse_spec
 
 FORMAT = "decomp-plan-2"
@@ -211,7 +212,9 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
             raise ValueError(f"layer {names[0]!r} cannot be decomposed: {self[names[0]].reason}")
         spec = parse_spec(ranks, RULES, exact=layers in self)
         limits: Any = {"multiple_of": self.request.multiple_of, "min_gain": self.request.min_gain}
-        return self._with({name: self._candidates[name][0].decide(spec, **limits) for name in editable})
+        decided = {name: self._candidates[name][0].decide(spec, **limits) for name in editable}
+        rules = {name: spec if name in decided else None for name in self._candidates}
+        return self._with(decided | safeguard(self._choices | decided, rules))
 
     @with_arguments(Bounds)
     def with_budget(

@@ -24,6 +24,7 @@ from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
 from decomp.planning.latency import Timings, latency, layer_seconds
 from decomp.planning.plan import Plan
+from decomp.planning.safeguard import safeguard
 from decomp.planning.survey import Survey, survey
 from decomp.ranks import RULES, parse_request
 
@@ -83,6 +84,9 @@ def make_plan(
         if earlier is not None and name in earlier and not choices[name].ranks:
             dense = choices[name].as_dense(earlier[name].reason or choices[name].reason)
             choices[name] = replace(dense, kept_dense=earlier[name].kept_dense)
+    for name, choice in safeguard(choices, {name: request_of(name) for name in candidates}).items():
+        choices[name] = choice
+        candidates[name][0].keep(choice.ranks)
     return Plan(
         {name: choices[name] for name in surveyed.layers},
         surveyed.cost,

@@ -3,7 +3,7 @@
 from decomp.ranks.bounds import error, macs, params
 from decomp.ranks.request import Fixed, RankSpec, parse_request, parse_spec
 from decomp.ranks.rule import Ranks, Rule
-from decomp.ranks.spectral import energy, gavish_donoho, mdl, stable_rank, vbmf
+from decomp.ranks.spectral import SpectralRule, energy, gavish_donoho, mdl, stable_rank, vbmf
 
 RULES: dict[str, Rule] = {
     "vbmf": vbmf(),
@@ -18,6 +18,7 @@ __all__ = [
     "RankSpec",
     "Ranks",
     "Rule",
+    "SpectralRule",
     "energy",
     "error",
     "gavish_donoho",

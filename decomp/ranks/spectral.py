@@ -4,10 +4,13 @@
 matrix factorization. Source: Nakajima, Sugiyama, Babacan and Tomioka 2013 (Global analytic solution of
 fully-observed variational Bayesian matrix factorization, JMLR 14), theorems 2 and 3, with the exact threshold of
 their 2015 analysis.
+
+A rule sees one layer at a time. In the calls, layers stay dense whose ranks by these rules would cost the network
+more than they save (``decomp/planning/safeguard.py``); with ``pure=True`` all ranks are those of the formula.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
 from itertools import pairwise
 from math import ceil, cos, log, log1p, pi, sin, sqrt
@@ -22,8 +25,32 @@ PROBES_PER_INTERVAL = 10
 ROUNDING = 4 * float(np.finfo(np.float64).eps)
 
 
-@dataclass(frozen=True)
-class vbmf:
+@dataclass(frozen=True, repr=False)
+class SpectralRule:
+    """A rule that chooses ranks from singular values alone.
+
+    With ``pure`` the ranks of every layer are those of the formula, as in the papers. Without it layers stay dense
+    whose factors would cost the network more than they save.
+    """
+
+    pure: bool = field(default=False, kw_only=True)
+    reads_spectra: ClassVar[bool] = True
+    nothing: ClassVar[str]
+
+    def __repr__(self) -> str:
+        shown = [f"{each.name}={getattr(self, each.name)!r}" for each in fields(self) if each.name != "pure"]
+        return f"{type(self).__name__}({', '.join(shown + ['pure=True'] * self.pure)})"
+
+    def __call__(self, candidate: CandidateLike) -> Ranks:
+        return _per_mode(candidate, self._rank)
+
+    def _rank(self, values: Values, rows: int, columns: int) -> int:
+        """The rank of one unfolding, rows x columns, with these singular values; 0 for a dense layer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, repr=False)
+class vbmf(SpectralRule):
     """The number of components above the noise, by global analytic EVBMF of every unfolding.
 
     The rank of a grouped convolution is the largest over its groups. 0 means noise: the layer stays dense.
@@ -33,22 +60,18 @@ class vbmf:
     """
 
     weaken: float = 1.0
-    reads_spectra: ClassVar[bool] = True
     nothing: ClassVar[str] = "noise to vbmf: no component stands above it"
 
     def __post_init__(self) -> None:
         require_share("vbmf", self.weaken, upper_included=True)
-
-    def __call__(self, candidate: CandidateLike) -> Ranks:
-        return _per_mode(candidate, self._rank)
 
     def _rank(self, values: Values, rows: int, columns: int) -> int:
         rank = evbmf_rank(values, rows, columns)
         return ceil(len(values) - self.weaken * (len(values) - rank) - 1e-9) if rank else 0
 
 
-@dataclass(frozen=True)
-class energy:
+@dataclass(frozen=True, repr=False)
+class energy(SpectralRule):
     """The smallest rank that retains this share of the squared singular values, in every unfolding.
 
     min {r: sum_{i <= r} sigma_i^2 >= share sum_i sigma_i^2}; for a matrix the relative error of the weight
@@ -56,13 +79,12 @@ class energy:
     singular values instead, another common convention, which gives far larger ranks for the same share. With data
     the singular values are those of the outputs.
 
-    >>> energy(0.9)
-    energy(share=0.9, nuclear=False)
+    >>> energy(0.9), energy(0.9, pure=True)
+    (energy(share=0.9, nuclear=False), energy(share=0.9, nuclear=False, pure=True))
     """
 
     share: float
     nuclear: bool = False
-    reads_spectra: ClassVar[bool] = True
     nothing: ClassVar[str] = "its weight is zero"
 
     def __post_init__(self) -> None:
@@ -76,18 +98,14 @@ class energy:
         return int(np.searchsorted(sums, self.share * sums[-1] * (1 - 1e-12)) + 1) if sums[-1] > 0 else 0
 
 
-@dataclass(frozen=True)
-class gavish_donoho:
+@dataclass(frozen=True, repr=False)
+class gavish_donoho(SpectralRule):
     """The singular values above the optimal hard threshold for unknown noise, omega(beta) x their median.
 
     Source: Gavish and Donoho 2014, equations 11 and 4. It assumes that at least half of the spectrum is noise.
     """
 
-    reads_spectra: ClassVar[bool] = True
     nothing: ClassVar[str] = "noise to gavish_donoho: no singular value is above the threshold"
-
-    def __call__(self, candidate: CandidateLike) -> Ranks:
-        return _per_mode(candidate, self._rank)
 
     def _rank(self, values: Values, rows: int, columns: int) -> int:
         small, large = sorted((rows, columns))
@@ -95,19 +113,15 @@ class gavish_donoho:
         return int((_above_rounding(values, large) > threshold).sum())
 
 
-@dataclass(frozen=True)
-class mdl:
+@dataclass(frozen=True, repr=False)
+class mdl(SpectralRule):
     """The rank of minimum description length of the squared singular values, taken as a sample covariance.
 
     MDL(k) = -N (p - k) log(GM / AM) + k (2p - k) log(N) / 2 with p = L, N = M, and the geometric and
     arithmetic mean of the p - k smallest eigenvalues. Source: Wax and Kailath 1985, equation 17.
     """
 
-    reads_spectra: ClassVar[bool] = True
     nothing: ClassVar[str] = "noise to mdl: rank 0 describes it best"
-
-    def __call__(self, candidate: CandidateLike) -> Ranks:
-        return _per_mode(candidate, self._rank)
 
     def _rank(self, values: Values, rows: int, columns: int) -> int:
         count, samples = sorted((rows, columns))
@@ -122,18 +136,14 @@ class mdl:
         return int((misfit + ranks * (2 * count - ranks) * np.log(samples) / 2).argmin())
 
 
-@dataclass(frozen=True)
-class stable_rank:
+@dataclass(frozen=True, repr=False)
+class stable_rank(SpectralRule):
     """The stable rank ||W||_F^2 / sigma_1^2 of every unfolding, rounded up; at most the rank.
 
     Source: Rudelson and Vershynin 2007; for ranks of networks Wang et al. 2023 (Cuttlefish).
     """
 
-    reads_spectra: ClassVar[bool] = True
     nothing: ClassVar[str] = "its weight is zero"
-
-    def __call__(self, candidate: CandidateLike) -> Ranks:
-        return _per_mode(candidate, self._rank)
 
     def _rank(self, values: Values, rows: int, columns: int) -> int:
         return ceil((values**2).sum() / values[0] ** 2 - 1e-9) if values[0] > 0 else 0
