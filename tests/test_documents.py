@@ -174,8 +174,11 @@ def test_the_pages_list_every_rule_and_every_public_name():
     packages = {"adapters", "layers", "losses", "plots", "ranks", "__version__"}
     for name in set(decomp.__all__) - packages:
         assert re.search(rf"\.\. auto\w+:: decomp\.{name}$", reference, re.MULTILINE), name
-    for name in packages - {"ranks", "__version__"}:
+    for name in packages - {"layers", "ranks", "__version__"}:
         assert f".. automodule:: decomp.{name}\n" in reference, name
+    on_pages_of_methods = {layer.__name__ for method in METHODS.values() for layer in method.layers.values()}
+    for name in set(decomp.layers.__all__) - on_pages_of_methods:
+        assert re.search(rf"\.\. auto\w+:: decomp\.layers\.{name}$", reference, re.MULTILINE), name
 
 
 def test_messages_of_the_page_on_troubleshooting_are_those_of_the_library():

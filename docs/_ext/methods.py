@@ -229,7 +229,7 @@ def _parts(method: Method) -> Iterator[str]:
         yield f"```{{include}} ../method_notes/{name}.md\n```"
     yield "## The layers"
     for each in layers_of(method):
-        yield f"```{{eval-rst}}\n.. autoclass:: decomp.layers.{each.__name__}\n   :no-index:\n```"
+        yield f"```{{eval-rst}}\n.. autoclass:: decomp.layers.{each.__name__}\n```"
 
 
 def _costs(method: Method, what: str, dense: nn.Module, shape: tuple[int, ...]) -> Iterator[str]:
