@@ -1,4 +1,4 @@
-"""The explorer in JupyterLab, in a real browser: sliders moved with the mouse and the keyboard, both themes."""
+"""In a real browser: the explorer in JupyterLab, by mouse and keyboard, in both themes; the report; the site."""
 
 import json
 import os
@@ -7,12 +7,21 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urldefrag
 
 import pytest
+import torch
+
+import decomp
+from decomp.digits import DigitNet
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -155,14 +164,23 @@ CONTRASTS = """() => {
 }"""
 
 
-def test_a_person_chooses_ranks_in_jupyterlab(tmp_path):
+@contextmanager
+def chromium():
     from playwright.sync_api import sync_playwright
 
-    notebook(tmp_path)
-    with jupyterlab(tmp_path) as url, sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=OPTIONS)
         try:
-            lab = Lab(browser.new_page(viewport={"width": 1400, "height": 1300}), url, tmp_path)
+            yield browser
+        finally:
+            browser.close()
+
+
+def test_a_person_chooses_ranks_in_jupyterlab(tmp_path):
+    notebook(tmp_path)
+    with jupyterlab(tmp_path) as url, chromium() as browser:
+        lab = Lab(browser.new_page(viewport={"width": 1400, "height": 1300}), url, tmp_path)
+        try:
             lab.open()
             lab.command("notebook:run-all-cells")
             lab.panel.locator(".noUi-handle").first.wait_for(timeout=WAIT)
@@ -175,8 +193,6 @@ def test_a_person_chooses_ranks_in_jupyterlab(tmp_path):
         except BaseException:
             lab.show("failed")
             raise
-        finally:
-            browser.close()
 
 
 VISIBLE = """() => {
@@ -196,7 +212,7 @@ VISIBLE = """() => {
     beyond: all('.decomp-charts svg').filter(el => el.getBoundingClientRect().right
       > document.querySelector('.decomp-left').getBoundingClientRect().right + 1).length,
     idle: all('.decomp-idle').length,
-    hovers: all('.decomp-explorer svg .decomp-hover title').length,
+    hovers: all('.decomp-explorer svg .decomp-hover title').map(el => el.textContent),
   } }"""
 
 
@@ -216,7 +232,8 @@ def six_layers_and_every_value_are_in_view(lab: Lab) -> None:
         assert seen["wider"] <= 1, f"the panel has to be scrolled sideways at {width} pixels"
         assert seen["filled"] not in ("", "rgba(0, 0, 0, 0)")
         assert seen["idle"] == 1, "of budget and energy, the one that did not choose is grey"
-        assert seen["hovers"] > 5
+        assert len(seen["hovers"]) > 5
+        assert all(re.search(r"\d", text) for text in seen["hovers"]), "values under the mouse"
         assert not seen["beyond"], f"a chart reaches out of its column at {width} pixels"
         lab.show(f"width-{width}")
 
@@ -309,3 +326,149 @@ def a_picture_and_a_table_stay_without_the_widgets(lab: Lab) -> None:
     static.scroll_into_view_if_needed()
     if SCREENSHOTS:
         lab.page.screenshot(path=str(Path(SCREENSHOTS) / "static.png"))
+
+
+def under_the_mouse(page, part) -> str:
+    """The text of the tooltip that a browser shows for what is under the mouse in the middle of an element."""
+    part.scroll_into_view_if_needed()
+    box = part.bounding_box()
+    return page.evaluate(
+        "([x, y]) => { for (let el = document.elementFromPoint(x, y); el; el = el.parentElement) {"
+        " const title = el.querySelector(':scope > title'); if (title) return title.textContent } return '' }",
+        [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2],
+    )
+
+
+def test_a_colleague_reads_the_report(tmp_path):
+    torch.manual_seed(0)
+    dense, x = DigitNet().eval(), torch.randn(2, 1, 8, 8)
+    small = decomp.compress(dense, x, macs=0.5)
+    path = decomp.report(small, dense, x, path=tmp_path / "report.html")
+    with chromium() as browser:
+        for width, theme in ((900, "light"), (1366, "dark"), (1920, "light")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+            requests, errors = [], []
+            page.on("request", lambda request, requests=requests: requests.append(request.url))
+            page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
+            page.goto(path.as_uri())
+            assert requests == [path.as_uri()], "the report asks for something from elsewhere"
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, "scrolled sideways"
+            table = page.locator(".decomp-table").first
+            cells = "rows => rows.map(row => row.cells[4].textContent)"
+            before = table.locator("tbody tr").evaluate_all(cells)
+            table.get_by_role("button", name="params").click()
+            after = table.locator("tbody tr").evaluate_all(cells)
+            assert sorted(before) == sorted(after)
+            assert after != before, "a click on a heading sorts"
+            bar = (
+                page.get_by_role("img", name="errors of the replaced layers").locator("g:has(> title) path").first
+            )
+            assert re.match(r"layer\d\.\S+: error \d\.\d+  ranks", under_the_mouse(page, bar))
+            point = page.get_by_role("img", name="spectrum of").first.locator("use:has(> title)").first
+            assert re.match(r"component 1: \d", under_the_mouse(page, point))
+            light = page.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
+            assert light == page.evaluate("getComputedStyle(document.body).color"), (
+                "figures have the page's colour"
+            )
+            with page.expect_download() as download:
+                page.get_by_role("link", name="plan.json").click()
+            assert decomp.Plan.from_json(download.value.path().read_text()).keys() == small.decomp_plan.keys()
+            assert not errors
+
+
+class Links(HTMLParser):
+    """What a page links to, and the anchors that it has."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.anchors: set[str] = {""}
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.anchors |= {given[name] for name in ("id", "name") if given.get(name)}
+        self.targets += [given[name] for name in ("href", "src") if given.get(name)]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site as .ci/run has built it, else built here."""
+    if os.environ.get("DECOMP_SITE"):
+        return Path(os.environ["DECOMP_SITE"])
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(target / "trees")]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+    run = subprocess.run(
+        [*command, str(ROOT / "docs"), str(target / "html")],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return target / "html"
+
+
+def test_no_link_of_the_site_is_broken(site):
+    pages = {path.resolve(): Links(path) for path in site.rglob("*.html")}
+    assert len(pages) > 40
+    broken = []
+    for page, links in pages.items():
+        for link in links.targets:
+            if re.match(r"\w+:", link):
+                continue
+            name, anchor = urldefrag(unquote(link))
+            target = (page.parent / name.split("?")[0]).resolve() if name else page
+            if not target.exists() or (anchor and target in pages and anchor not in pages[target].anchors):
+                broken.append(f"{page.name}: {link}")
+    assert not broken
+
+
+@contextmanager
+def served(folder: Path):
+    """The folder on a port of its own: over file: a browser refuses the excerpts of a search."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_reader_searches_the_site(site):
+    found = {}
+    with served(site) as url, chromium() as browser:
+        page = browser.new_page(viewport={"width": 1366, "height": 768})
+        requests, errors = [], []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        for words in ("sequential", "OutOfReach", "kronecker", "load saved model"):
+            page.goto(f"{url}index.html")
+            box = page.get_by_role("searchbox").or_(page.get_by_placeholder("Search")).first
+            box.fill(words)
+            box.press("Enter")
+            page.locator("#search-results li a").first.wait_for(timeout=WAIT)
+            page.wait_for_function(
+                "() => /found \\d+ page/.test(document.querySelector('#search-results').innerText)"
+            )
+            found[words] = page.locator("#search-results li > a").all_inner_texts()
+        page.locator("#search-results li > a").first.click()
+        assert page.get_by_role("heading", level=1).count() == 1
+        for width, name in ((900, "start"), (1366, "methods/tucker"), (1920, "api/compressing")):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.goto(f"{url}{name}.html")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is scrolled sideways"
+    assert any("Recovering accuracy" in title for title in found["sequential"])
+    assert any("OutOfReach" in title for title in found["OutOfReach"])
+    assert "kronecker" in found["kronecker"][0]
+    assert any("Saving and loading" in title for title in found["load saved model"])
+    assert not [each for each in requests if not each.startswith((url, "data:"))], (
+        "asks for something from elsewhere"
+    )
+    assert not errors

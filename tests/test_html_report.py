@@ -34,15 +34,21 @@ def test_a_report_is_one_file_that_requests_nothing_and_holds_what_was_done(net,
     text = path.read_text(encoding="utf-8")
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     links = re.findall(r'(?:src|href)="([^"]{0,30})', text)
-    assert len(links) >= 5
-    assert all(link.startswith("data:") for link in links)
+    assert any(link.startswith("data:") for link in links)
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert len(set(re.findall(r' id="([^"]*)"', text)) & {link[1:] for link in links}) > 1, (
+        "markers are on the page"
+    )
+    assert text.count("<svg") >= 5
+    assert "<title>first: error 0." in text
+    assert "<title>component 1: " in text
     assert "http" not in re.sub(r'"data:[^"]*"', "", text)
     assert "a&lt;b&gt;&amp;" in text
     assert "a<b>" not in text
     assert "The ranks were chosen together for the budget params=0.4." in text
     for choice in small.decomp_plan.values():
         assert choice.reason in text
-    assert text.count("score 0.7500 =&gt; 0.7500") == 2, "in the summary and below the comparison"
+    assert text.count("score 0.7500 =&gt; 0.7500") == 3, "the summary, below the comparison, its figure"
     assert "0.7500 =>" not in text
     assert text.count("<table>") == 2
     assert "Spectra of the layers that save most" in text
@@ -76,3 +82,16 @@ def test_bad_arguments_write_nothing(net, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         decomp.report(small, net, INPUTS, path=tmp_path / "missing" / "report.html")
     assert path.read_text() == "kept"
+
+
+def test_figures_have_the_colours_of_the_page_whatever_the_style_in_use(net, tmp_path):
+    from matplotlib import pyplot, rcParams
+
+    small = decomp.tucker(net, ranks={"first": 8})
+    with pyplot.style.context("dark_background"):
+        before = dict(rcParams)
+        text = decomp.report(small, net, INPUTS, path=tmp_path / "report.html").read_text(encoding="utf-8")
+        assert dict(rcParams) == before
+    for figure in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        assert "currentColor" in figure
+        assert not re.search(r"(?:fill|stroke): #(?:000000|ffffff|fedcba)", figure), "text or ground of one theme"

@@ -4,10 +4,12 @@ Colours of text, lines and backgrounds are those of matplotlib's ``rcParams`` wh
 ``plt.style.use("dark_background")`` and a style of the user's apply.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, cast
+from xml.etree import ElementTree
 
 from decomp._util import tables
 from decomp._util.optional import needing
@@ -119,6 +121,69 @@ def _readable(color: Any) -> Any:
 
     pairs = zip(to_rgb(color), to_rgb(style("text.color")), strict=True)
     return tuple(0.5 * (line + text) for line, text in pairs)
+
+
+SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+OF_THE_PAGE = "#fedcba"  # stands for the colour of the page's text until the SVG is written
+TEXTS_AND_LINES = (
+    "text.color",
+    "axes.labelcolor",
+    "axes.titlecolor",
+    "axes.edgecolor",
+    "xtick.color",
+    "ytick.color",
+)
+
+
+def say_on_hover(artist: Any, *texts: str) -> None:
+    """What the SVG of a figure shows under the mouse: one text for a bar, one per marker for a line of markers."""
+    artist.decomp_hover = texts
+
+
+@contextmanager
+def colours_of_the_page() -> Iterator[None]:
+    """Figures of the block have the text and lines of the page that :func:`svg` puts them on, and no ground."""
+    from matplotlib import rc_context, rcdefaults
+
+    own: Any = dict.fromkeys(TEXTS_AND_LINES, OF_THE_PAGE)
+    with rc_context():
+        rcdefaults()  # a style of the user's is for other pages
+        with rc_context(own | {"axes.facecolor": "none", "figure.facecolor": "none"}):
+            yield
+
+
+def svg(figure: "Figure", name: str, what: str) -> str:
+    """A figure that was drawn within :func:`colours_of_the_page`, as SVG for a page, with its texts for the mouse.
+
+    Args:
+        figure: it is drawn once more.
+        name: tells its parts from those of other figures on the page.
+        what: what it shows, for those who do not see it.
+    """
+    from matplotlib import rc_context
+
+    artists = [artist for artist in figure.findobj() if hasattr(artist, "decomp_hover")]
+    texts = {f"{name}-{place}": cast(Any, artist).decomp_hover for place, artist in enumerate(artists)}
+    for key, artist in zip(texts, artists, strict=True):
+        artist.set_gid(key)
+    buffer = BytesIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(buffer.getvalue())
+    for part in root.iter():  # in HTML no part of an SVG has a namespace
+        part.tag = part.tag.removeprefix(f"{{{SVG}}}")
+        if (link := part.attrib.pop(f"{{{XLINK}}}href", None)) is not None:
+            part.set("href", link)
+    for metadata in root.findall("metadata"):
+        root.remove(metadata)
+    for group in root.iter("g"):
+        markers = list(group.iter("use")) or [group]
+        for part, text in zip(markers, texts.get(group.get("id", ""), ()), strict=False):
+            ElementTree.SubElement(part, "title").text = text
+    width = float(root.attrib.pop("width").removesuffix("pt")) / 72
+    root.attrib.pop("height")
+    root.attrib |= {"role": "img", "aria-label": what, "style": f"width: {width * DOTS_PER_INCH:.0f}px"}
+    return ElementTree.tostring(root, encoding="unicode").replace(OF_THE_PAGE, "currentColor")
 
 
 def use_unit(axis: Any, label: str, largest: float) -> None:

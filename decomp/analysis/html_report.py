@@ -1,11 +1,11 @@
 """A report for a colleague: one HTML file that needs nothing from elsewhere."""
 
+import itertools
 import os
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from decomp._util.tables import Tabular
 from decomp._util.version import installed_version
 from decomp.analysis import plots
 from decomp.analysis.compare import Comparison, compare
+from decomp.analysis.drawing import colours_of_the_page, svg
 from decomp.analysis.scores import Evaluate
 from decomp.planning.plan import PLAN, Plan
 
@@ -25,25 +26,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPECTRA_SHOWN = 6
-DOTS_PER_INCH = 110
 STYLE = """
 :root {color-scheme: light dark}
 body {font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 24px auto; padding: 0 16px}
-img {max-width: 100%; background: #ffffff}
+svg {display: block; max-width: 100%; height: auto; margin: 12px 0}
 pre {padding: 8px 12px; border: 1px solid rgba(127, 127, 127, .5); overflow-x: auto}
 h2 {margin-top: 1.6em; border-bottom: 1px solid rgba(127, 127, 127, .4)}
 """
 HOW_TO_LOAD = """import decomp
-from pathlib import Path
-from safetensors.torch import load_model, save_model
 
 # where the compressed model was made:
-save_model(small, "small.safetensors")
+decomp.save(small, "small.safetensors")
 
-# where it is used: a {model} of the dense structure, whose weights do not matter
-fresh = ...
-small = decomp.Plan.from_json(Path("plan.json").read_text()).build(fresh)
-load_model(small, "small.safetensors")
+# where it is used: a {model} as it was before the compression, whose weights do not matter
+dense = ...
+small = decomp.load("small.safetensors", dense)
 """
 
 
@@ -92,7 +89,8 @@ def report(
         raise ValueError(
             "small carries no plan (small.decomp_plan): give the model that a call of decomp returned"
         )
-    sections = "\n".join(_sections(small, dense, plan, comparison))
+    with colours_of_the_page():
+        sections = "\n".join(_sections(small, dense, plan, comparison))
     title = f"{type(dense).__name__}, compressed"
     page = (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -103,16 +101,21 @@ def report(
 
 
 def _sections(small: nn.Module, dense: nn.Module, plan: Plan, comparison: Comparison) -> Iterator[str]:
+    numbers = itertools.count(1)
+
+    def image(figure: "Figure", what: str) -> str:
+        return svg(figure, f"figure-{next(numbers)}", what)
+
     yield f"<p><b>{escape(comparison.summary).replace(chr(10), '<br>')}</b></p>"
     yield "<h2>What was done, and why</h2>" + "".join(f"<p>{escape(text)}</p>" for text in _decision(plan))
-    yield f"<h2>Plan</h2>{_table(plan)}{_image(plots.costs(plan), 'parameters and MACs of every layer')}"
+    yield f"<h2>Plan</h2>{_table(plan)}{image(plots.costs(plan), 'parameters and MACs of every layer')}"
     if any(choice.ranks for choice in plan.values()):
-        yield _image(plots.errors(plan), "errors of the replaced layers")
-    yield f"<h2>Measured</h2>{_table(comparison)}{_image(comparison.plot(), 'costs of both models')}"
+        yield image(plots.errors(plan), "errors of the replaced layers")
+    yield f"<h2>Measured</h2>{_table(comparison)}{image(comparison.plot(), 'costs of both models')}"
     finetuning = getattr(small, api.REPORT, None)
     if isinstance(finetuning, Tabular):
         yield f"<h2>Fine-tuning</h2>{_table(finetuning)}"
-    yield from _spectra(dense, plan)
+    yield from _spectra(dense, plan, image)
     data = b64encode(plan.to_json().encode()).decode()
     link = f'<a download="plan.json" href="data:application/json;base64,{data}">plan.json</a>'
     code = escape(HOW_TO_LOAD.format(model=type(dense).__name__))
@@ -135,7 +138,7 @@ def _decision(plan: Plan) -> Iterator[str]:
         yield f"{count} {'layer stays' if count == 1 else 'layers stay'} dense: {reason}."
 
 
-def _spectra(dense: nn.Module, plan: Plan) -> Iterator[str]:
+def _spectra(dense: nn.Module, plan: Plan, image: Callable[["Figure", str], str]) -> Iterator[str]:
     """Figures of the spectra of the layers that save most; the plan of a model has none, so a new one is made."""
     saved = {name: choice.saved("params") for name, choice in plan.items() if choice.ranks}
     analysed = api.plan(dense, ranks=plan, progress=False)
@@ -144,15 +147,8 @@ def _spectra(dense: nn.Module, plan: Plan) -> Iterator[str]:
     if shown:
         yield f"<h2>Spectra of the layers that save most ({len(shown)} of {len(saved)})</h2>"
         for name in shown:
-            yield _image(plots.spectrum(analysed, name), f"spectrum of {name}")
+            yield image(plots.spectrum(analysed, name), f"spectrum of {name}")
 
 
 def _table(table: Tabular) -> str:
     return table._repr_html_()
-
-
-def _image(figure: "Figure", what: str) -> str:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-    data = b64encode(buffer.getvalue()).decode()
-    return f'<p><img alt="{escape(what)}" src="data:image/png;base64,{data}"></p>'

@@ -22,6 +22,7 @@ from decomp.analysis.drawing import (
     label_points,
     name_rows,
     new_figure,
+    say_on_hover,
     style,
     use_unit,
 )
@@ -128,11 +129,14 @@ def errors(plan: Plan) -> "Figure":
     figure, ((ax,),) = new_figure(6.5, height_of(len(replaced)))
     bars = ax.barh(range(len(replaced)), [choice.error for _, choice in replaced], 0.6, color=colours()[0])
     labels = [f"{choice.error:.3f}  ranks {' x '.join(map(str, choice.ranks))}" for _, choice in replaced]
+    for bar, (name, _), label in zip(bars, replaced, labels, strict=True):
+        say_on_hover(bar, f"{name}: error {label}")
     ax.bar_label(bars, labels, padding=3, fontsize=8)
     name_rows(ax, [name or "(the model)" for name, _ in replaced])
     ax.set_xlim(0, ROOM_FOR_VALUES * max(choice.error for _, choice in replaced) or 1)
     ax.set_xlabel("relative error of the weight")
-    ax.set_xticks([tick for tick in ax.get_xticks() if tick <= 1])  # errors are at most 1, what is beyond is text
+    largest = replaced[0][1].error
+    ax.set_xticks([tick for tick in ax.get_xticks() if tick <= max(1.0, largest)])  # what is beyond is text
     return figure
 
 
@@ -250,12 +254,12 @@ def before_and_after(
     figure, axes = new_figure(width, height_of(count + 2), parts, len(labels), **ratios)
     for column, label in enumerate(labels):
         pairs = [row[column] for row in rows.values()]
-        _draw_pairs(axes[0][column], pairs, [name in dense for name in rows])
+        _draw_pairs(axes[0][column], label, dict(zip(rows, pairs, strict=True)), dense)
         use_unit(axes[0][column].xaxis, label, max((max(pair) for pair in pairs), default=0.0))
         name_rows(axes[0][column], [name or "(the model)" for name in rows] if column == 0 else [""] * count)
         if whole is not None:
             total = whole[column]
-            _draw_pairs(axes[1][column], [] if total is None else [total], [False])
+            _draw_pairs(axes[1][column], label, {} if total is None else {"whole model": total})
             name_rows(axes[1][column], ["whole model" if column == 0 else ""])
             axes[1][column].set(xticks=[])
     handles = [
@@ -269,20 +273,22 @@ def before_and_after(
     return figure
 
 
-def _draw_pairs(ax: Any, pairs: Sequence[Pair], is_dense: Sequence[bool]) -> None:
+def _draw_pairs(ax: Any, label: str, pairs: Mapping[str, Pair], dense: Collection[str] = ()) -> None:
     """Pairs of bars, what is left of each in words behind them; those that are dense are hollow."""
-    before, after = (np.array([pair[side] for pair in pairs], float) for side in (0, 1))
+    before, after = (np.array([pair[side] for pair in pairs.values()], float) for side in (0, 1))
     wide = ax.barh(range(len(pairs)), before, 0.78, color=MUTED, alpha=0.45)
     narrow = ax.barh(range(len(pairs)), after, 0.4, color=colours()[0])
-    for index, hollow in enumerate(is_dense[: len(pairs)]):
+    longest = max([*before, *after], default=0.0) or 1.0
+    for index, (name, (full, left)) in enumerate(pairs.items()):
+        hollow = name in dense
         if hollow:
             wide[index].set(facecolor="none", edgecolor=MUTED, alpha=1)
             narrow[index].set(facecolor="none")
-    longest = max([*before, *after], default=0.0) or 1.0
-    for index, (full, left) in enumerate(zip(before, after, strict=True)):
-        text = _value(full) + (", dense" if is_dense[index] else f" => {_value(left)}")
-        text += f" ({left / full:.0%})" if full and not is_dense[index] else ""
+        text = _value(full) + (", dense" if hollow else f" => {_value(left)}")
+        text += f" ({left / full:.0%})" if full and not hollow else ""
         ax.text(max(full, left) + 0.02 * longest, index, text, va="center", fontsize=7)
+        for bar in (wide[index], narrow[index]):
+            say_on_hover(bar, f"{name}: {label} {text}")
     ax.set_xlim(0, ROOM_FOR_VALUES * longest)
 
 
@@ -392,9 +398,11 @@ def _draw_spectrum(ax: Any, unfolding: Spectrum, rank: int | None, share: float)
     floor = 1e-6 * float(values[0]) or 1.0
     values = np.maximum(values, floor)
     palette = colours()
-    if not kept.all():
-        ax.semilogy(components[~kept], values[~kept], "o", color=MUTED, markersize=3.5, label="cut off")
-    ax.semilogy(components[kept], values[kept], "o", color=palette[0], markersize=3.5, label=f"kept: {kept.sum()}")
+    for part, color, label in ((~kept, MUTED, "cut off"), (kept, palette[0], f"kept: {kept.sum()}")):
+        if part.any():
+            (points,) = ax.semilogy(components[part], values[part], "o", color=color, markersize=3.5, label=label)
+            shown = zip(components[part], values[part], strict=True)
+            say_on_hover(points, *(f"component {place}: {value:.4g}" for place, value in shown))
     # Of several groups a rule takes the largest rank.
     signal = max(evbmf_rank(group, unfolding.rows, unfolding.columns) for group in unfolding.values)
     if 0 < signal < len(values):
