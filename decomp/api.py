@@ -376,7 +376,7 @@ def _decompose(
     limits, scope = _part(arguments, RankLimits), _part(arguments, Scope)
     if not isinstance(ranks, Plan):
         decided = make_plan(model, method, options, ranks, limits, scope)
-        if arguments["finetune"] is False:
+        if arguments["finetune"] is False and not arguments["sequential"]:
             _warn_of_risk(decided)
         return _apply(model, decided, arguments)
     if arguments["layers"] is not None or arguments["exclude"] not in ((), [], None):
