@@ -166,3 +166,15 @@ def test_a_call_warns_where_the_result_may_be_useless():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decomp.svd(noise, ranks=4)  # the ranks that were asked for
+
+
+def test_what_a_rule_may_do_is_no_reason_for_a_warning():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = decomp.svd(net, ranks=decomp.ranks.energy(0.58)).decomp_plan
+    replaced = [choice for choice in plan.values() if choice.ranks]
+    assert 0 < len(replaced) < len(plan), "half of the layers had to stay dense"
+    assert all(1 - choice.error**2 < 0.6 for choice in replaced)
+    assert not any(choice.at_risk for choice in replaced)

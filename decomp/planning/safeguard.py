@@ -63,8 +63,10 @@ def safeguard(choices: Mapping[str, Choice], rules: Mapping[str, Rule | Fixed | 
         choice = replaced.pop(name)
         changed[name] = replace(choice, at_risk=True) if spectral[name].pure else _dense(choice, spectral[name])
     left = {name: choice for name, choice in chosen.items() if name not in changed or changed[name].ranks}
-    if left and energy_kept(left) < USELESS_BELOW:
-        changed |= {name: replace(choice, at_risk=True) for name, choice in left.items()}
+    # What is left under rules that are not pure keeps the bounds: a warning of it would be about what they allow.
+    pure = {name: choice for name, choice in left.items() if spectral[name].pure}
+    if pure and energy_kept(left) < USELESS_BELOW:
+        changed |= {name: replace(choice, at_risk=True) for name, choice in pure.items()}
     return changed
 
 
