@@ -26,15 +26,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from decomp._util.naming import some
 from decomp._util.schema import Value
 from decomp._util.warn import warn
+from decomp.files.checkpoints import MARKED, METHOD, class_of, compress_checkpoint
 from decomp.files.save import require_described
 from decomp.layers import Factorized
 from decomp.methods import METHODS
 from decomp.planning.cost import Cost
 from decomp.planning.plan import PLAN, Plan, read_plan
 
-METHOD = "decomp"
+__all__ = ["DecompConfig", "DecompQuantizer", "compress_checkpoint", "from_pretrained"]
+
 _VERSION = int(transformers.__version__.split(".")[0])
-MARKED = "decomp_factors"  # the field in the header of a file whose layers are factorized
 OF_THE_HUB = (
     "cache_dir",
     "force_download",
@@ -263,22 +264,6 @@ def is_compressed(folder: str | Path, **options: Any) -> bool:
     return isinstance(stated, dict) and stated.get("quant_method") == METHOD
 
 
-def class_of(folder: str | Path, **options: Any) -> Any:
-    """The class of transformers that ``config.json`` names.
-
-    Raises:
-        ValueError: it names none, or one that transformers does not have.
-    """
-    config = transformers.AutoConfig.from_pretrained(folder, **options)
-    name = (config.architectures or [""])[0]
-    if not name:
-        raise ValueError(f"{str(folder)!r}: its config.json names no class in architectures")
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise ValueError(f"{str(folder)!r}: transformers has no class {name!r}: call from_pretrained of yours")
-    return kind
-
-
 def from_pretrained(folder: str | Path, *arguments: Any, **options: Any) -> PreTrainedModel:
     """Load a compressed model that ``small.save_pretrained(folder)`` wrote, in the class that it had.
 
@@ -299,7 +284,7 @@ def from_pretrained(folder: str | Path, *arguments: Any, **options: Any) -> PreT
             f"{str(folder)!r} is no compressed model of decomp: its config.json has no quantization_config with "
             f'"quant_method": "{METHOD}"'
         )
-    kind = class_of(folder, **of_the_hub)
+    kind, _ = class_of(folder, **of_the_hub)
     model, info = kind.from_pretrained(folder, *arguments, **{**options, "output_loading_info": True})
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):

@@ -23,8 +23,9 @@ from decomp.analysis.scores import Scorer
 from decomp.analysis.tradeoff import tradeoff
 from decomp.calibration.calibrate import calibrate
 from decomp.cli.data import chooser, open_data
-from decomp.cli.models import Source, copy_companions
-from decomp.cli.values import example, rank_request, rank_rule, resolve
+from decomp.cli.models import Source
+from decomp.cli.values import example, is_reference, rank_request, rank_rule, resolve
+from decomp.files.checkpoints import Processes, compress_checkpoint, copy_companions
 from decomp.files.save import save
 from decomp.network.forward import moved
 from decomp.planning.cost import COSTS
@@ -185,6 +186,8 @@ def plan_command(options: Namespace) -> int:
 
 def compress_command(options: Namespace) -> int:
     """``decomp compress``: a file, or a folder of Hugging Face."""
+    if options.weights_only:
+        return compress_weights(options)
     job = Job(options)
     output = options.output
     as_folder = job.source.is_folder and output.suffix != ".safetensors"
@@ -205,17 +208,57 @@ def compress_command(options: Namespace) -> int:
     if dense_score is not None:
         scores = {"dense": dense_score, "small": Scorer(small, None, job.evaluate)(small)}
     write(small, output, job.source, as_folder=as_folder)
-    made: Plan = small.decomp_plan  # type: ignore[assignment]
+    show_compressed(small.decomp_plan, output, scores, as_json=options.json)  # type: ignore[arg-type]
+    return DONE
+
+
+def compress_weights(options: Namespace) -> int:
+    """``decomp compress --weights-only``: a checkpoint of Hugging Face, tensor by tensor.
+
+    Raises:
+        ValueError: an option was given that needs the model.
+    """
+    o = options
+    needing = ["weights", "arguments", "input", "data", "batch_inputs", "evaluate", "methods", "objective", *COSTS]
+    given = [name for name in (*needing, "sequential", "finetune", "overwrite") if getattr(o, name)]
+    if given:
+        raise ValueError(
+            f"--weights-only loads no model: leave --{given[0].replace('_', '-')} out (for a bound on every layer "
+            'write --ranks "params(0.5)")'
+        )
+    if is_reference(o.model):
+        raise ValueError(f"--weights-only takes the folder of a checkpoint, not {o.model!r}")
+    if o.plan is not None and (o.method is not None or o.ranks):
+        raise ValueError("--plan decides methods and ranks: leave --method and --ranks out")
+    ranks = read_plan(o.plan) if o.plan is not None else rank_request(o.ranks) if o.ranks else "vbmf"
+    made = compress_checkpoint(
+        o.model,
+        o.output,
+        method=o.method or "svd",
+        ranks=ranks,
+        layers=o.layers,
+        exclude=[*(o.exclude or ()), *(o.keep_dense or ())],
+        multiple_of=o.multiple_of or 1,
+        min_gain=o.min_gain,
+        device=o.device,
+        progress=False if o.quiet else None,
+    )
+    if Processes.of_launch().rank == 0:
+        show_compressed(made, o.output, None, as_json=o.json)
+    return DONE
+
+
+def show_compressed(made: Plan, output: Path, scores: dict[str, float] | None, *, as_json: bool) -> None:
+    """Print the result of ``decomp compress``."""
     costs = {kind: change for kind in COSTS if (change := made.cost(kind)) is not None}
-    if options.json:
+    if as_json:
         plan = json.loads(made.to_json())
         print_json({"output": str(output), "costs": costs, "scores": scores, "plan": plan})
-        return DONE
+        return
     print(made)
     if scores is not None:
         print(f"\nscore {scores['dense']:.4f} => {scores['small']:.4f}")
     print(f"\nwrote {output}")
-    return DONE
 
 
 def require_free(output: Path, *, overwrite: bool, as_folder: bool) -> None:

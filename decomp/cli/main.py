@@ -55,6 +55,8 @@ examples:
   decomp compress mynet:Net --weights net.safetensors --macs 0.3 --input 1x3x224x224 \\
       --data images/ --sequential --evaluate mynet:accuracy --output small.safetensors
   decomp compress ./bert --ranks "energy(0.95)" --method svd --output ./bert-small
+  torchrun --nproc-per-node 4 -m decomp compress ./llama --weights-only --ranks "params(0.5)" \\
+      --output ./llama-small
 
 The output is one file, which decomp.load("small.safetensors", Net()) reads; that of a Hugging Face folder is a
 folder for from_pretrained (import decomp.huggingface first), with its tokenizer.
@@ -153,6 +155,12 @@ def parser() -> argparse.ArgumentParser:
         "--finetune", action="store_true", help="train the factors layer by layer against the dense model"
     )
     group.add_argument("--evaluate", metavar="FUNCTION", help=_EVALUATE)
+    compress.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="compress a Hugging Face checkpoint tensor by tensor, also one larger than memory; the same command "
+        "goes on after a kill",
+    )
     _general_options(compress)
     compress.add_argument("--output", type=Path, required=True, help="the file or folder to write")
     compress.add_argument("--overwrite", action="store_true", help="replace a compressed model that is there")

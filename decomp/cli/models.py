@@ -1,7 +1,6 @@
 """Models of the command line: a Python factory with a file of weights, or a folder of Hugging Face."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from decomp._util.naming import some
 from decomp._util.optional import needing
 from decomp.cli.values import is_reference, resolve
+from decomp.files.checkpoints import class_of
 from decomp.files.load import load
 from decomp.planning.plan import PLAN, Plan
 
-COMPANIONS = (".jinja", ".json", ".model", ".py", ".txt")  # endings of files beside the weights
 NEEDS_TRANSFORMERS = "a folder of Hugging Face needs transformers: pip install transformers"
 
 
@@ -120,10 +119,11 @@ def _from_folder(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise ValueError(f"MODEL {str(folder)!r} has no config.json: it is no folder of a model of Hugging Face")
     with needing("transformers", NEEDS_TRANSFORMERS):
-        from decomp.huggingface import class_of, from_pretrained, is_compressed
+        from decomp.huggingface import from_pretrained, is_compressed
     if is_compressed(folder):
         return cast(nn.Module, from_pretrained(folder))
-    model: nn.Module = class_of(folder).from_pretrained(folder)
+    kind, _ = class_of(folder)
+    model: nn.Module = kind.from_pretrained(folder)
     return model
 
 
@@ -178,18 +178,3 @@ def _state(path: Path) -> dict[str, Tensor]:
             "safetensors.torch.save_model(model, path)"
         )
     return dict(state)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what a folder of Hugging Face holds beside weights: tokenizers, processors, configurations.
-
-    Files that are in the target already stay as they are.
-    """
-    for path in sorted(source.rglob("*")):
-        inner = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in inner.parts)
-        if hidden or path.suffix not in COMPANIONS or path.name.endswith(".index.json") or not path.is_file():
-            continue
-        if not (target / inner).exists():
-            (target / inner).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / inner)

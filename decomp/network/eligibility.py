@@ -37,7 +37,13 @@ class Eligibility:
 
 
 def eligibility(
-    model: nn.Module, kinds: Iterable[Any], why_not: WhyNot, layers: Selector, exclude: Selector
+    model: nn.Module,
+    kinds: Iterable[Any],
+    why_not: WhyNot,
+    layers: Selector,
+    exclude: Selector,
+    *,
+    needs_values: bool = True,
 ) -> dict[str, Eligibility]:
     """Every layer with a weight matrix or kernel, by its first name, in the order of ``named_modules``.
 
@@ -48,10 +54,11 @@ def eligibility(
         why_not: returns the reason why no method supports a layer of these kinds, or an empty string.
         layers: which layers; see :func:`decomp.tucker`.
         exclude: which of these to leave out.
+        needs_values: whether weights without values, on the meta device, are a reason.
     """
     surgery.check_model(model)
     names = {aliases[0]: tuple(aliases) for _, aliases in surgery.names_of(model)}
-    entries = _layers_of(model, kinds, why_not)
+    entries = _layers_of(model, kinds, why_not, needs_values)
     named = {name: replace(entry, names=names[name]) for name, entry in entries.items()}
     packings = {name: each for name, each in model.named_modules() if isinstance(each, Unpacked)}
     return _selected(named, packings, layers, exclude)
@@ -65,7 +72,9 @@ def eligible(
     return {name: entry.module for name, entry in every.items() if not entry.reason}
 
 
-def _layers_of(model: nn.Module, kinds: Iterable[Any], why_not: WhyNot) -> dict[str, Eligibility]:
+def _layers_of(
+    model: nn.Module, kinds: Iterable[Any], why_not: WhyNot, needs_values: bool
+) -> dict[str, Eligibility]:
     kinds = set(kinds)
     types = tuple(kind for kind in kinds if isinstance(kind, type))
     shared = surgery.shared_parameters(model)
@@ -85,7 +94,8 @@ def _layers_of(model: nn.Module, kinds: Iterable[Any], why_not: WhyNot) -> dict[
         elif isinstance(module, Factorized):
             entries[name] = Eligibility(module, ALREADY_FACTORIZED)
         elif isinstance(module, types) or qualified_name(type(module)) in kinds:
-            reason = adapted.get(id(module)) or surgery.refusal(module, shared) or _subclass(module, types)
+            reason = adapted.get(id(module)) or surgery.refusal(module, shared, needs_values=needs_values)
+            reason = reason or _subclass(module, types)
             entries[name] = Eligibility(module, reason or _depthwise(module) or why_not(name, module))
         elif any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(False) if not is_lazy(p)):
             reason = adapted.get(id(module)) or f"no method supports {type(module).__name__}"
