@@ -3,9 +3,9 @@
     python benchmarks/sharded_checkpoint.py --gigabytes 6 --limit-gigabytes 1.5 --kills 5 --processes 2
 
 Makes a Llama of random float32 weights in files of about 500 MB, and runs ``decomp compress --weights-only`` on
-it: in one process at once, and in several processes that are killed again and again and started anew. No process
+it, in several processes that are killed again and again and started anew, and in one process at once. No process
 may write to more memory than the limit (RLIMIT_DATA; one that needs more fails). The peak is the largest resident
-set of any process, as the kernel counts it. The two results are compared byte by byte, and the second is loaded.
+set of any process, as the kernel counts it. The two results are compared byte by byte, and the first is loaded.
 """
 
 import argparse
@@ -29,10 +29,9 @@ WORK = ".decomp-unfinished"
 ROOT = Path(__file__).parents[1]
 
 
-def make_checkpoint(folder: Path, gigabytes: float) -> transformers.LlamaConfig:
+def make_checkpoint(folder: Path, gigabytes: float, hidden: int) -> transformers.LlamaConfig:
     """Write a checkpoint of about this size, a layer of the model at a time."""
-    wide = gigabytes >= 2
-    hidden, inner, vocabulary = (2048, 5632, 32_000) if wide else (512, 1408, 8000)
+    inner, vocabulary = 11 * hidden // 4, 32_000
     shape = {"hidden_size": hidden, "intermediate_size": inner, "vocab_size": vocabulary}
     per_layer = 4 * (4 * hidden**2 + 3 * hidden * inner)
     layers = max(1, round((gigabytes * 1e9 - 8 * hidden * vocabulary) / per_layer))
@@ -121,9 +120,11 @@ def digest(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=6)
+    parser.add_argument("--hidden", type=int, default=1024, help="sizes of the layers follow from it")
     parser.add_argument("--limit-gigabytes", type=float, default=1.5)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes-at-once", type=int, default=1, help="of the run that nobody kills")
     parser.add_argument("--ranks", default="params(0.5)")
     parser.add_argument("--folder", type=Path, help="for the files, which are removed afterwards")
     options = parser.parse_args()
@@ -131,7 +132,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         (folder / "dense").mkdir()
-        config = make_checkpoint(folder / "dense", options.gigabytes)
+        config = make_checkpoint(folder / "dense", options.gigabytes, options.hidden)
         total = sum(path.stat().st_size for path in (folder / "dense").glob("*.safetensors"))
         layers = 7 * config.num_hidden_layers + 1
         print(
@@ -139,10 +140,9 @@ def main() -> None:
             flush=True,
         )
         rows = []
-        for label, output, size, kills in (
-            ("1 process, at once", "at_once", 1, 0),
-            (f"{options.processes} processes, {options.kills} kills", "killed", options.processes, options.kills),
-        ):
+        runs = (("killed", options.processes, options.kills), ("at_once", options.processes_at_once, 0))
+        for output, size, kills in runs:
+            label = f"{size} process{'es' * (size > 1)}, {kills or 'no'} kills"
             seconds, peak = run_with_kills(folder, output, options.ranks, limit, size, kills, layers)
             rows.append((label, f"{seconds:.0f}", f"{peak / 1e9:.2f}", digest(folder / output)))
             print(f"  {label}: {seconds:.0f} s", flush=True)

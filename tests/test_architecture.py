@@ -20,7 +20,7 @@ ALLOWED = {
     "planning": {"_util", "calibration", "layers", "linalg", "methods", "network", "ranks"},
     "recovery": {"_util", "calibration", "data", "layers", "network", "planning"},
     "training": {"_util", "data", "network"},
-    "files": {"_util", "api", "data", "layers", "methods", "network", "planning"},
+    "files": {"_util", "api", "data", "layers", "methods", "network", "planning", "ranks"},
     "api": {
         "_util",
         "calibration",

@@ -120,11 +120,32 @@ def test_rules_globs_plans_and_selection_are_obeyed(tmp_path):
     assert plan["bert.encoder.layer.0.attention.self.query"].reason == "excluded"
     key = plan["bert.encoder.layer.1.attention.self.key"]
     assert key.params.after <= 0.5 * key.params.before
-    decided = decomp.plan(model, "svd", decomp.ranks.energy(0.5)).keep_dense("*.1.*")
+    decided = decomp.plan(model, "svd", decomp.ranks.energy(0.5, pure=True)).keep_dense("*.1.*")
     given = decomp.Plan.from_json(decided.to_json())
     plan = compress_checkpoint(tmp_path / "dense", tmp_path / "b", ranks=given)
     assert {name: plan[name].ranks for name in plan} == {name: decided[name].ranks for name in decided}
     assert "tied" in plan["cls.predictions.decoder"].reason
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.8])
+def test_which_layers_are_at_risk_is_decided_as_for_the_loaded_model(share, tmp_path):
+    model = written(tmp_path / "dense", llama)
+    with torch.no_grad():  # some layers are of low rank, and others are noise
+        for index, layer in enumerate(model.model.layers):
+            layer.mlp.up_proj.weight.copy_(torch.randn(96, 4 + index) @ torch.randn(4 + index, 48))
+            layer.self_attn.q_proj.weight.copy_(torch.randn(48, 6) @ torch.randn(6, 48) + torch.randn(48, 48))
+    model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    expected = decomp.plan(model, "svd", decomp.ranks.energy(share))
+    plan = compress_checkpoint(tmp_path / "dense", tmp_path / "small", ranks=decomp.ranks.energy(share))
+    assert {name: (each.ranks, each.at_risk) for name, each in plan.items()} == {
+        name: (each.ranks, each.at_risk) for name, each in expected.items()
+    }
+    assert any(each.at_risk for each in plan.values())
+    assert any(each.ranks for each in plan.values())
+    small = decomp.huggingface.from_pretrained(tmp_path / "small").eval()
+    whole = expected.apply(model).eval()
+    with torch.no_grad():
+        assert torch.allclose(small(IDS).logits, whole(IDS).logits, atol=1e-4)
 
 
 def test_a_call_that_was_cut_off_does_only_what_is_left(tmp_path, monkeypatch):

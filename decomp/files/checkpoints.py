@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,8 @@ from decomp.planning.build import NothingToDecompose
 from decomp.planning.choice import Choice, unchanged_choice
 from decomp.planning.cost import Cost
 from decomp.planning.plan import Plan, read_plan
+from decomp.planning.safeguard import safeguard
+from decomp.ranks import RULES, Fixed, Rule, SpectralRule, parse_spec
 
 METHOD = "decomp"  # the quantization method of a compressed model in its config.json
 MARKED = "decomp_factors"  # the field in the header of a file whose layers are factorized
@@ -158,6 +160,11 @@ class Request:
             return next((each for glob, each in reversed(list(self.ranks.items())) if matches(name, glob)), None)
         return self.ranks
 
+    def rule_of(self, name: str) -> Rule | Fixed | None:
+        """The rule that chooses the ranks of a layer, or its fixed ranks."""
+        spec = self.ranks_of(name)
+        return None if spec is None else parse_spec(spec, RULES)
+
     def text(self) -> str:
         """What tells this request from others."""
         ranks = self.ranks.to_json() if isinstance(self.ranks, Plan) else repr(self.ranks)
@@ -254,22 +261,24 @@ class Job:
         limits: dict[str, Any] = {"multiple_of": request.multiple_of}
         limits |= {} if request.min_gain is None else {"min_gain": request.min_gain}
         with naming(name):
+            rule = request.rule_of(name)
             decided = api.plan(
                 layer,
                 request.method_of(name, layer),
-                request.ranks_of(name),
+                replace(rule, pure=True) if isinstance(rule, SpectralRule) else request.ranks_of(name),
                 layers=lambda *_: True,
                 progress=False,
                 **limits,
             )
             if not decided[""].ranks:
                 return decided[""], {}
+            # Which layers are at risk is only known when all of them are done.
             small = decided.apply(layer, progress=False)
         written = _name_in_file(name, source.tensors["weight"][0].removesuffix(".weight"), self.model)
         state = {f"{written}.{key}": each.cpu().contiguous() for key, each in small.state_dict().items()}
         # The marker: from_pretrained of transformers refuses it where decomp.huggingface is not imported.
         state[f"{written}.weight"] = torch.zeros(1, dtype=next(small.parameters()).dtype)
-        return small.decomp_plan[""], state
+        return replace(small.decomp_plan[""], at_risk=False), state
 
 
 def _name_in_file(name: str, key: str, model: nn.Module) -> str:
@@ -419,6 +428,7 @@ def _read_choice(path: Path) -> Choice:
 def _assemble(job: Job, folder: Path, output: Path, work: Path, max_shard_bytes: int) -> Plan:
     """Write the files of the output from those of the layers, its ``config.json`` last."""
     choices = job.dense | {name: _read_choice(job.result(work, name)) for name in job.sources}
+    choices |= safeguard(choices, {name: job.request.rule_of(name) for name in job.sources})
     plan = Plan({name: choices[name] for name in job.names}, Cost(Cost.of(job.model) | {"macs": 0}))
     if not plan.replaced:
         shutil.rmtree(work)
