@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import warnings
 from functools import cache
 from importlib import util
 from pathlib import Path
@@ -43,10 +42,7 @@ def test_code_of_the_readme_runs_and_prints_what_it_shows(tmp_path, monkeypatch,
     scope: dict[str, object] = {}
     outputs = []
     for block in blocks:
-        with warnings.catch_warnings():
-            # Whether the first example warns that it has to be fine-tuned, which it then is, depends on the training.
-            warnings.filterwarnings("ignore", ".*may hardly work before it is fine-tuned")
-            exec(compile(block, "README.md", "exec"), scope)
+        exec(compile(block, "README.md", "exec"), scope)
         outputs.append(capsys.readouterr().out)
     form = r"([\d.]+)x fewer params, ([\d.]+)x fewer MACs, speed x([\d.]+)\n\s*score ([\d.]+) => ([\d.]+)"
     printed, shown = re.search(form, outputs[0]), re.search(form, README)
