@@ -1,6 +1,6 @@
 """Low-rank and tensor decomposition that makes trained PyTorch models smaller and faster."""
 
-from decomp import adapters, layers, losses, plots, ranks
+from decomp import adapters, layers, losses, plots, ranks, runtimes
 from decomp._util.version import installed_version
 from decomp.analysis.compare import compare
 from decomp.analysis.html_report import report
@@ -18,6 +18,8 @@ from decomp.planning.budget import OutOfReach
 from decomp.planning.build import NothingToDecompose
 from decomp.planning.plan import Plan, after_swaps
 from decomp.recovery.repair import repair
+from decomp.runtimes.export import export
+from decomp.runtimes.inference import for_inference
 from decomp.training.end_to_end import finetune
 from decomp.training.layerwise import finetune_layerwise
 
@@ -38,10 +40,12 @@ __all__ = [
     "cp",
     "densify",
     "explore",
+    "export",
     "finetune",
     "finetune_layerwise",
     "flattened",
     "fold_batch_norm",
+    "for_inference",
     "layers",
     "load",
     "losses",
@@ -51,6 +55,7 @@ __all__ = [
     "ranks",
     "repair",
     "report",
+    "runtimes",
     "save",
     "sensitivity",
     "separable",

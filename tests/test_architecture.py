@@ -18,6 +18,7 @@ ALLOWED = {
     "data": {"layers", "network"},
     "calibration": {"_util", "data", "layers", "linalg", "methods", "network"},
     "planning": {"_util", "calibration", "layers", "linalg", "methods", "network", "ranks"},
+    "runtimes": {"_util", "data", "layers", "network"},
     "recovery": {"_util", "calibration", "data", "layers", "network", "planning"},
     "training": {"_util", "data", "network"},
     "files": {"_util", "api", "data", "layers", "methods", "network", "planning", "ranks"},

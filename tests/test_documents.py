@@ -171,7 +171,7 @@ def test_the_pages_list_every_rule_and_every_public_name():
     for name in (*RULES, "energy", "error", "params", "macs"):
         assert f"`{name}(" in rules
     reference = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
-    packages = {"adapters", "layers", "losses", "plots", "ranks", "__version__"}
+    packages = {"adapters", "layers", "losses", "plots", "ranks", "runtimes", "__version__"}
     for name in set(decomp.__all__) - packages:
         assert re.search(rf"\.\. auto\w+:: decomp\.{name}$", reference, re.MULTILINE), name
     for name in packages - {"layers", "ranks", "__version__"}:

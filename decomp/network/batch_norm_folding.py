@@ -26,7 +26,7 @@ from decomp.network.surgery import (
 )
 from decomp.network.tracing import following_norms
 
-_LAYERS = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
+FOLDABLE = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, nn.Linear)
 
 
 @all_or_nothing()
@@ -72,15 +72,7 @@ def fold_batch_norm(
     ('Identity', True)
     """
     check_model(model)
-    chosen = _chosen(model, layers, exclude)
-    norm_of = following_norms(model, example_inputs, chosen)
-    refused = _refused(model, example_inputs, norm_of)
-    new: dict[str, nn.Module] = {}
-    for name, norm_name in norm_of.items():
-        if name not in refused:
-            norm = model.get_submodule(norm_name)
-            new[name] = _folded(chosen[name], norm)
-            new[norm_name] = nn.Identity().train(norm.training)
+    new, refused = folded_layers(model, example_inputs, _chosen(model, layers, exclude))
     if not new:
         reasons = "".join(f"; {name!r} stays: {reason}" for name, reason in list(refused.items())[:4])
         raise ValueError(
@@ -90,8 +82,26 @@ def fold_batch_norm(
     return swap(model, new, inplace=inplace)
 
 
+def folded_layers(
+    model: nn.Module, example_inputs: Any, chosen: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """What to put in the place of layers and of the BatchNorms that follow them, and why some layers stay.
+
+    Factors count as layers here: a BatchNorm after a factorized layer is folded into its last factor.
+    """
+    norm_of = following_norms(model, example_inputs, chosen)
+    refused = _refused(model, example_inputs, norm_of)
+    new: dict[str, nn.Module] = {}
+    for name, norm_name in norm_of.items():
+        if name not in refused:
+            norm = model.get_submodule(norm_name)
+            new[name] = _folded(chosen[name], norm)
+            new[norm_name] = nn.Identity().train(norm.training)
+    return new, refused
+
+
 def _chosen(model: nn.Module, layers: Selector, exclude: Selector) -> dict[str, nn.Module]:
-    dense = {name: module for name, module in walk(model, (Factorized,)) if isinstance(module, _LAYERS)}
+    dense = {name: module for name, module in walk(model, (Factorized,)) if isinstance(module, FOLDABLE)}
     names = set(dense) if layers is None else select(layers, dense, "layers")
     if exclude is not None and exclude != ():
         names -= select(exclude, dense, "exclude")
@@ -108,7 +118,7 @@ def _refused(model: nn.Module, example_inputs: Any, norm_of: Mapping[str, str]) 
     for name, norm_name in norm_of.items():
         norm = both[norm_name]
         reason = refusal(both[name], shared) or hooks_of(norm)
-        if type(both[name]) not in _LAYERS or type(norm) not in BATCH_NORMS:
+        if type(both[name]) not in FOLDABLE or type(norm) not in BATCH_NORMS:
             kinds = f"{type(both[name]).__name__} or {type(norm).__name__}"
             reason = reason or f"{kinds} is a subclass of torch's layer: its forward may differ"
         if norm_name in tied:
