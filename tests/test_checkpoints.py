@@ -295,6 +295,22 @@ def test_the_command_refuses_what_needs_the_model(tmp_path, monkeypatch, capsys)
     assert json.loads(capsys.readouterr().out)["output"] == "s"
 
 
+def test_what_stands_beside_the_weights_comes_along_and_other_models_do_not(tmp_path):
+    """As in a folder of sentence-transformers, whose later modules have folders of their own."""
+    written(tmp_path)
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
+    for name in ("tokenizer.json", "2_Dense/config.json", "2_Dense/model.safetensors", "chat_templates/a.jinja"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for output in ("small", "smaller"):  # the second finds the first in the folder
+        compress_checkpoint(tmp_path, tmp_path / output, ranks=8)
+        found = {str(path.relative_to(tmp_path / output)) for path in (tmp_path / output).rglob("*.*")}
+        assert found == {
+            *("config.json", "model.safetensors", "modules.json", "tokenizer.json"),
+            *("2_Dense/config.json", "2_Dense/model.safetensors", "chat_templates/a.jinja"),
+        }
+
+
 def test_files_are_written_as_safetensors_writes_them(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.zeros(0, 4)}
     save_file(tensors, tmp_path / "one.safetensors")

@@ -88,7 +88,8 @@ def compress_checkpoint(
     """Compress the checkpoint of a model of transformers without loading the model.
 
     Tensors are read, decomposed by their weight and written one after the other: memory is needed for the largest
-    layer and its factors. A call that was cut off goes on where it was when it is made again. In a launch by
+    layer and its factors. A call that was cut off goes on where it was when it is made again with the same
+    arguments (globs and names, since functions are other ones in another process). In a launch by
     ``torchrun`` or ``accelerate launch`` the layers are shared out by their estimated cost, m n min(m, n).
 
     Args:
@@ -458,13 +459,20 @@ def _plan_of(output: Path) -> Plan:
 def copy_companions(source: Path, target: Path, but: Collection[str] = ()) -> None:
     """Copy what a folder of transformers holds beside weights: tokenizers, processors, configurations.
 
-    Files that are in the target already stay as they are.
+    Folders inside of it that ``modules.json`` of sentence-transformers names are copied with their weights; others
+    that have a ``config.json`` are other models. Files that are in the target already stay as they are.
     """
+    modules = source / "modules.json"
+    listed = json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else []
+    parts = {each.get("path") for each in listed} - {""}
     for path in sorted(source.rglob("*")):
         inner = path.relative_to(source)
+        folder = inner.parts[0] if len(inner.parts) > 1 else ""
+        of_others = folder not in parts and bool(folder) and (source / folder / "config.json").exists()
         hidden = any(part.startswith(".") for part in inner.parts)
-        if hidden or path.suffix not in COMPANIONS or path.name.endswith(".index.json") or not path.is_file():
+        if hidden or of_others or not path.is_file() or str(inner) in but or (target / inner).exists():
             continue
-        if not (target / inner).exists() and str(inner) not in but:
+        is_companion = path.suffix in COMPANIONS and not path.name.endswith(".index.json")
+        if is_companion or folder in parts:
             (target / inner).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / inner)
