@@ -11,7 +11,6 @@ from decomp.calibration.calibrate import Statistics, calibrate
 from decomp.calibration.sensitivity import sensitivity
 from decomp.explorer.launch import explore
 from decomp.files.load import load
-from decomp.files.pickled import safe_globals
 from decomp.files.save import save
 from decomp.hosts import tell_transformers
 from decomp.network.batch_norm_folding import fold_batch_norm
@@ -57,7 +56,6 @@ __all__ = [
     "repair",
     "report",
     "runtimes",
-    "safe_globals",
     "save",
     "sensitivity",
     "separable",

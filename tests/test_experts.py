@@ -353,7 +353,7 @@ def test_moments_of_experts_are_those_of_their_rows():
     for part in range(0, 50, 10):
         each = slice(part, part + 10)
         given = {"batch": part // 10, "experts": experts[each]}
-        sums.add(rows[each], layer(rows[each], experts[each]).detach(), held_out=part == 0, **given)
+        sums.add(rows[each], layer(rows[each], experts[each]).detach(), **given)
         sums.add_gradient(rows[each] @ torch.ones(4, 6, dtype=torch.float64), **given)
     moments = sums.moments()
     alone = torch.stack([rows[experts == e].T @ rows[experts == e] / 50 for e in range(3)])
@@ -367,7 +367,7 @@ def test_an_expert_of_nine_times_the_rows_counts_nine_times():
     layer = expert_linear(2, 4, 6)
     sums, experts = LayerSums("", layer), torch.tensor([0] * 90 + [1] * 10)
     rows, grads = torch.ones(100, 4, dtype=torch.float64), torch.ones(100, 6, dtype=torch.float64)
-    sums.add(rows, layer(rows, experts).detach(), batch=0, held_out=False, experts=experts)
+    sums.add(rows, layer(rows, experts).detach(), batch=0, experts=experts)
     sums.add_gradient(grads, batch=0, experts=experts)
     moments = sums.moments()
     first, second = (

@@ -208,7 +208,7 @@ def test_the_error_of_spatial_kernels_is_predicted_from_patches(kernel, ranks):
     white = torch.randn(400, 144, dtype=torch.float64)
     white = torch.linalg.qr(white - white.mean(0))[0] * 20
     x = (white @ torch.kron(root(channels), torch.kron(root(kernel), root(kernel)))).reshape(400, 16, 3, 3)
-    statistics = decomp.calibrate(dense, list(x.split(50)), progress=False)
+    statistics = decomp.calibrate(dense, list(x.split(50)), held_out=False, progress=False)
     statistics = decomp.Statistics({"": replace(statistics[""], shrinkage=0.0)}, statistics.example)
     plan = decomp.plan(dense, ranks=ranks, data=statistics)
     planned = plan[""].output_error
@@ -236,7 +236,7 @@ def test_smooth_images_are_predicted_better_from_patches_than_from_the_weight():
     x = torch.randn(64, 16, 10, 10, dtype=torch.float64)
     for axis in (2, 3):
         x = x + x.roll(1, axis) + x.roll(2, axis)
-    statistics = decomp.calibrate(dense, list(x.split(8)), progress=False)
+    statistics = decomp.calibrate(dense, list(x.split(8)), held_out=False, progress=False)
     statistics = decomp.Statistics({"": replace(statistics[""], shrinkage=0.0)}, statistics.example)
     for ranks in ((6, 6), (12, 8)):
         plan = decomp.plan(dense, ranks=ranks, data=statistics)

@@ -61,7 +61,7 @@ def test_rules_that_separate_noise_read_the_weight_whatever_the_data(method, rul
 
 def test_a_plan_from_data_says_that_its_errors_are_predictions_and_the_model_what_was_measured():
     model, data = few_directions()
-    plan = decomp.plan(model, ranks=4, data=data, **QUIET)
+    plan = decomp.plan(model, ranks=4, data=decomp.calibrate(model, data, held_out=False, **QUIET), **QUIET)
     assert "error of weight / predicted output" in " ".join(str(plan).split())
     small = plan.apply(model)
     assert "predicted" not in str(small.decomp_plan)
@@ -77,7 +77,7 @@ def test_a_plan_from_data_says_that_its_errors_are_predictions_and_the_model_wha
 def test_the_predicted_error_of_a_matrix_is_that_of_what_is_built(sizes):
     model = nn.Sequential(nn.Linear(*sizes)).double()
     data = [torch.randn(40, sizes[0], dtype=torch.float64) for _ in range(4)]
-    statistics = decomp.calibrate(model, data, **QUIET)
+    statistics = decomp.calibrate(model, data, held_out=False, **QUIET)
     moments = {name: replace(each, shrinkage=0.0) for name, each in statistics.items()}
     plan = decomp.plan(model, ranks=5, data=decomp.Statistics(moments, statistics.example), **QUIET)
     assert plan.apply(model).decomp_plan["0"].output_error == pytest.approx(plan["0"].output_error, rel=1e-9)

@@ -109,8 +109,8 @@ def test_sampled_moments_are_unbiased_and_as_far_off_as_they_say(kind, known):
     for seed in range(30):
         data = images(8, seed)
         given = data if known else DataLoader(Stream(data), batch_size=None)
-        full = decomp.calibrate(dense, data, positions="all", progress=False)[""]
-        some = decomp.calibrate(dense, given, positions=400, progress=False)[""]
+        full = decomp.calibrate(dense, data, positions="all", held_out=False, progress=False)[""]
+        some = decomp.calibrate(dense, given, positions=400, held_out=False, progress=False)[""]
         assert (full.positions, full.of_positions, full.standard_error) == (8 * 2 * 22 * 22,) * 2 + (0.0,)
         assert some.of_positions == full.positions
         assert 400 <= some.positions < 400 * (1 if known else 4) + 10
@@ -162,7 +162,9 @@ def test_digits_with_a_sample_are_digits_with_all_positions():
 
 def test_statistics_say_how_many_positions_were_used():
     data = images(8, 0)
-    statistics = decomp.calibrate(nn.Sequential(nn.Conv2d(6, 8, 3)), data, positions=100, progress=False)
+    statistics = decomp.calibrate(
+        nn.Sequential(nn.Conv2d(6, 8, 3)), data, positions=100, held_out=False, progress=False
+    )
     text = str(statistics)
     assert "standard error" in text
     assert f"{statistics['0'].positions}" in text

@@ -228,7 +228,7 @@ def test_what_ends_a_call_leaves_no_threads_no_hooks_and_no_flags(place, kind, m
     from decomp.recovery import sequential as module
 
     done = []
-    original = module.from_moments
+    original = module.by_moments
 
     def broken(*given):
         if len(done) == place:
@@ -236,7 +236,7 @@ def test_what_ends_a_call_leaves_no_threads_no_hooks_and_no_flags(place, kind, m
         done.append(1)
         return original(*given)
 
-    monkeypatch.setattr(module, "from_moments", broken)
+    monkeypatch.setattr(module, "by_moments", broken)
     with pytest.raises(kind):
         sequential(model, data)
     assert all(each.training for each in model.modules())

@@ -16,7 +16,7 @@ from decomp.calibration.gradients import SensitivityScalar, tracked
 from decomp.calibration.moments import LayerSums
 from decomp.calibration.recurrent import AnyMoments, RecurrentSums, requiring_gradients
 from decomp.calibration.sampling import Positions, Sampling
-from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, naming_batch
+from decomp.data.batches import Batches, FitSplit, Mask, naming_batch
 from decomp.layers import routes_rows
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
@@ -64,6 +64,7 @@ def calibrate(
     layers: Selector = None,
     exclude: Selector = (),
     positions: Positions = "auto",
+    held_out: bool = True,
     mask: Mask = "attention_mask",
     progress: bool | None = None,
 ) -> Statistics:
@@ -71,13 +72,15 @@ def calibrate(
 
     They are the ``data=`` of any call that plans.
 
-    One pass in eval mode; the model is not changed, nor are its BatchNorm statistics. Per layer the sums of x
-    x^T over the input channels and of y y^T over the output channels are accumulated in float64: memory depends
-    only on the number of channels. The sums are over a sample of the positions, drawn with a fixed seed, evenly
-    over batches and positions: ten positions per channel, and more where they cost little, say as much as all,
-    because neighbouring positions are alike. ``print(statistics)`` shows how many were used. Every fourth batch
-    is held out to choose how strongly the moments are shrunk, those of the inputs towards a multiple of the
-    identity and those of the outputs towards W W^T.
+    One pass in eval mode; the model is not changed, nor are its BatchNorm statistics. Per layer the sums of x x^T
+    over the input channels and of y y^T over the output channels are accumulated in float64: memory depends only
+    on the number of channels. The sums are over a sample of the positions, drawn with a fixed seed, evenly over
+    batches and positions: ten positions per channel, and more where they cost little, say as much as all, because
+    neighbouring positions are alike. ``print(statistics)`` shows how many were used. Every fourth batch is held
+    out of the sums (of fewer than four different batches, and of a generator, the last quarter of the rows of
+    each): on it is chosen how strongly the moments are shrunk, those of the inputs towards a multiple of the
+    identity and those of the outputs towards W W^T, and factors from the moments are taken only where they are
+    better there than those of the weight alone.
 
     Args:
         model: the dense model.
@@ -93,6 +96,8 @@ def calibrate(
         exclude: which of these to leave out.
         positions: how many positions of each layer's inputs and outputs (of images, of texts) are used: "auto", a
             number, or "all".
+        held_out: hold rows out, to judge on. Without, the moments are those of all rows, and factors from them are
+            taken unseen.
         mask: what is padding and does not count, for layers whose inputs and outputs are (batch, length,
             channels): a key of the batches, or a function of a batch of ``data`` that returns a tensor (batch,
             length), 0 at padding; None counts all. Other layers, convolutions and recurrent ones for instance,
@@ -114,10 +119,10 @@ def calibrate(
     is_function = callable(loss)  # it is called with the whole batch, labels included
     to_inputs = inputs or (lambda batch: batch)
     batches = Batches.in_fixed_order(data, None if is_function else inputs, mask, one_pass=True)
-    sampling = Sampling(positions, batches.length)
+    sampling, split = Sampling(positions, batches.length), batches.fit_split() if held_out else None
     model = unpacked(model)
     modules = eligible(model, kinds_of(), layers, exclude)
-    sums = {name: _sums_of(name, module, sampling) for name, module in modules.items()}
+    sums = {name: _sums_of(name, module, sampling, split) for name, module in modules.items()}
     example = None
     scalar = None if loss is None else SensitivityScalar(loss)
     with evaluating(model), Unfused(), torch.inference_mode(False):
@@ -134,8 +139,12 @@ def calibrate(
     return Statistics({name: each.moments(energy) for name, each in sums.items() if each.samples}, example)
 
 
-def _sums_of(name: str, module: nn.Module, sampling: Sampling) -> LayerSums | RecurrentSums:
-    return RecurrentSums(name, module) if isinstance(module, nn.RNNBase) else LayerSums(name, module, sampling)
+def _sums_of(
+    name: str, module: nn.Module, sampling: Sampling, split: FitSplit | None
+) -> LayerSums | RecurrentSums:
+    if isinstance(module, nn.RNNBase):
+        return RecurrentSums(name, module, split)
+    return LayerSums(name, module, sampling, split=split)
 
 
 def _watch(
@@ -147,13 +156,12 @@ def _watch(
     scalar: SensitivityScalar | None,
 ) -> None:
     outputs: list[tuple[LayerSums, Tensor, Tensor | None]] = []
-    held_out = CLOSED_FORM_SPLIT.held_out(index)
     recurrent = [each for each in sums.values() if isinstance(each, RecurrentSums)]
 
     def watch_recurrent(each: RecurrentSums) -> Any:
         def hook(module: nn.Module, positional: Any, keywords: Any, output: Any) -> None:
             with naming(each.name):
-                each.add(positional, keywords, held_out=held_out)
+                each.add(positional, keywords, batch=index)
 
         return hook
 
@@ -165,9 +173,7 @@ def _watch(
             received = positional[0] if positional else next(iter(keywords.values()))
             with naming(each.name), torch.no_grad():
                 experts = positional[1] if routes_rows(module) else None
-                each.add(
-                    received.detach(), output.detach(), batch=index, held_out=held_out, mask=mask, experts=experts
-                )
+                each.add(received.detach(), output.detach(), batch=index, mask=mask, experts=experts)
             if scalar is None:
                 return None
             differentiable, copy = tracked(output)

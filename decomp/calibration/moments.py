@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from decomp.calibration.sampling import Sampler, Sampling
 from decomp.calibration.unfold import Patches, count_rows, rows_of_experts, some_rows
-from decomp.data.batches import CLOSED_FORM_SPLIT, unpadded
+from decomp.data.batches import FitSplit, unpadded
 from decomp.layers import group_kernels, routes_rows
 from decomp.linalg import leading_eigenvectors, symmetric_power
 from decomp.network.forward import norm_scale
@@ -24,6 +24,9 @@ LARGEST_ROW_METRIC = 1536
 SHARE_OF_ALL_EXPERTS = 0.01  # in the moments of each: data may hardly reach one
 LEAST_WEIGHT = 0.02  # of an output whose gradient is zero, relative to the mean
 ROUNDING = 1e-12
+HELD_OUT_ROWS = 512
+HELD_OUT_ELEMENTS = 2**21  # of the rows that a layer is judged on: 8 MB in float32
+LEAST_HELD_OUT_ROWS = 16
 SHRINKAGES = (0.01, 0.1, 0.5, 1.0)
 
 
@@ -36,6 +39,10 @@ class Moments:
     of a spatial convolution. They are central moments where the layer has a bias or a BatchNorm follows
     (``normalization``, its name), which absorbs a constant shift; else moments about zero. Each is None where it
     would be too large or is not needed.
+
+    The rows that are held out (see :class:`decomp.data.batches.FitSplit`) are in none of them. Some are kept, as
+    ``held_out`` (groups, rows, S k^2): rows that the kernel multiplies, of an embedding the indices (rows,), on
+    which factors are judged. None where there are none.
 
     They are sums over a sample of ``positions`` out of ``of_positions`` (positions of images, tokens, rows), which
     is no sample where the two are equal. ``standard_error`` is the root mean square by which the moments then
@@ -63,6 +70,7 @@ class Moments:
     positions: int = 0
     of_positions: int = 0
     standard_error: float = 0.0
+    held_out: Tensor | None = None
 
     def to(self, device: torch.device) -> "Moments":
         """The same moments on another device."""
@@ -78,11 +86,49 @@ class Moments:
             means=means,
             row_metric=moved(self.row_metric),
             patches=moved(self.patches),
+            held_out=moved(self.held_out),
         )
 
 
+class RowSample:
+    """Some of the rows that are offered, evenly, in bounded memory."""
+
+    def __init__(self, channels: int, most: int | None = None) -> None:
+        self._most = most or max(LEAST_HELD_OUT_ROWS, min(HELD_OUT_ROWS, HELD_OUT_ELEMENTS // channels))
+        self._step, self._seen = 1, 0
+        self.parts: list[Tensor] = []
+
+    def choose(self, first: int, total: int) -> Tensor:
+        """Indices of the rows to add, out of those from ``first`` to ``total``."""
+        self._seen += total - first
+        while self._seen > self._step * self._most:
+            self.parts = [part[:, ::2] for part in self.parts]
+            self._step *= 2
+        return torch.arange(first + self._step // 2, total, self._step, device="cpu")
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows (groups, rows, channels)."""
+        if rows.shape[1]:
+            self.parts.append(rows.detach().clone())
+
+    @property
+    def rows(self) -> Tensor | None:
+        """All rows (groups, rows, channels); None if there are none."""
+        return torch.cat(self.parts, 1) if self.parts else None
+
+
 class LayerSums:
-    """Running sums over the inputs, outputs and gradients of one layer; also those of held-out inputs alone."""
+    """Running sums over the inputs, outputs and gradients of one layer; rows that are held out of them apart.
+
+    Args:
+        name: of the layer.
+        module: the layer.
+        sampling: how many positions are summed over.
+        split: which rows are held out; by default none.
+        centred: whether a shift of the outputs will be absorbed even if the layer has no bias.
+        patches: whether moments of patches are needed.
+        judged: whether rows are kept to judge factors on.
+    """
 
     def __init__(
         self,
@@ -90,28 +136,33 @@ class LayerSums:
         module: Any,
         sampling: Sampling | None = None,
         *,
+        split: FitSplit | None = None,
         centred: bool = False,
         patches: bool = True,
+        judged: bool = True,
     ) -> None:
         self.name, self.module = name, module
+        self._split = split
         self._absorbs_shift = centred or getattr(module, "bias", None) is not None
         self.kernels = group_kernels(module).detach()
         groups, outputs, inputs = self.kernels.shape[:3]
         self._axes = len(getattr(module, "kernel_size", ()))
-        taps = self.kernels[0, 0, 0].numel()
-        spatial = taps > 1
+        self._taps = self.kernels[0, 0, 0].numel()
+        spatial = self._taps > 1
         needs_inputs = inputs <= LARGEST_MOMENTS and (spatial or inputs <= outputs)
         needs_outputs = outputs <= LARGEST_MOMENTS and (spatial or outputs < inputs)
         if isinstance(module, nn.Embedding):
             needs_inputs, needs_outputs = False, True
-        needs_patches = patches and spatial and inputs * taps <= LARGEST_PATCH_MOMENTS
+        needs_patches = patches and spatial and inputs * self._taps <= LARGEST_PATCH_MOMENTS
 
         def sums(needed: bool, channels: int) -> MomentSums | None:
             return MomentSums(groups, channels, sampling) if needed else None
 
         self._inputs, self._outputs = sums(needs_inputs, inputs), sums(needs_outputs, outputs)
-        self._patches = sums(needs_patches, inputs * taps)
-        self._unfold = Patches(module) if needs_patches else None
+        self._patches = sums(needs_patches, inputs * self._taps)
+        self._unfold = Patches(module) if spatial else None
+        self._held_out = RowSample(inputs * self._taps) if judged and split is not None else None
+        self._held_out_sampler = Sampler(sampling or Sampling("all"), inputs)
         self._means: dict[tuple[int, ...], tuple[Tensor, int]] = {}
         self._gradients: Any = None
         self._gradient_sampler = Sampler(sampling or Sampling("all"), outputs)
@@ -135,7 +186,6 @@ class LayerSums:
         output: Tensor,
         *,
         batch: int,
-        held_out: bool,
         mask: Tensor | None = None,
         experts: Tensor | None = None,
     ) -> None:
@@ -145,7 +195,7 @@ class LayerSums:
         """
         if experts is not None:
             if received.numel():
-                self._add_routed(received, output, experts, held_out=held_out)
+                self._add_routed(received, output, experts, batch)
             return
         is_embedding = isinstance(self.module, nn.Embedding)
         if not self._axes:
@@ -155,30 +205,79 @@ class LayerSums:
         groups = self.kernels.shape[0]
         if not is_embedding:
             received = received.reshape(-1, *received.shape[received.dim() - self._axes - 1 :])
-            self._add_mean(received)
+            self._add_mean(received, batch)
             if self._inputs is not None:
-                indices, weight = self._inputs.sampler.draw(count_rows(received, self._axes), batch)
-                rows = some_rows(received, self._axes, groups, indices)
-                self._inputs.add(rows, weight=weight, held_out=held_out)
+                total = count_rows(received, self._axes)
+                first = self._fitted(batch, total, len(received))
+                indices, weight = self._inputs.sampler.draw(first, batch)
+                rows = some_rows(received, self._axes, groups, _leading(indices, first, total))
+                self._inputs.add(rows, weight=weight)
+                if first < total:
+                    indices, weight = self._held_out_sampler.draw(total - first, batch)
+                    every = torch.arange(total - first, device="cpu")
+                    indices = first + (every if indices is None else indices)
+                    rows = some_rows(received, self._axes, groups, indices)
+                    self._inputs.add(rows, weight=weight, held_out=True)
             self._add_patches(received, batch)
+        self._add_held_out(received, batch)
         if self._outputs is not None:
-            indices, weight = self._outputs.sampler.draw(count_rows(output, self._axes), batch)
-            rows = some_rows(output, self._axes, groups, indices)
+            total = count_rows(output, self._axes)
+            first = self._fitted(batch, total, len(received))
+            indices, weight = self._outputs.sampler.draw(first, batch)
+            rows = some_rows(output, self._axes, groups, _leading(indices, first, total))
             bias = getattr(self.module, "bias", None)
             if bias is not None:
                 rows = rows - bias.detach().to(rows.dtype).reshape(groups, 1, -1)
             self._outputs.add(rows, weight=weight)
         self.samples += received.numel() if is_embedding else len(received)
 
-    def _add_routed(self, received: Tensor, output: Tensor, experts: Tensor, *, held_out: bool) -> None:
+    def _fitted(self, batch: int, rows: int, samples: int) -> int:
+        """How many of the rows of a call, the first ones, are not held out."""
+        return rows if self._split is None else self._split.fitted_rows(batch, rows, samples)
+
+    def _add_routed(self, received: Tensor, output: Tensor, experts: Tensor, batch: int) -> None:
         groups = self.kernels.shape[0]
+        first = self._fitted(batch, len(received), len(received))
+        self.samples += len(received)
+        if first < len(received):
+            rows = rows_of_experts(received[first:], experts[first:], groups)
+            if self._inputs is not None:
+                self._inputs.add_padded(rows, len(received) - first, held_out=True)
+            if self._held_out is not None:
+                chosen = self._held_out.choose(first, len(received)).to(experts.device)
+                self._held_out.add(rows_of_experts(received[chosen], experts[chosen], groups))
+            received, output, experts = received[:first], output[:first], experts[:first]
+        if not first:
+            return
         self._experts = self._experts.to(experts.device) + torch.bincount(experts, minlength=groups)
         if self._inputs is not None:
             rows = rows_of_experts(received, experts, groups)
-            self._inputs.add_padded(rows, len(received), held_out=held_out)
+            self._inputs.add_padded(rows, first)
         if self._outputs is not None:
-            self._outputs.add_padded(rows_of_experts(output, experts, groups), len(output))
-        self.samples += len(received)
+            self._outputs.add_padded(rows_of_experts(output, experts, groups), first)
+
+    def _add_held_out(self, received: Tensor, batch: int) -> None:
+        """Keep rows that are held out."""
+        if self._held_out is None:
+            return
+        if isinstance(self.module, nn.Embedding):
+            flat = received.reshape(1, -1, 1)
+            first = self._fitted(batch, flat.shape[1], len(received))
+            self._held_out.add(flat[:, self._held_out.choose(first, flat.shape[1]).to(flat.device)])
+            return
+        total = count_rows(received, self._axes) if self._unfold is None else self._unfold.count(received)
+        first = self._fitted(batch, total, len(received))
+        if first == total:
+            return
+        indices = self._held_out.choose(first, total)
+        groups = self.kernels.shape[0]
+        for part in indices.split(max(1, MOMENT_CHUNK_ELEMENTS // (received.shape[-self._axes - 1] * self._taps))):
+            rows = (
+                some_rows(received, self._axes, groups, part)
+                if self._unfold is None
+                else self._unfold.rows(received, part)
+            )
+            self._held_out.add(rows)
 
     def add_gradient(
         self, grad: Tensor, *, batch: int, mask: Tensor | None = None, experts: Tensor | None = None
@@ -203,20 +302,24 @@ class LayerSums:
     def _add_patches(self, received: Tensor, batch: int) -> None:
         if self._patches is None or self._unfold is None:
             return
-        taps = self.kernels[0, 0, 0].numel()
-        indices, weight = self._patches.sampler.draw(self._unfold.count(received), batch)
+        total = self._unfold.count(received)
+        first = self._fitted(batch, total, len(received))
+        indices, weight = self._patches.sampler.draw(first, batch)
+        indices = _leading(indices, first, total)
         if indices is not None:
-            per_chunk = max(1, MOMENT_CHUNK_ELEMENTS // max(1, received.shape[1] * taps))
+            per_chunk = max(1, MOMENT_CHUNK_ELEMENTS // max(1, received.shape[1] * self._taps))
             for part in indices.split(per_chunk):
                 self._patches.add(self._unfold.rows(received, part), weight=weight)
             return
-        each = received[0].numel() * taps
+        each = received[0].numel() * self._taps
         for part in received.split(max(1, MOMENT_CHUNK_ELEMENTS // max(1, each))):
             self._patches.add(self._unfold.rows(part, None))
 
-    def _add_mean(self, received: Tensor) -> None:
+    def _add_mean(self, received: Tensor, batch: int) -> None:
+        # The mean of one sample is over all of its positions.
+        received = received[: self._fitted(batch, len(received), len(received))]
         size = tuple(received.shape[1:])
-        if size in self._means or len(self._means) < MAX_INPUT_SIZES:
+        if len(received) and (size in self._means or len(self._means) < MAX_INPUT_SIZES):
             total, count = self._means.get(size, (torch.zeros((), dtype=torch.float64, device=received.device), 0))
             self._means[size] = (total + received.sum(0, dtype=torch.float64), count + len(received))
 
@@ -230,7 +333,9 @@ class LayerSums:
         outputs = None if self._outputs is None else self._outputs.second(centred=centred)
         if self._experts is not None:
             inputs, outputs = self._with_all_experts(inputs, outputs)
-        patches = None if self._patches is None else self._patches.second(centred=centred)
+        patches = (
+            self._patches.second(centred=centred) if self._patches is not None and self._patches.count else None
+        )
         means = tuple((total / count, count) for total, count in self._means.values())
         shape = tuple(self.module.weight.shape)
         largest = self._patches or self._inputs or self._outputs
@@ -247,7 +352,12 @@ class LayerSums:
             0 if largest is None else largest.sampler.taken if self._experts is None else self.samples,
             0 if largest is None else largest.sampler.seen if self._experts is None else self.samples,
             0.0 if largest is None else largest.standard_error(centred=centred),
+            self._rows_to_judge(),
         )
+
+    def _rows_to_judge(self) -> Tensor | None:
+        rows = None if self._held_out is None else self._held_out.rows
+        return rows.flatten() if rows is not None and isinstance(self.module, nn.Embedding) else rows
 
     def _with_all_experts(
         self, inputs: Tensor | None, outputs: Tensor | None
@@ -272,7 +382,7 @@ class LayerSums:
             squared = cast(Tensor, self._norm_scale).square().reshape(self.kernels.shape[:2])
         elif self._experts is not None:
             # The moments of an expert are sums over its rows divided by all rows: count the rows only once.
-            share = self._experts / self._experts.sum()
+            share = self._experts / self._experts.sum().clamp(min=1)
             squared = squared / share.clamp(min=1e-6).to(squared).reshape(-1, *(1,) * (squared.dim() - 1))
         diagonal = squared if squared.dim() == 2 else squared.diagonal(dim1=1, dim2=2)
         scale = float(diagonal.mean())
@@ -297,30 +407,36 @@ class LayerSums:
         return chosen_shrinkage(self.kernels, train, held_out, formula)
 
 
+def _leading(indices: Tensor | None, first: int, total: int) -> Tensor | None:
+    """Indices below ``first``; of all of them where none are given, and None where that is all there is."""
+    return torch.arange(first, device="cpu") if indices is None and first < total else indices
+
+
 @torch.no_grad()
 def moments_of(
     layer: nn.Module,
     received: Iterable[tuple[Tensor, int, Tensor | None]],
     calibrated: Moments | None,
     sampling: Sampling,
+    split: FitSplit,
     *,
     centred: bool,
     patches: Tensor | None = None,
 ) -> Moments:
-    """The moments of a layer over these inputs.
+    """The moments of a layer over these inputs, without rows to judge on.
 
     Args:
         layer: the layer; its outputs are computed here.
         received: its inputs, each with the number of its batch and its mask.
         calibrated: earlier moments of the layer, of which the row metric and the importance are used again.
         sampling: how many positions are used.
+        split: which rows are held out.
         centred: whether a shift of the outputs will be absorbed even if the layer has no bias.
         patches: the moments of the patches, where they are known already.
     """
-    sums = LayerSums("", layer, sampling, centred=centred, patches=patches is None)
+    sums = LayerSums("", layer, sampling, split=split, centred=centred, patches=patches is None, judged=False)
     for given, batch, mask in received:
-        held_out = CLOSED_FORM_SPLIT.held_out(batch)
-        sums.add(given, layer(given), batch=batch, held_out=held_out, mask=mask)
+        sums.add(given, layer(given), batch=batch, mask=mask)
     moments = sums.moments()
     if patches is not None and patches.shape[1] <= LARGEST_PATCH_MOMENTS:
         moments = replace(moments, patches=patches)
@@ -406,16 +522,19 @@ class MomentSums:
 
     @property
     def count(self) -> float:
-        """The number of rows."""
-        return sum(part[0] for part in self._parts.values())
+        """The number of rows that are not held out."""
+        return self._parts[False][0] if self.has(held_out=False) else 0.0
 
     def has(self, *, held_out: bool) -> bool:
         """Whether there are rows that are held out, or that are not."""
         return held_out in self._parts
 
-    def second(self, *, centred: bool, held_out: bool | None = None) -> Tensor:
-        """Second moments about the mean or about zero, of all rows, or of those that are held out or are not."""
-        chosen = [key for key in self._parts if held_out in (None, key)]
+    def second(self, *, centred: bool, held_out: bool = False) -> Tensor:
+        """Second moments about the mean or about zero, of the rows that are held out or are not.
+
+        Where all are held out, they are those of all.
+        """
+        chosen = [key for key in self._parts if held_out == key or len(self._parts) == 1]
         parts = [self._parts[key] for key in chosen]
         if not parts:
             return torch.zeros(self._shape[0], self._shape[1], self._shape[1], dtype=torch.float64)

@@ -18,6 +18,7 @@ from decomp.calibration.moments import (
     chosen_shrinkage,
     oracle_shrinkage,
 )
+from decomp.data.batches import FitSplit
 from decomp.layers import InputSVDRNN
 from decomp.layers.kernels import recurrent_matrices, shape_of
 from decomp.linalg import as_float64, shrunk, symmetric_power
@@ -33,9 +34,9 @@ class RecurrentMoments:
 
     ``seconds`` has a batch (matrices, n, n) for each role of :func:`decomp.layers.kernels.recurrent_matrices`: E[x
     x^T] of the inputs of each layer, and E[h h^T] of its states, one per direction; the identity where these are
-    too large. ``shrunk`` are these, shrunk towards a multiple of the identity. ``importance`` is the squared
-    relative change of the network's output, or of the loss, per squared error of the gates; None without
-    gradients.
+    too large. ``shrunk`` are these, shrunk towards a multiple of the identity, and ``held_out`` those of the rows
+    that are held out of both, None where there are none. ``importance`` is the squared relative change of the
+    network's output, or of the loss, per squared error of the gates; None without gradients.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class RecurrentMoments:
     seconds: Matrices
     shrunk: Matrices
     importance: float | None = None
+    held_out: Matrices | None = None
 
     @property
     def positions(self) -> int:
@@ -61,10 +63,12 @@ class RecurrentMoments:
 
     def to(self, device: torch.device) -> "RecurrentMoments":
         """The same moments on another device."""
-        seconds, shrunk = (
-            {role: each.to(device) for role, each in matrices.items()} for matrices in (self.seconds, self.shrunk)
-        )
-        return replace(self, seconds=seconds, shrunk=shrunk)
+
+        def moved(matrices: Matrices) -> dict[str, Tensor]:
+            return {role: each.to(device) for role, each in matrices.items()}
+
+        held_out = None if self.held_out is None else moved(self.held_out)
+        return replace(self, seconds=moved(self.seconds), shrunk=moved(self.shrunk), held_out=held_out)
 
 
 _FLAGS = RLock()
@@ -96,12 +100,12 @@ def gate_factors(
 
 
 @torch.no_grad()
-def gate_error(layer: Any, dense: nn.RNNBase, moments: RecurrentMoments) -> float:
-    """Relative error of all gates before their nonlinearity, for the inputs and states of the dense layer."""
+def gate_error(layer: Any, dense: nn.RNNBase, seconds: Matrices) -> float:
+    """Relative error of all gates before their nonlinearity, by moments of the inputs and states."""
     squared = energy = 0.0
     ours = recurrent_matrices(layer.to_dense())
     for role, matrices in recurrent_matrices(dense).items():
-        weight, second = as_float64(matrices), moments.seconds[role]
+        weight, second = as_float64(matrices), seconds[role]
         lost = weight - as_float64(ours[role])
         squared += float(((lost @ second) * lost).sum())
         energy += float(((weight @ second) * weight).sum())
@@ -115,8 +119,9 @@ class RecurrentSums:
     chain of one-layer modules is run on the same inputs.
     """
 
-    def __init__(self, name: str, module: nn.RNNBase) -> None:
+    def __init__(self, name: str, module: nn.RNNBase, split: FitSplit | None = None) -> None:
         self.name, self.module = name, module
+        self._split = split
         self.samples = 0
         self._kernels = {role: each.detach() for role, each in recurrent_matrices(module).items()}
         inputs = {role: each for role, each in self._kernels.items() if role in InputSVDRNN.roles}
@@ -133,16 +138,16 @@ class RecurrentSums:
         return [p for name, p in self.module.named_parameters() if name.startswith(("weight_ih", "weight_hh"))]
 
     @torch.no_grad()
-    def add(self, positional: Sequence[Any], keywords: Mapping[str, Any], *, held_out: bool) -> None:
+    def add(self, positional: Sequence[Any], keywords: Mapping[str, Any], *, batch: int) -> None:
         """Accumulate the inputs and states of one call."""
 
         def watch(place: int) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 directions = 2 if self.module.bidirectional else 1
                 role, index = ("upper", place - 1) if place else ("input", 0)
-                self._add(role, index, args[0], held_out)
+                self._add(role, index, args[0], batch)
                 for direction, states in enumerate(_rows(output[0]).chunk(directions, -1)):
-                    self._add("recurrent", place * directions + direction, states, held_out)
+                    self._add("recurrent", place * directions + direction, states, batch)
 
             return hook
 
@@ -163,7 +168,9 @@ class RecurrentSums:
         for role, kernels in self._kernels.items():
             pairs = [self._second(each, both) for each, both in zip(kernels, self._sums[role], strict=True)]
             seconds[role], shrunk_seconds[role] = (torch.cat(each) for each in zip(*pairs, strict=True))
-        moments = RecurrentMoments(shape_of(self.module), self.samples, seconds, shrunk_seconds)
+        moments = RecurrentMoments(
+            shape_of(self.module), self.samples, seconds, shrunk_seconds, held_out=self._held_out()
+        )
         if self._gradients is None:
             return moments
         # To first order, an error dW of random direction changes the output by |g|^2 |dW|^2 / n in the mean.
@@ -172,10 +179,28 @@ class RecurrentSums:
         gates = sum(float(each.square().sum()) for each in gate_kernels(self._kernels, moments).values())
         return replace(moments, importance=change / energy / max(gates, 1e-300))
 
-    def _add(self, role: str, index: int, given: Any, held_out: bool) -> None:
+    def _add(self, role: str, index: int, given: Any, batch: int) -> None:
         sums = self._sums[role][index]
         if sums is not None:
-            sums.add(_rows(given).to(torch.float64)[None], held_out=held_out)
+            rows = _rows(given).to(torch.float64)[None]
+            first = rows.shape[1] if self._split is None else self._split.fitted(batch, rows.shape[1])
+            sums.add(rows[:, :first])
+            sums.add(rows[:, first:], held_out=True)
+
+    def _held_out(self) -> dict[str, Tensor] | None:
+        """The moments of the rows that are held out; None unless there are some, and others to fit to."""
+        every = [sums for each in self._sums.values() for sums in each if sums is not None]
+        if not all(sums.has(held_out=part) for sums in every for part in (False, True)):
+            return None
+        held_out = {}
+        for role, kernels in self._kernels.items():
+            identity = torch.eye(kernels.shape[2], dtype=torch.float64, device=kernels.device)[None]
+            seconds = [
+                identity if sums is None else sums.second(centred=False, held_out=True).to(kernels.device)
+                for sums in self._sums[role]
+            ]
+            held_out[role] = torch.cat(seconds)
+        return held_out
 
     def _second(self, kernel: Tensor, sums: MomentSums | None) -> tuple[Tensor, Tensor]:
         """The moments of the inputs of one matrix, and those that are shrunk as does best on held-out batches."""

@@ -11,8 +11,22 @@ from typing_extensions import TypeAliasType
 POSITIONS_PER_CHANNEL = 10
 CHEAP_PRODUCTS = 2**30  # multiply-adds that take a few hundredths of a second
 
+ROWS_PER_UNKNOWN = 4  # with n rows and p unknowns the noise adds about p / (n - p) to the squared error: a third
+
 Positions = TypeAliasType("Positions", int | Literal["auto", "all"])
 """How many positions per layer are summed over: "auto", "all", or a number."""
+
+
+def little_data(rows: int, unknowns: int) -> str:
+    """A note where rows are too few for the unknowns of each output; else an empty string.
+
+    >>> little_data(24, 9), little_data(36, 9)
+    ('little data: 24 rows for 9 unknowns per output, 36 would be enough', '')
+    """
+    enough = ROWS_PER_UNKNOWN * unknowns
+    if not 0 < rows < enough:
+        return ""
+    return f"little data: {rows} rows for {unknowns} unknowns per output, {enough} would be enough"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Decomposition by the error of the output: kernels whitened by the moments of inputs or outputs."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -77,7 +78,7 @@ def _marginals(patches: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
 def output_error(layer: Factorized, dense: nn.Module, moments: AnyMoments) -> float | None:
     """Relative error of the output, ||(W - W') x|| / ||W x||, by the moments of the inputs; None without."""
     if isinstance(moments, RecurrentMoments):
-        return gate_error(layer, cast(nn.RNNBase, dense), moments)
+        return gate_error(layer, cast(nn.RNNBase, dense), moments.seconds)
     kernels = as_float64(group_kernels(dense))
     inside = moments.inputs if _is_matrix(kernels) else moments.patches
     if inside is None:
@@ -86,6 +87,50 @@ def output_error(layer: Factorized, dense: nn.Module, moments: AnyMoments) -> fl
     difference = weight - _weighted(type(layer), as_float64(layer.dense_kernels()), moments).flatten(2)
     squared, energy = (float(((each @ inside) * each).sum()) for each in (difference, weight))
     return (max(squared, 0.0) / energy) ** 0.5 if energy > 0 else 0.0
+
+
+@torch.no_grad()
+def held_out_error(
+    layer: Factorized, dense: nn.Module, moments: AnyMoments, shift: Tensor | None = None
+) -> float | None:
+    """Relative error of the output on the rows that the moments hold out; None where there are none.
+
+    ``shift`` (T,) is added to the output of ``layer``.
+    """
+    if isinstance(moments, RecurrentMoments):
+        return None if moments.held_out is None else gate_error(layer, cast(nn.RNNBase, dense), moments.held_out)
+    if moments.held_out is None:
+        return None
+    kernels = as_float64(group_kernels(dense))
+    groups, outputs = kernels.shape[:2]
+    constant = 0.0 if shift is None else shift.to(kernels).reshape(groups, outputs, 1)
+    lost, energy = (
+        _weighted(SVDLinear, outputs_of, moments)
+        for outputs_of in (
+            _rows_of(kernels - as_float64(layer.dense_kernels()), moments.held_out) - constant,
+            _rows_of(kernels, moments.held_out),
+        )
+    )
+    if moments.means and (moments.normalization or getattr(dense, "bias", None) is not None):
+        energy = energy - energy.mean(2, keepdim=True)
+    squared, of_dense = float(lost.square().sum()), float(energy.square().sum())
+    return math.sqrt(squared / of_dense if of_dense > 0 else squared)
+
+
+def unknowns(layer: Factorized, moments: Moments) -> int:
+    """How many unknowns of each output of this layer are fitted to the moments."""
+    children = dict(layer.named_children())
+    roles = layer.refittable(cast(Any, children))
+    if moments.patches is None or not roles:
+        of_channels = moments.outputs if moments.inputs is None else moments.inputs
+        return 0 if of_channels is None else of_channels.shape[1]
+    return group_kernels(children[roles[0]])[0, 0].numel()
+
+
+def _rows_of(kernels: Tensor, rows: Tensor) -> Tensor:
+    """The outputs (groups, T, rows) of kernels for rows, or for the indices of an embedding."""
+    flat = kernels.flatten(2)
+    return flat[:, :, rows] if rows.dim() == 1 else flat @ rows.to(flat.dtype).mT
 
 
 def output_factors(

@@ -1,9 +1,10 @@
 """The user's data: numbered and checked batches, which of them are held out, and passes whose order repeats."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import TypeAliasType
 
+from decomp._util.io import digest
 from decomp.network.forward import describe
 from decomp.network.restoring import temporarily
 
@@ -96,6 +98,28 @@ class Batches:
             list(self.numbered(part=lambda index: False))
             return self._count
         return length
+
+    def fit_split(self) -> "FitSplit":
+        """How the rows of these batches are split for closed forms; see :class:`FitSplit`.
+
+        Batches that occur several times in a list are known as one, so that what is held out is fitted to nowhere.
+        """
+        count, numbers = self._different()
+        return FitSplit(count, numbers)
+
+    def batch_split(self) -> "BatchSplit":
+        """How the batches are split for closed forms; those that occur several times are known as one."""
+        count, numbers = self._different()
+        return BatchSplit.for_closed_form(*((count, numbers) if count and count > 1 else (self.count(), None)))
+
+    def _different(self) -> tuple[int | None, tuple[int, ...] | None]:
+        """How many different batches there are, if that is known, and their numbers if some occur again."""
+        given = getattr(self._data, "given", self._data)
+        if not isinstance(given, list | tuple):
+            return self.length, None
+        first: dict[str, int] = {}
+        numbers = tuple(first.setdefault(_digest(batch), len(first)) for batch in given)
+        return len(first), numbers if len(first) < len(numbers) else None
 
     def numbered(self, start: int = 0, part: Part | None = None) -> Iterator[tuple[int, Any]]:
         """Go through the batches from number ``start`` on, with ``part`` only those whose number it accepts."""
@@ -203,12 +227,22 @@ def _leaves(batch: Any) -> Iterator[Any]:
         yield batch
 
 
+def _digest(batch: Any) -> str:
+    """A digest that tells batches apart: of their tensors, and of what else they hold as text."""
+    parts: list[Any] = []
+    for leaf in _leaves(batch):
+        plain = isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested
+        parts += [f"{tuple(leaf.shape)} {leaf.dtype}", leaf] if plain else [repr(leaf)]
+    return digest(parts)
+
+
 @dataclass(frozen=True)
 class BatchSplit:
     """Which batches a process fits or trains on, and which are held out to measure on.
 
     Process ``rank`` of ``size`` takes every ``size``-th batch; of these, counted from 0, the numbers ``first``,
-    ``first + every``, ... are held out. ``every=None`` holds none out.
+    ``first + every``, ... are held out. ``every=None`` holds none out. ``numbers`` are those of the batches where
+    some occur again; then they count in place of their places.
 
     >>> [index for index in range(10) if CLOSED_FORM_SPLIT.held_out(index)]
     [3, 7]
@@ -218,6 +252,7 @@ class BatchSplit:
     first: int = 0
     rank: int = 0
     size: int = 1
+    numbers: tuple[int, ...] | None = None
 
     @classmethod
     def of_share(cls, share: float, rank: int = 0, size: int = 1) -> "BatchSplit":
@@ -236,15 +271,15 @@ class BatchSplit:
         return cls(every, (every or 0) // 2, rank, size)
 
     @classmethod
-    def for_closed_form(cls, count: int) -> "BatchSplit":
+    def for_closed_form(cls, count: int, numbers: tuple[int, ...] | None = None) -> "BatchSplit":
         """Hold out every fourth of ``count`` batches, of two or three the last, and none of one.
 
         >>> [[i for i in range(count) if BatchSplit.for_closed_form(count).held_out(i)] for count in (1, 2, 3, 8)]
         [[], [1], [2], [3, 7]]
         """
         if count >= (CLOSED_FORM_SPLIT.every or 0):
-            return CLOSED_FORM_SPLIT
-        return cls(every=count, first=count - 1) if count > 1 else cls(None)
+            return replace(CLOSED_FORM_SPLIT, numbers=numbers)
+        return cls(every=count, first=count - 1, numbers=numbers) if count > 1 else cls(None)
 
     def own(self, index: int) -> bool:
         """Whether this process takes the batch."""
@@ -252,15 +287,53 @@ class BatchSplit:
 
     def held_out(self, index: int) -> bool:
         """Whether this process measures on the batch, and never fits or trains on it."""
-        return self.every is not None and self.own(index) and index // self.size % self.every == self.first
+        number = index if self.numbers is None else self.numbers[index]
+        return self.every is not None and self.own(index) and number // self.size % self.every == self.first
 
     def train(self, index: int) -> bool:
         """Whether this process fits or trains on the batch."""
         return self.own(index) and not self.held_out(index)
 
+    def fitted_rows(self, batch: int, rows: int, samples: int) -> int:
+        """How many of the rows of a batch are fitted to, the first ones: all or none."""
+        return rows if self.train(batch) else 0
+
 
 CLOSED_FORM_SPLIT = BatchSplit(every=4, first=3)
-"""The split of everything that is fitted in closed form: calibration, repair, layer after layer."""
+"""The split of the batches for what is fitted in closed form, where there are four or more."""
+
+
+@dataclass(frozen=True)
+class FitSplit:
+    """Which rows (samples, tokens, positions) a layer is fitted to in closed form, and which it is judged on.
+
+    Of four different batches or more, every fourth is held out. Of fewer, and where ``count`` is not known, the
+    last quarter of the rows of each batch is. ``numbers`` are those of the batches where some of them occur again.
+
+    >>> FitSplit(8).fitted(2, rows=12), FitSplit(8).fitted(3, rows=12), FitSplit(1).fitted(0, rows=12)
+    (12, 0, 9)
+    """
+
+    count: int | None
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows of every batch are held out, in place of batches."""
+        return self.count is None or self.count < (CLOSED_FORM_SPLIT.every or 0)
+
+    def fitted(self, batch: int, rows: int) -> int:
+        """How many of the rows of a batch, the first ones, are fitted to; the others are held out."""
+        if self.by_rows:
+            return rows - math.ceil(rows / 4) if rows > 1 else rows
+        number = batch if self.numbers is None else self.numbers[batch]
+        return 0 if CLOSED_FORM_SPLIT.held_out(number) else rows
+
+    def fitted_rows(self, batch: int, rows: int, samples: int) -> int:
+        """As :meth:`fitted`, for rows that are the positions of so many samples, which are not divided."""
+        if samples < 2 or rows % samples:
+            return self.fitted(batch, rows)
+        return self.fitted(batch, samples) * (rows // samples)
 
 
 _RANDOM = RLock()
@@ -349,26 +422,26 @@ class OwnRandomness:
     """
 
     def __init__(self, data: Iterable[Any], state: dict[str, Any], *, same_order: bool) -> None:
-        self._data, self._first, self._same_order = data, state, same_order
+        self.given, self._first, self._same_order = data, state, same_order
         self.next_pass = state
         self.this_pass = state
 
     def __len__(self) -> int:
-        return len(self._data)  # type: ignore[arg-type]
+        return len(self.given)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
         self.this_pass = state = self._first if self._same_order else self.next_pass
         iterator: Iterator[Any] | None = None
         while True:
             with _RANDOM:
-                outside = random_state(self._data)
-                with temporarily(partial(set_random_state, outside, self._data)):
-                    set_random_state(state, self._data)
+                outside = random_state(self.given)
+                with temporarily(partial(set_random_state, outside, self.given)):
+                    set_random_state(state, self.given)
                     try:
-                        iterator = iter(self._data) if iterator is None else iterator
+                        iterator = iter(self.given) if iterator is None else iterator
                         batch = next(iterator)
                     except StopIteration:
                         return
                     finally:
-                        self.next_pass = state = random_state(self._data)
+                        self.next_pass = state = random_state(self.given)
             yield batch

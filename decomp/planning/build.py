@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp._util.warn import warn
 from decomp.calibration.recurrent import AnyMoments, RecurrentMoments
-from decomp.calibration.whitening import mean_error, output_error, output_factors
+from decomp.calibration.sampling import little_data
+from decomp.calibration.whitening import held_out_error, mean_error, output_error, output_factors, unknowns
 from decomp.layers import Factorized
 from decomp.layers.kernels import shape_of, weight_of
 from decomp.linalg import as_float64, safe_scale
@@ -24,6 +25,8 @@ from decomp.network.restoring import on_failure, restoring_values
 from decomp.network.unpacking import NOT_COPIED, why_packed
 from decomp.planning.candidate import Candidate, scale_of
 from decomp.planning.choice import Choice, describe
+
+BY_WEIGHT = "by its weight alone: its factors from data are no better on held-out data"
 
 
 class NothingToDecompose(ValueError):
@@ -133,15 +136,17 @@ def decomposed(
     candidates: Mapping[str, Sequence[Candidate]],
     statistics: Mapping[str, AnyMoments],
     progress: bool | None,
-) -> dict[str, Factorized]:
+) -> tuple[dict[str, Factorized], dict[str, str]]:
     """Decompose each layer as chosen, by its output if it has statistics, else by its weight; none is changed.
 
-    Warns if a layer was planned from data, but its statistics are missing.
+    Returns the layers, and notes on what was found for some of them. Warns if a layer was planned from data, but
+    its statistics are missing.
 
     Raises:
         ValueError: a weight is not finite; the message names the layer.
     """
-    new = {}
+    new: dict[str, Factorized] = {}
+    notes: dict[str, str] = {}
     missing = [name for name in dense if choices[name].output_error is not None and name not in statistics]
     if missing:
         warn(
@@ -151,13 +156,13 @@ def decomposed(
     for name, module in bar(progress, "decompose", dense.items()):
         require_finite(name, module)
         method, ranks = method_of(name), choices[name].ranks
+        candidate = next((each for each in candidates.get(name, ()) if each.method is method), None)
         with naming(name):
             if name in statistics:
-                new[name] = from_moments(module, method, ranks, statistics[name])
+                new[name], notes[name] = from_moments(module, method, ranks, statistics[name], candidate)
             else:
-                candidate = next((each for each in candidates.get(name, ()) if each.method is method), None)
-                new[name] = _from_weight(module, method, ranks, candidate)
-    return new
+                new[name] = from_weight(module, method, ranks, candidate)
+    return new, notes
 
 
 def structures(
@@ -179,7 +184,7 @@ def _layer(method: Method, module: nn.Module) -> type[Factorized]:
     return cast(type[Factorized], method.layer_of(module))
 
 
-def _from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None) -> Factorized:
+def from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None = None) -> Factorized:
     """Decompose the weight; what was computed during planning is reused if the weight is still the same."""
     layer, kernels = _layer(method, module), method.kernels(module)
     scale = scale_of(kernels)
@@ -198,20 +203,55 @@ def _from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Can
     return layer.from_kernels(module, {**role_kernels, **{role: role_kernels[role] * share for role in linear}})
 
 
-def from_moments(module: nn.Module, method: Method, ranks: Ranks, moments: AnyMoments) -> Factorized:
-    """Decompose a layer so that the error of its output is small, under these moments."""
-    layer, kernels = _layer(method, module), method.kernels(module)
+def from_moments(
+    module: nn.Module, method: Method, ranks: Ranks, moments: AnyMoments, candidate: Candidate | None = None
+) -> tuple[Factorized, str]:
+    """Decompose a layer so that the error of its output is small, under these moments; also a note, or "".
+
+    The metric of the channels only approximates that of the patches, a fit may end in a worse minimum, and moments
+    of little data are not those of other data: the factors of the weight alone are taken unless those of the
+    moments are better on the rows that are held out.
+    """
     moments = moments.to(next(module.parameters()).device)
-    role_kernels = output_factors(method, layer, module, ranks, moments)
-    whitened = layer.from_kernels(module, role_kernels)
-    is_best = method.closed_form and layer.refittable(role_kernels) and layer.absorbs_inputs == "full"
-    if layer.absorbs_inputs == "nothing" or is_best:
-        return whitened
-    # The metric of the channels only approximates that of the patches, and a fit may end in a worse minimum: use
-    # the plain factors if they are better.
-    plain = layer.from_factors(module, method.factors(kernels, ranks))
-    errors = [output_error(each, module, moments) for each in (whitened, plain)]
-    return plain if errors[0] is not None and errors[1] is not None and errors[1] < errors[0] else whitened
+    whitened = by_moments(module, method, ranks, moments)
+    note = (
+        ""
+        if isinstance(moments, RecurrentMoments)
+        else little_data(moments.positions, unknowns(whitened, moments))
+    )
+    is_judged = held_out_error(whitened, module, moments) is not None
+    is_best = (
+        method.closed_form
+        and whitened.absorbs_inputs == "full"
+        and bool(whitened.refittable(cast(Any, dict(whitened.named_children()))))
+    )
+    if not is_judged and (whitened.absorbs_inputs == "nothing" or is_best):
+        return whitened, note
+    plain = from_weight(module, method, ranks, candidate)
+    errors = [judged(each, module, moments)[0] for each in (whitened, plain)]
+    if errors[0] is None or errors[1] is None or errors[0] <= errors[1]:
+        return whitened, note
+    return plain, "; ".join(filter(None, (BY_WEIGHT if is_judged else "", note)))
+
+
+def by_moments(module: nn.Module, method: Method, ranks: Ranks, moments: AnyMoments) -> Factorized:
+    """The layer with the factors of :func:`decomp.calibration.whitening.output_factors`."""
+    layer = _layer(method, module)
+    return layer.from_kernels(module, output_factors(method, layer, module, ranks, moments))
+
+
+def judged(layer: Factorized, dense: nn.Module, moments: AnyMoments) -> tuple[float | None, Tensor | None]:
+    """The error of the output, on held-out rows if there are any, and the correction of its mean if that helps."""
+    if isinstance(moments, RecurrentMoments):
+        error = held_out_error(layer, dense, moments)
+        return output_error(layer, dense, moments) if error is None else error, None
+    absorbs = layer.bias is not None or bool(moments.normalization)
+    shift = mean_error(layer, dense, moments) if absorbs else None
+    without = held_out_error(layer, dense, moments)
+    if without is None:
+        return output_error(layer, dense, moments), shift
+    error = without if shift is None else cast(float, held_out_error(layer, dense, moments, shift))
+    return (error, shift) if error < without else (without, None)
 
 
 @torch.no_grad()
@@ -229,7 +269,7 @@ def correct_means(
         moments = statistics.get(name)
         if moments is None or isinstance(moments, RecurrentMoments):
             continue
-        shift = mean_error(layer, dense[name], moments)
+        _, shift = judged(layer, dense[name], moments.to(next(layer.parameters()).device))
         if shift is None:
             continue
         bias = layer.bias
@@ -249,6 +289,7 @@ def measured(
     new: Mapping[str, Factorized],
     candidates: Mapping[str, Sequence[Candidate]],
     statistics: Mapping[str, AnyMoments],
+    notes: Mapping[str, str],
 ) -> dict[str, Choice]:
     """The choices whose errors differ from those that were planned, with the measured errors.
 
@@ -260,8 +301,11 @@ def measured(
         if name in statistics:
             moments = statistics[name].to(next(dense[name].parameters()).device)
             output = output_error(layer, dense[name], moments)
+            output = held_out_error(layer, dense[name], moments) if output is None else output
             output = choices[name].output_error if output is None else output
-            updated[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=output)
+            note = "; ".join(filter(None, (choices[name].note, notes.get(name, ""))))
+            error = weight_error(layer, dense[name])
+            updated[name] = replace(choices[name], error=error, output_error=output, note=note)
         elif choices[name].output_error is not None:
             updated[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=None)
         elif _has_changed(dense[name], candidates.get(name, ())):

@@ -7,17 +7,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from decomp.calibration.moments import Products
+from decomp.calibration.moments import Products, RowSample
 from decomp.calibration.sampling import Sampling, stratified
 from decomp.calibration.unfold import Patches, count_rows, some_rows
-from decomp.data.batches import unpadded
+from decomp.data.batches import BatchSplit, FitSplit, unpadded
 from decomp.layers import Factorized, group_kernels, join_kernels
 from decomp.layers.kernels import is_input_first
 from decomp.network.forward import hooked
 from decomp.recovery.batch_norm_shift import BatchNormShift
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)
+RIDGES_FOR_SAMPLES = (*RIDGES, 10.0, 100.0, 1000.0)
 LARGEST_NORMAL_EQUATIONS = 4096  # columns: 134 MB in float64
+NONE_HELD_OUT = BatchSplit(None)
+LARGEST_SAMPLE = 2048  # rows that more columns are fitted to: the equations have as many unknowns
+SAMPLE_ELEMENTS = 2**26  # 268 MB in float32
 EQUATION_CHUNK_ELEMENTS = 2**24
 
 State = tuple[Tensor, Tensor | None]
@@ -33,34 +37,44 @@ class Refit:
 
     z is the input of the last factor: the output of the factors before it, unfolded to patches for a k x k factor.
     With ``norm_shift`` the targets are those for the BatchNorm after the layer, which also stands in for a missing
-    bias. The rows are a sample of the positions of each batch, the same in every pass.
+    bias. The rows are a sample of the positions of each batch, the same in every pass, which counts as all of
+    them. Where z is too wide for its normal equations, they are solved for a sample of the rows
+    (:class:`RowEquations`).
     """
 
     def __init__(
-        self, layer: nn.Module, norm_shift: BatchNormShift | None = None, sampling: Sampling | None = None
+        self,
+        layer: nn.Module,
+        split: BatchSplit | FitSplit = NONE_HELD_OUT,
+        norm_shift: BatchNormShift | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
-        self._layer = layer
+        self._layer, self._split = layer, split
         self._last: Any = cast(Any, [*layer.children()][-1] if isinstance(layer, Factorized) else layer)
         self._weight = group_kernels(self._last).detach().to(torch.float64).flatten(2).clone()
         self._patches = Patches(self._last) if self.axes else None
-        self._rows_per_batch = (sampling or Sampling("all")).share(self._weight.shape[2])
-        self.equations, self._held_out = NormalEquations(), NormalEquations()
+        columns = self._weight.shape[2]
+        self.is_wide = columns > LARGEST_NORMAL_EQUATIONS
+        sampling = sampling or Sampling("all")
+        most = max(1, min(LARGEST_SAMPLE, SAMPLE_ELEMENTS // columns))
+        self._rows_per_batch = (
+            2 * most / max(1, sampling.batches or 1) if self.is_wide else sampling.share(columns)
+        )
+        self.equations: NormalEquations | RowEquations = NormalEquations()
+        self._held_out: NormalEquations | RowEquations = NormalEquations()
+        if self.is_wide:
+            self.equations, self._held_out = RowEquations(most), RowEquations(max(1, most // 4))
         self.ridge = RIDGES[0]
         self._norm_shift = norm_shift
         self._bias: Tensor | None = None if norm_shift is None else torch.zeros_like(self._weight[:, :, 0])
         if getattr(self._last, "bias", None) is not None:
             self._bias = self._last.bias.detach().to(torch.float64).reshape(self._weight.shape[:2]).clone()
 
-    @property
-    def is_solvable(self) -> bool:
-        """Whether the patches are small enough for normal equations."""
-        return self._weight.shape[2] <= LARGEST_NORMAL_EQUATIONS
-
     def patch_moments(self, *, centred: bool) -> Tensor | None:
         """Second moments of the rows z of a spatial layer, from the sums of the equations; None without them."""
-        if not self.equations.count + self._held_out.count:
+        if not isinstance(self.equations, NormalEquations) or not self.equations.count:
             return None
-        return self.equations.moments_with(self._held_out, centred=centred)
+        return self.equations.input_moments(centred=centred)
 
     @property
     def axes(self) -> int:
@@ -72,19 +86,18 @@ class Refit:
         """The current last factor and its bias."""
         return self._weight, self._bias
 
-    def add(
-        self, received: Tensor, target: Tensor, *, held_out: bool, batch: int = 0, mask: Tensor | None = None
-    ) -> None:
+    def add(self, received: Tensor, target: Tensor, *, batch: int = 0, mask: Tensor | None = None) -> None:
         """Accumulate an input of the layer and the output that it should have."""
-        if self.is_solvable:
-            for z, y in self.rows(received, target, batch, mask):
-                y = y if self._norm_shift is None else self._norm_shift.target_rows(y)
-                (self._held_out if held_out else self.equations).add(z, y)
+        for z, y, weight, held_out in self.rows(received, target, batch, mask):
+            y = y if self._norm_shift is None else self._norm_shift.target_rows(y)
+            (self._held_out if held_out else self.equations).add(z, y, weight)
 
     def rows(
         self, received: Tensor, target: Tensor, batch: int = 0, mask: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
         """Rows z of the last factor's input and rows y of its targets, (groups, rows, channels), in chunks.
+
+        Each chunk comes with the weight of its rows, and whether they are held out.
 
         Raises:
             OutputSizeMismatch: z and y have different numbers of rows.
@@ -100,20 +113,26 @@ class Refit:
         elif received.dim() == axes + 1:
             received, target = received[None], target[None]
         total = count_rows(target, axes)
+        first = self._split.fitted_rows(batch, total, len(target))
         wanted = self._rows_per_batch
-        indices = None if wanted >= total else stratified(total, max(1, math.ceil(wanted)), seed=batch)
-        if indices is None:
+        if wanted >= total and first in (0, total):
             per_chunk = max(1, EQUATION_CHUNK_ELEMENTS // max(1, target[0].numel() * self._weight.shape[2]))
-            chunks: Any = zip(received.split(per_chunk), target.split(per_chunk), strict=True)
-        else:
-            chunks = iter([(received, target)])
-        for x, y in chunks:
-            x = self._input_of_last(x)
-            if count_rows(y, axes) != (count_rows(x, 0) if self._patches is None else self._patches.count(x)):
-                raise OutputSizeMismatch
-            for part in [None] if indices is None else indices.split(self._rows_per_chunk):
+            for x, y in zip(received.split(per_chunk), target.split(per_chunk), strict=True):
+                x = self._checked_input(x, y)
+                z = some_rows(x, 0, groups, None) if self._patches is None else self._patches.rows(x, None)
+                yield z.to(torch.float64), some_rows(y, axes, groups, None).to(torch.float64), 1.0, first == 0
+            return
+        x = self._checked_input(received, target)
+        for begin, end, held_out in ((0, first, False), (first, total, True)):
+            here = end - begin
+            count = max(1, math.ceil(min(1.0, wanted / total) * here)) if here else 0
+            indices = begin + (
+                torch.arange(here, device="cpu") if count == here else stratified(here, count, batch)
+            )
+            for part in indices.split(self._rows_per_chunk) if count else ():
                 z = some_rows(x, 0, groups, part) if self._patches is None else self._patches.rows(x, part)
-                yield z.to(torch.float64), some_rows(y, axes, groups, part).to(torch.float64)
+                y = some_rows(target, axes, groups, part)
+                yield z.to(torch.float64), y.to(torch.float64), here / count, held_out
 
     @property
     def _rows_per_chunk(self) -> int:
@@ -125,12 +144,25 @@ class Refit:
             self._layer(received)
         return inputs[0]
 
+    def _checked_input(self, received: Tensor, target: Tensor) -> Tensor:
+        """The input of the last factor, which has as many rows as the target.
+
+        Raises:
+            OutputSizeMismatch: it has not.
+        """
+        x = self._input_of_last(received)
+        if count_rows(target, self.axes) != (
+            count_rows(x, 0) if self._patches is None else self._patches.count(x)
+        ):
+            raise OutputSizeMismatch
+        return x
+
     def error(self) -> float:
         """Relative error of the output now, on held-out batches, or on all if there are none."""
         return self._validation.error(*self.state)
 
     @property
-    def _validation(self) -> "NormalEquations":
+    def _validation(self) -> "NormalEquations | RowEquations":
         return self._held_out if self._held_out.count else self.equations
 
     @property
@@ -147,10 +179,10 @@ class Refit:
     def apply(self) -> float:
         """Solve with a few ridges, set the best solution if it lowers the error; return the relative error."""
         best = self.error()
-        if not self.is_solvable or not self.equations.count:
+        if not self.equations.count:
             return best
         best_state = None
-        for ridge in RIDGES:
+        for ridge in RIDGES_FOR_SAMPLES if self.is_wide else RIDGES:
             weight, bias = self.equations.solve(self._weight, ridge, centred=self._bias is not None)
             error = self._validation.error(weight, bias)
             if math.isfinite(error) and error < best:
@@ -173,39 +205,43 @@ class Refit:
 
 
 class NormalEquations:
-    """Sums over rows z and targets y per group: S_zz, S_yz, z, y, ||y||^2 and the number of rows."""
+    """Weighted sums over rows z and targets y per group: S_zz, S_yz, z, y, ||y||^2 and the number of rows.
+
+    ``count`` is the sum of the weights, ``rows`` the number of rows that were added.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = 0.0
+        self.rows = 0
         self._zz, self._yz = Products(), Products()
         self._z: Any = 0.0
         self._y: Any = 0.0
         self._yy: Any = 0.0
 
-    def add(self, z: Tensor, y: Tensor) -> None:
-        """Accumulate rows z (groups, n, inputs) and their targets y (groups, n, outputs)."""
-        self._zz.add(z)
-        self._z = self._z + z.sum(1)
-        self.count += z.shape[1]
-        self.add_targets(z, y)
+    def add(self, z: Tensor, y: Tensor, weight: float = 1.0) -> None:
+        """Accumulate rows z (groups, n, inputs) and their targets y (groups, n, outputs), with one weight."""
+        self._zz.add(z if weight == 1 else z * weight**0.5)
+        self._z = self._z + weight * z.sum(1)
+        self.count += weight * z.shape[1]
+        self.rows += z.shape[1]
+        self.add_targets(z, y, weight)
 
-    def add_targets(self, z: Tensor, y: Tensor) -> None:
+    def add_targets(self, z: Tensor, y: Tensor, weight: float = 1.0) -> None:
         """Accumulate targets y of rows z that are in the sums over the inputs already."""
-        self._yz.add(y, z)
-        self._y = self._y + y.sum(1)
-        self._yy = self._yy + y.square().sum((1, 2))
+        self._yz.add(y if weight == 1 else y * weight, z)
+        self._y = self._y + weight * y.sum(1)
+        self._yy = self._yy + weight * y.square().sum((1, 2))
 
     def without_targets(self) -> "NormalEquations":
         """A copy with the sums over the inputs alone."""
         new = NormalEquations()
-        new._zz, new._z, new.count = self._zz, self._z, self.count
+        new._zz, new._z, new.count, new.rows = self._zz, self._z, self.count, self.rows
         return new
 
-    def moments_with(self, other: "NormalEquations", *, centred: bool) -> Tensor:
-        """Second moments of the inputs of both, about their mean or about zero."""
-        count = self.count + other.count
-        mean = (self._z + other._z) / count
-        second: Tensor = (self._zz.total + other._zz.total) / count
+    def input_moments(self, *, centred: bool) -> Tensor:
+        """Second moments of the inputs, about their mean or about zero."""
+        mean = self._z / self.count
+        second: Tensor = self._zz.total / self.count
         return second - mean[:, :, None] * mean[:, None] if centred else second
 
     def solve(self, weight: Tensor, ridge: float, *, centred: bool) -> tuple[Tensor, Tensor | None]:
@@ -231,6 +267,60 @@ class NormalEquations:
             squared = squared + 2 * (bias * shift).sum() + self.count * bias.square().sum()
         energy = float(self._yy.sum())
         return math.sqrt(max(float(squared), 0.0) / energy) if energy else 0.0
+
+
+class RowEquations:
+    """A sample of rows z and targets y, solved for the rows in place of the columns, which are more.
+
+    With R = Y - Z A_0^T and K = Z Z^T, A = A_0 + R^T (K + n rho I)^-1 Z is the solution of the normal equations
+    with the ridge rho towards A_0.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._chosen = RowSample(1, most)
+        self._columns = 0
+
+    @property
+    def rows(self) -> int:
+        """The number of rows in the sample."""
+        return sum(part.shape[1] for part in self._chosen.parts)
+
+    @property
+    def count(self) -> float:
+        """The number of rows in the sample."""
+        return float(self.rows)
+
+    def add(self, z: Tensor, y: Tensor, weight: float = 1.0) -> None:
+        """Offer rows z (groups, n, inputs) and their targets y (groups, n, outputs) to the sample."""
+        self._columns = z.shape[2]
+        chosen = self._chosen.choose(0, z.shape[1]).to(z.device)
+        self._chosen.add(torch.cat([z[:, chosen], y[:, chosen]], 2).to(torch.float32))
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        rows = torch.cat(self._chosen.parts, 1)
+        return rows[:, :, : self._columns].to(torch.float64), rows[:, :, self._columns :].to(torch.float64)
+
+    def solve(self, weight: Tensor, ridge: float, *, centred: bool) -> tuple[Tensor, Tensor | None]:
+        """A and b = mean(y) - A mean(z), as those of :class:`NormalEquations`."""
+        z, y = self._pairs()
+        mean_z, mean_y = z.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        if centred:
+            z, y = z - mean_z, y - mean_y
+        gram = z @ z.mT
+        rho = ridge * gram.diagonal(dim1=1, dim2=2).sum(1) / z.shape[2]
+        identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        rho = rho.clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
+        solved = weight + _solve(gram + rho * identity, y - z @ weight.mT).mT @ z
+        return solved, (mean_y - mean_z @ solved.mT)[:, 0] if centred else None
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """sqrt(sum ||y - A z - b||^2 / sum ||y||^2) over the sample."""
+        if not self.rows:
+            return math.nan
+        z, y = self._pairs()
+        lost = y - z @ weight.mT - (0.0 if bias is None else bias[:, None])
+        energy = float(y.square().sum())
+        return math.sqrt(float(lost.square().sum()) / energy) if energy else 0.0
 
 
 def _solve(symmetric: Tensor, right: Tensor) -> Tensor:

@@ -3,16 +3,16 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from decomp.data.activations import Example
-from decomp.data.batches import BatchSplit
 from decomp.network.forward import norm_scale
 from decomp.network.tracing import Tail
-from decomp.recovery.least_squares import Refit, State
+from decomp.recovery.least_squares import NormalEquations, Refit, State
 
 SCHEDULE = (0.01,) * 5 + (1.0,) * 5
 
@@ -102,18 +102,14 @@ class ReluRefit:
     """Refit of one layer that minimizes the error after its ReLU.
 
     Args:
-        refit: the linear refit of the layer, which holds the normal equations of its inputs.
+        refit: the linear refit of the layer, which holds the normal equations of its inputs: it is not wide.
         examples: inputs of the layer and outputs of the dense one; iterated over once per pass.
         relu: the ReLU after the layer, with the BatchNorm in between.
         tail: the functions after the dense layer, which compute the goal.
-        split: which batches are held out of the fit.
     """
 
-    def __init__(
-        self, refit: Refit, examples: Iterable[Example], relu: Rectifier, tail: Tail, split: BatchSplit
-    ) -> None:
+    def __init__(self, refit: Refit, examples: Iterable[Example], relu: Rectifier, tail: Tail) -> None:
         self._refit, self._examples, self._relu, self._tail = refit, examples, relu, tail
-        self._split = split
 
     def apply(self, old: State) -> tuple[float, float]:
         """Refit from the linear solution and set the best state; return the errors of ``old`` and of the best."""
@@ -133,22 +129,21 @@ class ReluRefit:
 
     def _pass(self, state: State, weight: float | None) -> tuple[float, State]:
         """The error of a state after the ReLU; with a weight, also the next state, fitted to its targets."""
-        equations = self._refit.equations.without_targets()
+        equations = cast(NormalEquations, self._refit.equations).without_targets()
         matrix, bias = state
         squared_error = energy = 0.0
         for example in self._examples:
-            held_out = self._split.held_out(example.batch)
-            measured = held_out or not self._refit.has_held_out
-            if not measured and weight is None:
-                continue
             goals = self._tail(example.targets[0])
-            for z, goal in self._refit.rows(example.received, goals, example.batch, example.mask):
+            for z, goal, count, held_out in self._refit.rows(example.received, goals, example.batch, example.mask):
+                measured = held_out or not self._refit.has_held_out
+                if not measured and weight is None:
+                    continue
                 y = z @ matrix.mT if bias is None else z @ matrix.mT + bias[:, None]
                 if measured:
-                    squared_error += float((self._relu(y) - goal).square().sum())
-                    energy += float(goal.square().sum())
+                    squared_error += count * float((self._relu(y) - goal).square().sum())
+                    energy += count * float(goal.square().sum())
                 if not held_out and weight is not None:
-                    equations.add_targets(z, self._relu.targets(y, goal, weight))
+                    equations.add_targets(z, self._relu.targets(y, goal, weight), count)
         error = math.sqrt(squared_error / energy) if energy else math.sqrt(squared_error)
         if weight is None:
             return error, state

@@ -13,7 +13,7 @@ from decomp._util.by_layer import ByLayer
 from decomp._util.naming import naming
 from decomp._util.progress import bar
 from decomp._util.warn import warn
-from decomp.calibration.sampling import Positions, Sampling
+from decomp.calibration.sampling import ROWS_PER_UNKNOWN, Positions, Sampling
 from decomp.data.activations import Activations, Example, ExampleCache, RoutedDifferently, reached_tails
 from decomp.data.batches import Batches, BatchSplit, Mask, unpadded
 from decomp.layers import Factorized, routes_rows
@@ -34,7 +34,6 @@ from decomp.recovery.batch_norm_shift import batch_norm_shifts
 from decomp.recovery.least_squares import OutputSizeMismatch, Refit
 from decomp.recovery.relu import Rectifier, ReluRefit, rectifier
 
-ROWS_PER_UNKNOWN = 4  # with n rows and p unknowns the noise adds about p / (n - p) to the squared error: a third
 KEPT_WHOLE = "no gain in the output of the network: kept as it was"
 
 
@@ -144,11 +143,11 @@ def repair(
     reports: dict[str, LayerRepair] = {}
     amounts: dict[str, _Amount] = {}
     with evaluating(small, dense), Unfused(), torch.inference_mode(False), torch.no_grad():
-        split = BatchSplit.for_closed_form(batches.count())
+        split = batches.batch_split()
         if split.every is None:
             raise ValueError(
-                "data has fewer than two batches, and what is fitted to one is measured on another: split the "
-                "batch, list(x.split(8)) for example"
+                "data has fewer than two batches, and what is fitted to one is measured on another: "
+                "split the batch, list(x.split(8)) for example"
             )
         restore = restoring_values(
             *(layer for layer, _ in pairs.values()), *norms_with_running_stats(small).values()
@@ -168,10 +167,10 @@ def repair(
             activations = Activations(small, dense, *pairs[name], replace(tail, steps=()), batches, cache_bytes)
             with naming(name):
                 dense_tail = of_dense.get(name, Tail())
-                refit = Refit(pairs[name][0], norm_shifts.get(name), sampling)
+                refit = Refit(pairs[name][0], split, norm_shifts.get(name), sampling)
                 relu = rectifier(tail, dense_tail)
-                reports[name] = _refit(pairs[name][0], refit, activations, relu, dense_tail, split)
-                amounts[name] = _Amount(refit.equations.count, refit.unknowns)
+                reports[name] = _refit(pairs[name][0], refit, activations, relu, dense_tail)
+                amounts[name] = _Amount(refit.equations.rows, refit.unknowns)
         after, note = _output_error(small, dense, batches, split), ""
         if batch_norm:
             after, note = _renormalized(small, dense, batches, split, after)
@@ -193,20 +192,18 @@ def _refit(
     activations: Activations,
     relu: Rectifier | None,
     tail: Tail,
-    split: BatchSplit,
 ) -> LayerRepair:
     examples = ExampleCache[Example](activations.windows)
     try:
         for example in examples:
             target = example.targets[0]
-            held_out = split.held_out(example.batch)
-            refit.add(example.received, target, held_out=held_out, batch=example.batch, mask=example.mask)
+            refit.add(example.received, target, batch=example.batch, mask=example.mask)
             relu = relu if relu is not None and relu.applies_to(target, refit.axes) else None
     except RoutedDifferently:
         return LayerRepair(math.nan, math.nan, "routed differently: not refitted")
     except OutputSizeMismatch:
         return LayerRepair(math.nan, math.nan, "called with an output_size: not refitted")
-    relu_refit = ReluRefit(refit, examples, relu, tail, split) if relu is not None and refit.is_solvable else None
+    relu_refit = None if relu is None or refit.is_wide else ReluRefit(refit, examples, relu, tail)
     if not any(parameter.requires_grad for parameter in layer.parameters()):
         error = refit.error() if relu_refit is None else relu_refit.error()
         return LayerRepair(error, error, "frozen: not refitted")

@@ -1,5 +1,6 @@
 """Sequential decomposition: every layer for the inputs that it receives in the network compressed so far."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp.calibration.moments import Moments, moments_of
-from decomp.calibration.sampling import Positions, Sampling
+from decomp.calibration.sampling import Positions, Sampling, little_data
+from decomp.calibration.unfold import rows_of
 from decomp.data.activations import Example, RoutedDifferently, reached_tails
-from decomp.data.batches import CLOSED_FORM_SPLIT, Batches, Mask, unpadded
+from decomp.data.batches import Batches, FitSplit, Mask, unpadded
 from decomp.data.suspended import HeldExamples
 from decomp.layers import Factorized, routes_rows
 from decomp.network import surgery
@@ -22,8 +24,11 @@ from decomp.network.restoring import training_of
 from decomp.network.tracing import Tail
 from decomp.network.unpacking import unpacked
 from decomp.planning.build import (
+    by_moments,
+    correct_means,
     decomposed,
-    from_moments,
+    from_weight,
+    judged,
     layers_to_replace,
     measured,
     weight_error,
@@ -54,11 +59,14 @@ def apply_sequentially(
     """Return ``model`` with the layers of ``plan`` replaced one after the other, in the order of execution.
 
     For each layer, with x^ its input in the network compressed so far and y its output in the dense one: the
-    weight is fitted to y ~= W^ x^ + b by least squares (ridge towards W, chosen on held-out batches), W^ is
+    weight is fitted to y ~= W^ x^ + b by least squares (ridge towards W, chosen on held-out rows), W^ is
     decomposed for the moments of x^, and the remaining error of the mean of y is added to the bias, or to the
-    BatchNorm that follows. ``after_each(small, name)`` is called after each layer, before the next one is
-    decomposed. One pass of each batch through both networks serves all layers, held at each until that is
-    decomposed; batches beyond the memory, and models for which that does not work, take a pass per layer.
+    BatchNorm that follows. These factors, those of the plan's statistics and those of the weight alone are
+    compared by the error of the output on rows that nothing was fitted to, and the best are taken; so is a refit
+    of the last factor, and the correction of the mean. ``after_each(small, name)`` is called after each layer,
+    before the next one is decomposed. One pass of each batch through both networks serves all layers, held at each
+    until that is decomposed; batches beyond the memory, and models for which that does not work, take a pass per
+    layer.
 
     Source: Zhang et al. 2016, section 3.3 (asymmetric reconstruction).
     """
@@ -66,7 +74,7 @@ def apply_sequentially(
     replaced = layers_to_replace(model, plan, plan.method_of, needs_values=True)
     small = surgery.swap(model, {}, inplace=False)
     batches = Batches.in_fixed_order(data, inputs, mask)
-    sampling = Sampling(positions, batches.count())
+    sampling, split = Sampling(positions, batches.count()), batches.fit_split()
     pairs = {name: (small.get_submodule(name), dense) for name, dense in replaced.items()}
     final: dict[str, Choice] = {}
     with evaluating(model, small), Unfused(), torch.inference_mode(False), torch.no_grad():
@@ -77,7 +85,7 @@ def apply_sequentially(
             for name in bar(progress, "decompose", list(order)):
                 require_finite(name, replaced[name])
                 with naming(name):
-                    step = _LayerStep(*pairs[name], held.of(name), norm_shifts.get(name), sampling)
+                    step = _LayerStep(*pairs[name], held.of(name), norm_shifts.get(name), sampling, split)
                     layer, final[name] = step.decompose(name, plan)
                 del step  # its examples are gone before the next ones are made
                 small = surgery.swap(small, {name: layer}, inplace=bool(name))
@@ -87,9 +95,24 @@ def apply_sequentially(
     unreached = {name: module for name, module in replaced.items() if name not in order}
     for name in order:
         small.get_submodule(name).train(training_of(replaced[name]))  # they were built in eval mode
-    rest = decomposed(unreached, plan, plan.method_of, plan.candidates, plan.statistics, False)
-    final |= measured(plan, unreached, rest, plan.candidates, plan.statistics)
-    return plan.swap(small, rest, final, inplace=True)
+    rest, notes = decomposed(unreached, plan, plan.method_of, plan.candidates, plan.statistics, False)
+    final |= measured(plan, unreached, rest, plan.candidates, plan.statistics, notes)
+    small = plan.swap(small, rest, final, inplace=True)
+    correct_means(small, unreached, rest, plan.statistics)
+    return small
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A layer with its relative error on the held-out rows, and with that on all.
+
+    ``shift`` is what is added to its output by its bias or the BatchNorm; None where that does not help.
+    """
+
+    layer: Factorized
+    held_out: float
+    overall: float
+    shift: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -101,74 +124,149 @@ class _LayerStep:
     examples: Iterable[Example]
     norm_shift: BatchNormShift | None
     sampling: Sampling
+    split: FitSplit
 
     def decompose(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
+        alone, choice = self._alone(name, plan)
         if not plan.method_of(name).affine or routes_rows(self.own):
-            return self._alone(name, plan)  # a refit has one weight for all rows
-        calibrated = cast(Moments | None, plan.statistics.get(name))
+            self._correct_mean(name, plan, alone)
+            return alone, choice  # a refit has one weight for all rows
         try:
-            patches = self._refit()
-            received = ((example.received, example.batch, example.mask) for example in self.examples)
-            centred = self.norm_shift is not None
-            moments = moments_of(self.own, received, calibrated, self.sampling, centred=centred, patches=patches)
+            best, note = self._best(name, plan, alone)
         except RoutedDifferently:
-            layer, choice = self._alone(name, plan)
-            return layer, replace(choice, note="routed differently: decomposed by itself")
-        layer = from_moments(self.own, plan.method_of(name), plan[name].ranks, moments)
+            self._correct_mean(name, plan, alone)
+            return alone, replace(choice, note="routed differently: decomposed by itself")
+        layer = best.layer
+        if best.shift is not None and layer.bias is not None:
+            layer.bias.add_(best.shift.to(layer.bias.dtype))
+        elif self.norm_shift is not None and layer.bias is None:
+            self.norm_shift.absorb(torch.zeros(()) if best.shift is None else best.shift)
         error = weight_error(layer, self.dense)
-        return layer, replace(plan[name], error=error, output_error=self._centre(layer))
+        note = "; ".join(filter(None, (plan[name].note, note)))
+        return layer, replace(plan[name], error=error, output_error=best.overall, note=note)
+
+    def _best(self, name: str, plan: Plan, alone: Factorized) -> tuple[_Judged, str]:
+        """The layer with the least error on held-out rows, and a note."""
+        method, ranks = plan.method_of(name), plan[name].ranks
+        best = self._judge(alone)
+        if name in plan.statistics:
+            candidate = next((each for each in plan.candidates.get(name, ()) if each.method is method), None)
+            best = min(best, self._judge(from_weight(self.dense, method, ranks, candidate)), key=_error_of)
+        if math.isnan(best.held_out):
+            return best, "all of its data is held out, or none: decomposed by itself"
+        patches, rows, unknowns = self._refit()
+        note = little_data(rows, unknowns)
+        received = ((example.received, example.batch, example.mask) for example in self.examples)
+        centred = self.norm_shift is not None
+        calibrated = cast(Moments | None, plan.statistics.get(name))
+        moments = moments_of(
+            self.own, received, calibrated, self.sampling, self.split, centred=centred, patches=patches
+        )
+        fitted = self._judge(by_moments(self.own, method, ranks, moments))
+        is_exact = fitted.held_out <= best.held_out and (moments.patches is not None or not self._is_spatial)
+        best = min(fitted, best, key=_error_of)
+        if best is not fitted:
+            note = "; ".join(filter(None, ("not fitted to its inputs: no better on held-out data", note)))
+        return best if is_exact else min(best, self._with_last_factor(best.layer), key=_error_of), note
 
     def _alone(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """Decompose the layer as :meth:`Plan.apply` would, without the examples."""
         dense = {name: self.dense}
-        alone = decomposed(dense, plan, plan.method_of, plan.candidates, plan.statistics, False)
-        choice = measured(plan, dense, alone, plan.candidates, plan.statistics).get(name, plan[name])
+        statistics = {name: plan.statistics[name]} if name in plan.statistics else {}
+        choices = {name: plan[name] if statistics else replace(plan[name], output_error=None)}
+        alone, notes = decomposed(dense, choices, plan.method_of, plan.candidates, statistics, False)
+        choice = measured(choices, dense, alone, plan.candidates, statistics, notes).get(name, plan[name])
         return alone[name], choice
 
-    def _refit(self) -> Tensor | None:
+    def _correct_mean(self, name: str, plan: Plan, layer: Factorized) -> None:
+        """Correct the mean of a layer that is decomposed by itself, as its statistics say."""
+        moments = plan.statistics.get(name)
+        if not isinstance(moments, Moments):
+            return
+        _, shift = judged(layer, self.dense, moments.to(next(self.dense.parameters()).device))
+        if shift is None:
+            return
+        if layer.bias is not None:
+            layer.bias.add_(shift.to(layer.bias.dtype))
+        elif self.norm_shift is not None:
+            self.norm_shift.absorb(shift)
+
+    @property
+    def _is_spatial(self) -> bool:
+        return math.prod(getattr(self.own, "kernel_size", ())) > 1
+
+    def _refit(self) -> tuple[Tensor | None, int, int]:
         """Fit the weight of the layer, and its bias, to the targets on the inputs that it receives.
 
-        Returns the second moments of the patches, if the sums of the fit hold them.
+        Returns the second moments of the patches, if the sums of the fit hold them, the rows that it was fitted
+        to, and the unknowns of each output.
         """
-        refit = Refit(self.own, self.norm_shift, self.sampling)
+        refit = Refit(self.own, self.split, self.norm_shift, self.sampling)
         try:
             for example in self.examples:
                 if not example.received.is_floating_point():
-                    return None
-                held_out = CLOSED_FORM_SPLIT.held_out(example.batch)
-                target = example.targets[0]
-                refit.add(example.received, target, held_out=held_out, batch=example.batch, mask=example.mask)
+                    return None, 0, 0
+                refit.add(example.received, example.targets[0], batch=example.batch, mask=example.mask)
         except OutputSizeMismatch:
-            return None
+            return None, 0, 0
         refit.apply()
-        is_spatial = math.prod(getattr(self.own, "kernel_size", ())) > 1
         absorbs = self.norm_shift is not None or getattr(self.own, "bias", None) is not None
-        return refit.patch_moments(centred=absorbs) if is_spatial else None
+        patches = refit.patch_moments(centred=absorbs) if self._is_spatial else None
+        return patches, refit.equations.rows, refit.unknowns
 
-    def _centre(self, layer: Any) -> float:
-        """Correct the mean of the output by the bias or the BatchNorm; return the remaining relative error."""
+    def _with_last_factor(self, layer: Factorized) -> _Judged:
+        """A copy of the layer whose last factor is fitted to the targets on the inputs that it receives."""
+        refitted = copy.deepcopy(layer)
+        if layer.absorbs_outputs != "full":
+            return self._judge(refitted)
+        refit = Refit(refitted, self.split, self.norm_shift, self.sampling)
+        try:
+            for example in self.examples:
+                if example.received.is_floating_point():
+                    refit.add(example.received, example.targets[0], batch=example.batch, mask=example.mask)
+        except OutputSizeMismatch:
+            return self._judge(refitted)
+        refit.apply()
+        return self._judge(refitted)
+
+    def _judge(self, layer: Factorized) -> _Judged:
+        """Measure a layer where nothing was fitted, with its mean corrected by the other rows if that helps."""
         axes = len(getattr(layer, "kernel_size", ()))
-        total: Any = 0.0
-        squares = energy = 0.0
-        count = 0
+        absorbs = layer.bias is not None or self.norm_shift is not None
+        sums: list[Any] = [0.0, 0.0]  # of the differences, of rows to fit to and of those held out
+        squares, energies, counts = [0.0, 0.0], [0.0, 0.0], [0, 0]
         for example in self.examples:
             target, output = example.targets[0], example.run(layer, NO_TAIL)[0]
             if not axes:
                 target, output = (unpadded(each, example.mask) for each in (target, output))
+            if not target.numel():
+                continue
             target = target if self.norm_shift is None else self.norm_shift.target(target)
-            difference = target - output
-            channels = difference.dim() - axes - 1
-            others = [axis for axis in range(difference.dim()) if axis != channels]
-            total = total + difference.sum(others, dtype=torch.float64)
-            count += difference.numel() // difference.shape[channels]
-            squares += float(difference.square().sum(dtype=torch.float64))
-            energy += float(target.square().sum(dtype=torch.float64))
-        mean = total / max(count, 1)
-        if layer.bias is not None:
-            layer.bias.add_(mean.to(layer.bias.dtype))
-        elif self.norm_shift is not None:
-            self.norm_shift.absorb(mean)
-        if layer.bias is not None or self.norm_shift is not None:
-            squares -= count * float(mean.square().sum())
-        return math.sqrt(max(squares, 0.0) / energy) if energy else 0.0
+            samples = len(target) if target.dim() > axes + 1 else 1
+            wanted, given = rows_of(target, axes, 1)[0], rows_of(output, axes, 1)[0]
+            first = self.split.fitted_rows(example.batch, len(wanted), samples)
+            for place, part in enumerate((slice(None, first), slice(first, None))):
+                lost = wanted[part] - given[part]
+                sums[place] = sums[place] + lost.sum(0)
+                squares[place] += float(lost.square().sum())
+                energies[place] += float(wanted[part].square().sum())
+                counts[place] += len(lost)
+        if not all(counts):
+            return _Judged(layer, math.nan, _relative(sum(squares), sum(energies)), None)
+        held_out, shift = squares[1], None
+        if absorbs:
+            by_others = sums[0] / counts[0]
+            corrected = squares[1] - float((2 * by_others * sums[1] - counts[1] * by_others.square()).sum())
+            if corrected < held_out:
+                held_out, shift = corrected, (sums[0] + sums[1]) / sum(counts)
+        overall = sum(squares) - (0.0 if shift is None else sum(counts) * float(shift.square().sum()))
+        return _Judged(layer, _relative(held_out, energies[1]), _relative(overall, sum(energies)), shift)
+
+
+def _error_of(judged: _Judged) -> float:
+    return judged.held_out if math.isfinite(judged.held_out) else math.inf
+
+
+def _relative(squares: float, energy: float) -> float:
+    return math.sqrt(max(squares, 0.0) / energy) if energy else math.sqrt(max(squares, 0.0))
