@@ -145,7 +145,7 @@ def main() -> None:
             label = f"{size} process{'es' * (size > 1)}, {kills or 'no'} kills"
             seconds, peak = run_with_kills(folder, output, options.ranks, limit, size, kills, layers)
             rows.append((label, f"{seconds:.0f}", f"{peak / 1e9:.2f}", digest(folder / output)))
-            print(f"  {label}: {seconds:.0f} s", flush=True)
+            print(f"  {label}: {seconds:.0f} s, peak {peak / 1e9:.2f} GB", flush=True)
         size = sum(path.stat().st_size for path in (folder / "killed").glob("*.safetensors"))
         print(f"\noutput of {size / 1e9:.2f} GB\n")
         print(f"{'run':28} {'seconds':>8} {'peak GB':>8}  digest")

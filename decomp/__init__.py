@@ -11,6 +11,7 @@ from decomp.calibration.calibrate import Statistics, calibrate
 from decomp.calibration.sensitivity import sensitivity
 from decomp.explorer.launch import explore
 from decomp.files.load import load
+from decomp.files.pickled import safe_globals
 from decomp.files.save import save
 from decomp.hosts import tell_transformers
 from decomp.network.batch_norm_folding import fold_batch_norm
@@ -56,6 +57,7 @@ __all__ = [
     "repair",
     "report",
     "runtimes",
+    "safe_globals",
     "save",
     "sensitivity",
     "separable",

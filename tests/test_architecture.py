@@ -59,6 +59,7 @@ ALLOWED = {
             "network",
             "planning",
             "ranks",
+            "runtimes",
         ),
     },
     "__main__": {"cli"},

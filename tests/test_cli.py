@@ -278,6 +278,30 @@ def test_a_folder_of_hugging_face_goes_in_and_comes_out_with_its_tokenizer(folde
     assert not list(folder.glob(".unfinished*"))
 
 
+def test_export_writes_files_that_compute_what_the_model_does(capsys, folder):
+    run("compress", *NET, *INPUT, "--macs", "0.5", "--output", "small.safetensors")
+    capsys.readouterr()
+    assert run("export", "cli_net:Net", "small.safetensors", *INPUT, "--output", "small.pt2", "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["format"] == "torch.export"
+    assert done["relative_error"] < 1e-5
+    x = torch.randn(2, 3, 12, 12)
+    small = decomp.load("small.safetensors", net()).eval()
+    with torch.no_grad():
+        assert torch.allclose(torch.export.load("small.pt2").module()(x), small(x), atol=1e-5)
+    assert run("export", "cli_net:Net", "small.safetensors", *INPUT, "--output", "small.pt2") == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("export", *NET, *INPUT, "--output", "dense.pt2") == 0
+    assert run("export", *NET, *INPUT, "--int8", "--output", "dense.onnx") == 1
+    assert "give --data" in capsys.readouterr().err
+    assert run("export", *NET, *INPUT, "--output", "dense.doc") == 1
+    assert not (folder / "dense.doc").exists()
+    pytest.importorskip("onnxruntime")
+    data = ("--data", "cli_net:pairs", "--batch-inputs", "0")
+    assert run("export", *NET, *INPUT, *data, "--int8", "--output", "dense.onnx") == 0
+    assert "ONNX int8" in capsys.readouterr().out
+
+
 def test_the_arguments_of_the_factory_and_weights_of_a_pickle(capsys):
     torch.save(net().state_dict(), "net.pt")
     assert run("plan", "cli_net:Net", "--weights", "net.pt", "--arguments", '{"classes": 10}', "--ranks", "8") == 0
@@ -371,7 +395,7 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
 
 
 def test_every_command_has_help_with_examples(capsys):
-    for command in ("plan", "compress", "compare", "report", "tradeoff"):
+    for command in ("plan", "compress", "compare", "report", "tradeoff", "export"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"  decomp {command} mynet:Net" in capsys.readouterr().out

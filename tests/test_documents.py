@@ -74,6 +74,7 @@ def names_of_the_start_page() -> dict[str, object]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:the ranks of .* may hardly work before it is fine-tuned")  # which it then is
 @pytest.mark.parametrize("page", RUNNING, ids=lambda path: path.stem)
 def test_code_of_every_page_runs(page, tmp_path, monkeypatch):
     """Blocks run from top to bottom, in an empty folder, with the names of the start page."""

@@ -30,6 +30,7 @@ from decomp.files.save import save
 from decomp.network.forward import moved
 from decomp.planning.cost import COSTS
 from decomp.planning.plan import Plan
+from decomp.runtimes.export import export
 
 DONE, NOT_MET = 0, 3
 
@@ -419,6 +420,24 @@ def tradeoff_command(options: Namespace) -> int:
         budget = best.request.budget
         how = f"{budget.kind}={budget.value:g}" if budget is not None else "ranks by a rule"
         say(f"wrote {options.best_plan}: {how}")
+    return DONE
+
+
+def export_command(options: Namespace) -> int:
+    """``decomp export``: a file for another runtime, checked against PyTorch."""
+    job = Job(options)
+    batch = job.needed_example()
+    given = options.small is not None or options.plan is not None
+    if options.int8 and job.data is None:
+        raise ValueError("--int8 chooses ranges of activations on batches: give --data")
+    settings: dict[str, Any] = {"int8": job.data, "inputs": job.inputs} if options.int8 else {}
+    if options.output.exists() and not options.overwrite:
+        raise ValueError(f"--output {str(options.output)!r} exists: write another path, or --overwrite")
+    done = export(both(job) if given else job.model, options.output, batch, fold=options.fold, **settings)
+    if options.json:
+        print_json({name: str(value) if isinstance(value, Path) else value for name, value in vars(done).items()})
+    else:
+        print(done)
     return DONE
 
 

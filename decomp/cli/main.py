@@ -1,4 +1,4 @@
-"""The command line: ``decomp plan``, ``compress``, ``compare``, ``tradeoff``, ``report``, ``demo``."""
+"""The command line: ``decomp plan``, ``compress``, ``compare``, ``tradeoff``, ``report``, ``export``, ``demo``."""
 
 import argparse
 import os
@@ -27,6 +27,7 @@ Make trained PyTorch models smaller and faster by low-rank and tensor decomposit
   decomp plan mynet:Net --weights net.safetensors --input 1x3x224x224 > plan.json    look, and edit
   decomp compress mynet:Net --weights net.safetensors --plan plan.json --output small.safetensors
   decomp compare mynet:Net small.safetensors --weights net.safetensors --input 1x3x224x224
+  decomp export mynet:Net small.safetensors --input 1x3x224x224 --output small.onnx
 
 MODEL is "package.module:factory", a class or function that makes the dense model (modules of the
 working directory are found), or the folder of a Hugging Face model. `decomp COMMAND --help` has examples.
@@ -70,6 +71,15 @@ examples:
 REPORT_EXAMPLES = """\
 examples:
   decomp report mynet:Net small.safetensors --weights net.safetensors --input 1x3x224x224 --output report.html
+"""
+EXPORT_EXAMPLES = """\
+examples:
+  decomp export mynet:Net small.safetensors --input 1x3x224x224 --output small.onnx
+  decomp export mynet:Net small.safetensors --input 1x3x224x224 --data images/ --int8 --output small.xml
+  decomp export mynet:Net --weights net.safetensors --input 1x3x224x224 --output dense.pt2
+
+Without SMALL and --plan the dense model is exported. The file is run and compared with PyTorch before it is put
+in place.
 """
 TRADEOFF_EXAMPLES = """\
 examples:
@@ -190,6 +200,28 @@ def parser() -> argparse.ArgumentParser:
     _input_options(curve)
     _tradeoff_options(curve)
     _general_options(curve)
+
+    exported = _command(
+        added, "export", "a file for ONNX, OpenVINO or torch.export", EXPORT_EXAMPLES, commands.export_command
+    )
+    _model_options(exported)
+    exported.add_argument("small", nargs="?", type=Path, metavar="SMALL", help="what decomp compress wrote")
+    exported.add_argument("--plan", type=Path, metavar="FILE", help="apply this plan in place of SMALL")
+    _input_options(exported)
+    exported.add_argument(
+        "--int8", action="store_true", help="quantize weights and activations, with ranges chosen on --data"
+    )
+    exported.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fold BatchNorm and merge factors first",
+    )
+    _general_options(exported)
+    exported.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="ending with .onnx, .xml (OpenVINO) or .pt2"
+    )
+    exported.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
     demo = added.add_parser("demo", help="compress a small network that reads handwritten digits (a minute)")
     demo.add_argument("--seed", type=int, default=0, help="seed of data, network and training (default 0)")
@@ -380,7 +412,9 @@ OPTIONS = {
 } | {
     name: f"--{name}" for name in ("budgets", "cost", "data", "evaluate", "exclude", "finetune", "layers", *COSTS)
 }
-OPTIONS |= {name: f"--{name}" for name in ("method", "methods", "objective", "ranks", "rules", "sequential")}
+OPTIONS |= {
+    name: f"--{name}" for name in ("method", "methods", "objective", "ranks", "rules", "sequential", "int8")
+}
 ARGUMENT = re.compile(r"(?<![\w.-])(\w+)=(?=[\s,:;.)]|$|['\"\d\[(])")
 
 

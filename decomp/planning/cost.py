@@ -54,6 +54,10 @@ class Bounds(TypedDict, total=False):
 class Cost(dict[str, int]):
     """The counted costs of a layer or a model, by kind; biases count as parameters."""
 
+    def __reduce__(self) -> tuple[type["Cost"], tuple[dict[str, int]]]:
+        """Pickle as a call with a dict: ``torch.load`` with ``weights_only=True`` fills no other mapping."""
+        return Cost, (dict(self),)
+
     @property
     def params(self) -> int:
         """Number of parameters."""
