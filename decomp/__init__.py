@@ -15,7 +15,7 @@ from decomp.files.pickled import safe_globals
 from decomp.files.save import save
 from decomp.hosts import tell_transformers
 from decomp.network.batch_norm_folding import fold_batch_norm
-from decomp.planning.budget import OutOfReach
+from decomp.planning.budget import OutOfReach, seconds
 from decomp.planning.build import NothingToDecompose
 from decomp.planning.plan import Plan, after_swaps
 from decomp.recovery.repair import repair
@@ -59,6 +59,7 @@ __all__ = [
     "runtimes",
     "safe_globals",
     "save",
+    "seconds",
     "sensitivity",
     "separable",
     "svd",

@@ -12,6 +12,7 @@ from decomp.network.forward import Batch
 from decomp.network.selection import Selector
 from decomp.planning.budget import MIN_GAIN
 from decomp.planning.cost import Bounds
+from decomp.runtimes import Runtime
 
 Data = TypeAliasType("Data", Iterable[Any] | Statistics)
 """Batches, or the statistics of them from :func:`decomp.calibrate`."""
@@ -112,6 +113,17 @@ class RankLimits(TypedDict, total=False):
 class BudgetArguments(Bounds, RankLimits, total=False):
     """The budget, and how it is distributed over the layers."""
 
+    runtime: Annotated[
+        str | Runtime | None,
+        Argument(
+            None,
+            'where seconds are measured: a name such as "openvino-int8" (``decomp.runtimes.RUNTIMES``), or a '
+            "``decomp.runtimes.Runtime`` of your own. ``seconds`` is then a share of the dense model's time, "
+            "in (0, 1], or ``decomp.seconds(0.010)``. Layers are timed there with what follows them, the whole "
+            "network is measured, and the bound is corrected until it is kept. Ranks are multiples that it "
+            "was found to like. Int8 needs ``data``.",
+        ),
+    ]
     methods: Annotated[
         str | Sequence[str | Method],
         Argument(

@@ -37,6 +37,17 @@ chose no such ranks.
 NEVER_CHEAPER = "no decomposition of it is cheaper"
 
 
+class seconds(float):
+    """A duration, for ``seconds=`` with ``runtime=``, where a plain float is a share of the dense model's time.
+
+    >>> seconds(0.010)
+    seconds(0.01)
+    """
+
+    def __repr__(self) -> str:
+        return f"seconds({float(self)!r})"
+
+
 class OutOfReach(ValueError):
     """No choice of ranks meets the budget; the message gives the least possible cost, and what is in the way."""
 

@@ -23,7 +23,7 @@ from decomp.network.flops import Call
 from decomp.planning.allocation import Front
 from decomp.planning.choice import DENSE, Change, Choice, describe
 from decomp.planning.cost import COUNTED, Cost, Price
-from decomp.planning.latency import Stopwatch, Timings
+from decomp.planning.latency import Measure, Stopwatch
 from decomp.ranks import Fixed, Rule
 
 
@@ -128,17 +128,17 @@ class Candidate:
         method: Method,
         calls: list[Call] | None,
         *,
-        timings: Timings | None = None,
+        measure: Measure | None = None,
+        multiple: int = 1,
         moments: AnyMoments | None = None,
     ) -> "Candidate":
         """Analyse the weight of ``module``, and with moments of the data its output.
 
-        ``calls`` are the calls of the layer in one pass of the example inputs. With ``timings``, what the call
-        has measured so far, the layer is timed as well.
+        ``calls`` are the calls of the layer in one pass of the example inputs. With ``measure`` the layer is
+        timed as well, at ranks that are multiples of ``multiple``.
         """
         require_finite(name, module)
         kernels = method.kernels(module)
-        device = next(module.parameters()).device
         limits = method.limits(kernels)
         scale = scale_of(kernels)  # errors are relative: an extreme weight is analysed at a moderate scale
         scaled = kernels if scale == 1 else kernels / scale
@@ -150,8 +150,8 @@ class Candidate:
             if outputs is not None:
                 analysis = method.analyse(outputs)
             stopwatch = None
-            if timings is not None:
-                stopwatch = Stopwatch(price, limits, calls or [], device, timings)
+            if measure is not None:
+                stopwatch = Stopwatch(price, limits, calls or [], measure, multiple)
         energy = analysis.energy * scale * scale
         # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses, with moments by
         # the spectra of the outputs if the rule reads them.
@@ -226,7 +226,7 @@ class Candidate:
 
     def seconds(self, ranks: Ranks) -> float:
         """Predicted seconds at these ranks, interpolated between measured ones."""
-        return float(self._stopwatch(np.array(self.price(ranks).macs)))
+        return float(self._stopwatch(np.array([ranks]))[0])
 
     @cached_property
     def _fronts(self) -> dict[tuple[str, int, float], tuple[list[Ranks], Values, Values]]:
@@ -241,7 +241,7 @@ class Candidate:
         if key not in self._fronts:
             grid = self.limited_grid(1, min_gain)
             counted = grid.costs.get(kind)
-            costs = self._stopwatch(grid.costs["macs"]) if counted is None else counted.astype(np.float64)
+            costs = self._stopwatch(grid.ranks) if counted is None else counted.astype(np.float64)
             places = undominated(grid, costs, self.dense_cost(kind), self.limits, multiple_of, self._is_preset)
             ranks = [tuple(row) for row in grid.ranks[places].tolist()]
             self._fronts[key] = (ranks, costs[places], grid.error[places] ** 2)

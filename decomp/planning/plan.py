@@ -90,6 +90,8 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         )
         self._before = before
         self._seconds = seconds
+        self.measured_in = ""
+        self.measured_seconds: Change | None = None
         self.request = request or Request()
         self.uncounted = dict(uncounted or {})
 
@@ -193,6 +195,12 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         pairs = ((self[name], candidates[0]) for name, candidates in self._candidates.items())
         saved = sum(c.dense_cost("seconds") - c.seconds(choice.ranks) for choice, c in pairs if choice.ranks)
         return Change(self._seconds.before, self._seconds.before - saved)
+
+    def with_measured(self, runtime: str, seconds: Change) -> "Plan":
+        """Return the plan with the seconds that the dense and the compressed model take in a runtime."""
+        plan = self._with({})
+        plan.measured_in, plan.measured_seconds = runtime, seconds
+        return plan
 
     def with_ranks(self, layers: str, ranks: RankSpec) -> "Plan":
         """Return the plan with other ranks for the layers that match a glob.
@@ -439,6 +447,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
             request=self.request,
             uncounted=self.uncounted,
         )
+        plan.measured_in, plan.measured_seconds = self.measured_in, self.measured_seconds
         setattr(model, PLAN, plan)
         tell_swapped(model)
         return cast(CompressedModule, model)
@@ -475,7 +484,11 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         if self.uncounted:
             yield uncounted_note(self.uncounted)
         yield from self._little_gain()
-        if self.seconds is not None:
+        if self.measured_seconds is not None and self.seconds is not None:
+            before, after = map(tables.milliseconds, self.measured_seconds)
+            predicted = tables.milliseconds(self.seconds.after)
+            yield f"latency {before} => {after} measured in {self.measured_in} ({predicted} predicted)"
+        elif self.seconds is not None:
             yield "latency {} measured => {} predicted".format(*map(tables.milliseconds, self.seconds))
         kind = self.request.budget.kind if self.request.budget else ""
         change = self.cost(kind) if kind in COUNTED and kind not in ("params", "macs") else None

@@ -1,7 +1,8 @@
 """Making a plan: by rank rules, each layer separately, or by a budget, all layers together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, cast
 
 from torch import nn
@@ -15,18 +16,33 @@ from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_n
 from decomp.network.eligibility import WhyNot
 from decomp.network.flops import Call, observe
 from decomp.network.surgery import names_of
+from decomp.network.tracing import tails
 from decomp.network.unpacking import unpacked
 from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
-from decomp.planning.budget import Budget, Request
+from decomp.planning.budget import Budget, OutOfReach, Request, seconds
 from decomp.planning.build import NothingToDecompose
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
-from decomp.planning.latency import Timings, latency, layer_seconds
+from decomp.planning.latency import (
+    RuntimeClock,
+    Stopwatch,
+    Timings,
+    in_eager,
+    latency,
+    layer_seconds,
+    preferred_multiple,
+    seconds_in,
+)
 from decomp.planning.plan import Plan
 from decomp.planning.safeguard import safeguard
 from decomp.planning.survey import Survey, survey
 from decomp.ranks import RULES, parse_request
+from decomp.runtimes import Runtime, find
+
+CORRECTIONS = 5  # how often a bound on seconds is corrected by what was measured
+WITHIN = 0.05  # it is not corrected any more where the measured time is below it by less than this
+MOST_BATCHES = 32  # of data, for the ranges of a quantizing runtime
 
 
 def make_plan(
@@ -122,15 +138,27 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     statistics = _statistics(model, scope)
     surveyed = _survey(model, allowed, why_not, statistics, scope)
     timed = budget.kind not in COUNTED
-    timings: Timings | None = {} if timed else None
+    timings: Timings = {}
+    runtime = None if given["runtime"] is None else find(given["runtime"])
+    if runtime is not None and not timed:
+        raise ValueError("runtime= says where seconds are measured: it needs a budget of seconds=")
+    clock, multiple, batches = None, 1, []
+    if runtime is not None:
+        batches = _batches(scope, surveyed.example)
+        clock = RuntimeClock(runtime, tails(model, surveyed.example, surveyed.decomposable), timings)
+        multiple = _multiple(clock, surveyed, fitting)
+        if request.multiple_of == 1:
+            request = replace(request, multiple_of=multiple)
     candidates: dict[str, list[Candidate]] = {}
     for name, module in bar(
         scope["progress"], "time and analyse" if timed else "analyse", surveyed.decomposable.items()
     ):
         calls, moments = surveyed.calls(name), statistics.get(name)
-        candidates[name] = [
-            _alone(name, module, each, calls, timings=timings, moments=moments) for each in fitting(module)
-        ]
+        options: dict[str, Any] = {"moments": moments, "multiple": multiple}
+        if timed:
+            device = next(module.parameters()).device
+            options["measure"] = clock.measure(name, device) if clock else in_eager(device, timings)
+        candidates[name] = [_alone(name, module, each, calls, **options) for each in fitting(module)]
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
         raise NothingToDecompose(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
@@ -141,12 +169,81 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         surveyed.cost,
         candidates,
         statistics=statistics,
-        seconds=_timed_together(given_model, model, surveyed, candidates) if timed else None,
+        seconds=_timed_together(given_model, model, surveyed, candidates, runtime, batches) if timed else None,
         request=request,
         uncounted=surveyed.uncounted,
     )
+    if runtime is not None:
+        return _kept_as_measured(
+            plan, given_model, surveyed.example, runtime, batches, cast(float, given["seconds"])
+        )
     bound: Any = {budget.kind: budget.value}
     return plan.with_budget(**bound)
+
+
+def _batches(scope: Scope, example: Any) -> list[Any]:
+    """Batches for a quantizing runtime: of the data, or, where these are statistics, the example."""
+    data, inputs = scope["data"], scope["inputs"]
+    if data is None or isinstance(data, Statistics):
+        return [example]
+    given: Iterable[Any] = islice(data, MOST_BATCHES)
+    return [inputs(batch) if inputs else batch for batch in given]
+
+
+def _multiple(clock: RuntimeClock, surveyed: Survey, fitting: Callable[[nn.Module], list[Method]]) -> int:
+    """The multiple of ranks that the runtime likes, measured on the layer with the most MACs."""
+    most = surveyed.forward_pass.macs if surveyed.forward_pass else {}
+    name = max(surveyed.decomposable, key=lambda name: most.get(name, 0), default=None)
+    if name is None:
+        return 1
+    module = surveyed.decomposable[name]
+    method, calls = fitting(module)[0], surveyed.calls(name) or []
+    limits = method.limits(method.kernels(module))
+    price = Price(module, cast(type[Factorized], method.layer_of(module)), limits, calls)
+    return preferred_multiple(price, limits, calls, clock.measure(name, next(module.parameters()).device))
+
+
+def _kept_as_measured(
+    plan: Plan, model: nn.Module, example: Any, runtime: Runtime, batches: Sequence[Any], asked: float
+) -> Plan:
+    """The plan with the most seconds within the bound, as measured: bounds are corrected by what came out.
+
+    Raises:
+        OutOfReach: the fastest choice of ranks is above the bound.
+    """
+    total = cast(Change, plan.seconds).before
+    if not isinstance(asked, seconds) and asked > 1:
+        raise ValueError(
+            f"seconds={asked!r} with runtime=: write a share of the dense model's time, in (0, 1], or "
+            f"decomp.seconds({asked!r}) for a duration"
+        )
+    target = float(asked) if isinstance(asked, seconds) else float(asked) * total
+    if target >= total:
+        return plan.with_budget(seconds=target)
+    best, bound, fastest = None, target, total
+    for _ in range(CORRECTIONS):
+        try:
+            tried = plan.with_budget(seconds=bound)
+        except OutOfReach:
+            if best is None and bound >= target:
+                raise
+            break
+        if not tried.replaced:
+            break
+        before, after = seconds_in(runtime, [model, tried.build(model)], example, batches)
+        found = after * total / before
+        fastest = min(fastest, found)
+        if found <= target and (best is None or found > cast(Change, best.measured_seconds).after):
+            best = tried.with_measured(runtime.name, Change(total, found))
+        if found <= target and found > (1 - WITHIN) * target:
+            break
+        bound *= (1 - WITHIN / 4) * target / found  # aims at just below
+    if best is None:
+        raise OutOfReach(
+            f"seconds={asked!r} cannot be reached in {runtime.name}: of the dense model's {total:.3g} s the least "
+            f"that was measured is {fastest:.3g}, a share of {fastest / total:.3f}"
+        )
+    return best
 
 
 def with_macs(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
@@ -242,9 +339,25 @@ def _require_same_model(statistics: Statistics, model: nn.Module) -> None:
 
 
 def _timed_together(
-    given: nn.Module, model: nn.Module, surveyed: Survey, candidates: Mapping[str, list[Candidate]]
+    given: nn.Module,
+    model: nn.Module,
+    surveyed: Survey,
+    candidates: Mapping[str, list[Candidate]],
+    runtime: Runtime | None,
+    batches: Sequence[Any],
 ) -> Change:
-    """Time the given model, and rescale the seconds of each layer alone to those inside the unpacked one."""
+    """Time the given model, and rescale the seconds of each layer alone to those inside the unpacked one.
+
+    In a runtime layers cannot be timed inside: there all are rescaled alike, where together they take longer than
+    the whole.
+    """
+    if runtime is not None:
+        (total,) = seconds_in(runtime, [given], surveyed.example, batches)
+        alone = sum(cast(Stopwatch, first.stopwatch).dense for first, *_ in candidates.values())
+        for each in candidates.values():
+            for candidate in each:
+                cast(Stopwatch, candidate.stopwatch).rescale(min(1.0, total / alone))
+        return Change(total, total)
     inside = layer_seconds(model, surveyed.example, surveyed.decomposable)
     (total,) = latency([given], surveyed.example)
     share = min(1.0, total / sum(inside.values()))

@@ -1,0 +1,102 @@
+"""Budgets of seconds in a runtime: shares, durations, multiples that it likes, and the bound as measured."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import decomp
+from decomp import runtimes
+
+POSITIONS = 64
+OVERHEAD = 2e-5
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """A runtime of known times: every layer takes OVERHEAD, and its MACs with channels in blocks of 16."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("decomp.runtimes.timing.time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def seconds(model):
+        total = 0.0
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):
+                outputs, inputs = (-(-size // 16) * 16 for size in layer.weight.shape[:2])
+                total += OVERHEAD + 1e-9 * POSITIONS * outputs * inputs * layer.weight[0, 0].numel()
+        return total
+
+    def prepare(model, example_inputs, data, threads):
+        taken = seconds(model)
+
+        def run(batch):
+            clock.now += 1e-6 + taken
+
+        return run
+
+    return SimpleNamespace(runtime=runtimes.Runtime("blocks", prepare), seconds=seconds)
+
+
+def network():
+    torch.manual_seed(0)
+    parts, inputs = [], 64
+    for outputs in (64, 128, 96):
+        parts += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        inputs = outputs
+    return nn.Sequential(*parts, nn.Conv2d(96, 32, 1), nn.ReLU()).eval(), torch.randn(1, 64, 8, 8)
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.35])
+def test_a_share_is_kept_as_measured_and_nearly_used_up(blocks, share):
+    model, x = network()
+    small = decomp.compress(model, x, seconds=share, runtime=blocks.runtime, progress=False)
+    taken = blocks.seconds(small) / blocks.seconds(model)
+    # Blocks of 16 of four layers are coarse: the next larger choice of ranks would be above the bound.
+    assert share - 0.1 < taken < share + 1e-3
+    plan = small.decomp_plan
+    assert plan.measured_in == "blocks"
+    assert plan.measured_seconds.after / plan.measured_seconds.before == pytest.approx(taken, rel=0.02)
+    assert "measured in blocks" in str(plan)
+
+
+def test_ranks_are_the_multiples_that_the_runtime_pads_to(blocks):
+    model, x = network()
+    plan = decomp.plan(model, seconds=0.5, runtime=blocks.runtime, example_inputs=x, progress=False)
+    assert plan.request.multiple_of == 16
+    ranks = [rank for choice in plan.values() for rank in choice.ranks]
+    assert ranks
+    assert all(rank % 16 == 0 for rank in ranks)
+    chosen = decomp.plan(
+        model, seconds=0.5, runtime=blocks.runtime, multiple_of=8, example_inputs=x, progress=False
+    )
+    assert chosen.request.multiple_of == 8
+
+
+def test_a_layer_that_is_not_faster_there_stays_dense(blocks):
+    model, x = network()
+    plan = decomp.plan(model, seconds=0.35, runtime=blocks.runtime, example_inputs=x, progress=False)
+    # 96 x 32 as two factors of rank 16 saves a third of the MACs and costs a second overhead, which is more.
+    assert not plan["9"].ranks
+    assert plan["0"].ranks
+
+
+def test_a_duration_is_no_share(blocks):
+    model, x = network()
+    total = blocks.seconds(model)
+    given = {"runtime": blocks.runtime, "example_inputs": x, "progress": False}
+    plan = decomp.plan(model, seconds=decomp.seconds(0.5 * total), **given)
+    assert plan.measured_seconds.after <= 0.5 * total * 1.01
+    with pytest.raises(ValueError, match=r"a share of the dense model's time, in \(0, 1\], or decomp\.seconds"):
+        decomp.plan(model, seconds=1.5, **given)
+    with pytest.raises(decomp.OutOfReach, match="cannot be reached"):
+        decomp.plan(model, seconds=0.001, **given)
+    with pytest.raises(ValueError, match="needs a budget of seconds"):
+        decomp.plan(model, macs=0.5, **given)
+
+
+def test_seconds_in_eager_are_kept(capsys):
+    model, x = network()
+    small = decomp.compress(model, x, seconds=0.9, runtime="eager", progress=False)
+    before, after = small.decomp_plan.measured_seconds
+    assert after <= 0.9 * before
