@@ -36,6 +36,7 @@ ALLOWED = {
     },
     "analysis": {
         *("_util", "api", "calibration", "data", "layers", "linalg", "methods", "network", "planning", "ranks"),
+        "runtimes",
     },
     "explorer": {
         *("_util", "analysis", "api", "calibration", "linalg", "methods", "network", "planning", "ranks"),

@@ -333,3 +333,32 @@ def test_a_failing_export_leaves_the_file_as_it_was(tmp_path, monkeypatch):
             decomp.export(model, tmp_path / wrong, x)
     with pytest.raises(ValueError, match="no int8"):
         decomp.export(model, path, x, int8=[x])
+
+
+def test_compare_times_and_scores_both_models_in_each_runtime():
+    require("openvino")
+    model, x = network()
+    small = decomp.tucker(model, ranks={"3": 8})
+    data = [torch.randn(2, *x.shape[1:]) for _ in range(4)]
+    target = model(data[0]).detach()
+    called = []
+
+    def agreement(net):
+        called.append(type(net).__name__)
+        return -float((net(data[0]) - target).detach().norm() / target.norm())
+
+    compared = decomp.compare(
+        small, model, x, evaluate=agreement, runtimes=["eager-bf16", "openvino-int8"], data=data
+    )
+    bf16, int8 = compared.runtimes
+    assert (bf16.precision, int8.precision) == ("bf16", "int8")
+    assert called == ["Sequential"] * 2 + ["InRuntime"] * 4
+    for each in compared.runtimes:
+        small_score, dense_score = each.scores
+        assert -0.06 < dense_score < -1e-5  # of what the precision costs, and no more
+        assert small_score < 0.5 * compared.scores[0]
+        assert each.speedup.low <= each.speedup.median <= each.speedup.high
+    assert bf16.bytes[0] < bf16.bytes[1]
+    assert "openvino-int8: " in str(compared)
+    with pytest.raises(ValueError, match="give data="):
+        decomp.compare(small, model, x, runtimes=["openvino-int8"])
