@@ -100,3 +100,21 @@ def test_seconds_in_eager_are_kept(capsys):
     small = decomp.compress(model, x, seconds=0.9, runtime="eager", progress=False)
     before, after = small.decomp_plan.measured_seconds
     assert after <= 0.9 * before
+
+
+def test_a_trade_off_is_timed_and_scored_in_the_runtime():
+    model, x = network()
+    halved = []
+
+    def prepare(model, example_inputs, data, threads):
+        halved.append(model)
+        return lambda batch: 0.5 * model(batch)
+
+    own = runtimes.Runtime("half", prepare)
+    curve = decomp.tradeoff(model, x, budgets=(0.5,), progress=False, runtime=own)
+    assert curve.dense.score == pytest.approx(0.5)  # 1/2 y in place of y
+    assert curve.points[0].score > 0.4
+    assert len(halved) == 5  # dense: time, score; the point: score, and both in turn
+    timed = decomp.tradeoff(model, x, budgets=(0.9,), cost="seconds", runtime="eager", progress=False)
+    assert timed.points[0].label == "seconds=0.9"
+    assert timed.points[0].seconds > 0

@@ -19,18 +19,20 @@ from decomp._util.schema import Value
 from decomp.analysis import plots
 from decomp.analysis.scores import Evaluate, Scorer
 from decomp.calibration.calibrate import Statistics
+from decomp.data.batches import Batches
 from decomp.methods import METHODS, Method, kinds_of, row_named
 from decomp.network import surgery
 from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector
 from decomp.network.unpacking import unpacked
-from decomp.planning.budget import OutOfReach
+from decomp.planning.budget import OutOfReach, seconds
 from decomp.planning.choice import DENSE
 from decomp.planning.cost import COSTS, COUNTED
-from decomp.planning.latency import latency
+from decomp.planning.latency import latency, seconds_in
 from decomp.planning.plan import Plan, read_plan
 from decomp.planning.survey import Survey, survey
 from decomp.ranks import RULES, Rule, parse_spec
+from decomp.runtimes import InRuntime, Runtime, find
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -260,6 +262,7 @@ def tradeoff(
     layers: Selector = None,
     exclude: Selector = (),
     progress: bool | None = None,
+    runtime: str | Runtime | None = None,
 ) -> Tradeoff:
     """Measure a model at several budgets under several methods and rules: cost against accuracy.
 
@@ -285,6 +288,9 @@ def tradeoff(
         layers: which layers; see :func:`decomp.tucker`.
         exclude: which of these stay dense.
         progress: show a progress bar; by default where there is a terminal.
+        runtime: a runtime, by name or as a record (``decomp.runtimes``), in which all models are timed and scored;
+            with ``cost="seconds"`` layers are priced there too. An int8 runtime takes its ranges from ``data``, or
+            from ``example_inputs``.
 
     Raises:
         ValueError: there is nothing to measure, a budget, cost, method or rule is unknown, or ``path`` holds
@@ -313,19 +319,49 @@ def tradeoff(
         "example": digest(example_inputs) if evaluate is None and data is None else "",
         "statistics": digest([vars(each) for each in statistics.values()]) if statistics else "",
     }
+    place = _Place(None, example_inputs, [])
+    if runtime is not None:
+        batches = [example_inputs] if data is None else list(Batches(data, inputs))
+        place = _Place(find(runtime), example_inputs, batches)
+        identity["runtime"] = find(runtime).name
     store = PointStore.open(path, identity)
     if store.dense is None:
-        (seconds,) = latency([model], example_inputs)
-        store.dense = Point(DENSE, DENSE, surveyed.cost | {"seconds": seconds}, scorer(model))
+        (taken,) = place.seconds([model])
+        store.dense = Point(DENSE, DENSE, surveyed.cost | {"seconds": taken}, scorer(place.model(model)))
         store.save()
     planner = Planner(
-        model, cost, layers=layers, exclude=exclude, example_inputs=example_inputs, data=statistics, progress=False
+        model,
+        cost,
+        layers=layers,
+        exclude=exclude,
+        example_inputs=example_inputs,
+        data=statistics,
+        progress=False,
+        **({"runtime": runtime} if cost == "seconds" else {}),
     )
     for request in bar(progress, "trade-off", requests):
         if request.key not in store.points:
-            store.add(_measure(request, model, example_inputs, planner, store.dense, scorer, finetune))
+            store.add(_measure(request, model, place, planner, store.dense, scorer, finetune))
     points = [planner.with_analysis(request, store.points[request.key]) for request in requests]
     return Tradeoff(points, store.dense, scorer.label, scorer.is_error, cost)
+
+
+class _Place(NamedTuple):
+    """Where models are timed and scored: in a runtime, or, without one, as they are."""
+
+    runtime: Runtime | None
+    example_inputs: Any
+    batches: Sequence[Any]
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """The model as it runs there."""
+        return InRuntime(model, self.runtime, self.example_inputs, self.batches) if self.runtime else model
+
+    def seconds(self, models: list[nn.Module]) -> list[float]:
+        """Median seconds of one pass of each, in turn."""
+        if self.runtime is None:
+            return latency(models, self.example_inputs)
+        return seconds_in(self.runtime, models, self.example_inputs, self.batches)
 
 
 class PointRequest(NamedTuple):
@@ -433,7 +469,7 @@ class Planner:
         line = None if request.budget is None else request.line
         if line not in self._analyses:
             # No method is out of reach of so large a budget: all that counts here is the analysis.
-            unlimited: dict[str, Any] = {self._cost: 10**30 if self._cost in COUNTED else 1e9}
+            unlimited: dict[str, Any] = {self._cost: 10**30 if self._cost in COUNTED else seconds(1e9)}
             budget = {} if line is None else unlimited | {"methods": request.methods}
             self._analyses[line] = api.plan(self._model, **budget, **self._options)
         return self._analyses[line]
@@ -442,7 +478,7 @@ class Planner:
 def _measure(
     request: PointRequest,
     model: nn.Module,
-    example_inputs: Any,
+    place: _Place,
     planner: Planner,
     dense: Point,
     scorer: Scorer,
@@ -458,15 +494,15 @@ def _measure(
     small = plan.apply(model, progress=False)
     if finetune is not None:
         finetune(small)
-    score = scorer(small)
+    score = scorer(place.model(small))
     known = {kind: plan.cost(kind) for kind in COUNTED}
     costs: dict[str, float] = {kind: change.after for kind, change in known.items() if change is not None}
     if "macs" not in costs:
         costs["macs"] = sum(choice.macs.after for choice in plan.values())
     # In turn with the dense model, whose seconds may have drifted since its own point was measured.
-    small_seconds, dense_seconds = latency([small, model], example_inputs)
-    seconds = dense.seconds * small_seconds / dense_seconds
-    return Point(*request.key, costs | {"seconds": seconds}, score, plan)
+    small_seconds, dense_seconds = place.seconds([small, model])
+    taken = dense.seconds * small_seconds / dense_seconds
+    return Point(*request.key, costs | {"seconds": taken}, score, plan)
 
 
 @dataclass
