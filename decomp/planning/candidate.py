@@ -23,7 +23,7 @@ from decomp.network.flops import Call
 from decomp.planning.allocation import Front
 from decomp.planning.choice import DENSE, Change, Choice, describe
 from decomp.planning.cost import COUNTED, Cost, Price
-from decomp.planning.latency import Measure, Stopwatch
+from decomp.planning.latency import RANK_SHARES, Measure, Stopwatch
 from decomp.ranks import Fixed, Rule
 
 
@@ -130,12 +130,13 @@ class Candidate:
         *,
         measure: Measure | None = None,
         multiple: int = 1,
+        shares: Sequence[float] = RANK_SHARES,
         moments: AnyMoments | None = None,
     ) -> "Candidate":
         """Analyse the weight of ``module``, and with moments of the data its output.
 
         ``calls`` are the calls of the layer in one pass of the example inputs. With ``measure`` the layer is
-        timed as well, at ranks that are multiples of ``multiple``.
+        timed as well, at these ``shares`` of its ranks, in multiples of ``multiple``.
         """
         require_finite(name, module)
         kernels = method.kernels(module)
@@ -151,7 +152,7 @@ class Candidate:
                 analysis = method.analyse(outputs)
             stopwatch = None
             if measure is not None:
-                stopwatch = Stopwatch(price, limits, calls or [], measure, multiple)
+                stopwatch = Stopwatch(price, limits, calls or [], measure, multiple, shares)
         energy = analysis.energy * scale * scale
         # A method without spectra takes its ranks from the Tucker-2 that a spectral rule chooses, with moments by
         # the spectra of the outputs if the rule reads them.

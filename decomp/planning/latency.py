@@ -21,6 +21,7 @@ from decomp.planning.cost import Price, example_input
 from decomp.runtimes import Runtime, ready, time_in_turn
 
 RANK_SHARES = (0.02, 0.1, 0.25, 0.5, 0.75)
+RUNTIME_RANK_SHARES = (0.08, 0.25, 0.6)  # fewer, since a runtime takes a second to prepare a layer
 LEAST_SECONDS_PER_ROUND = 0.01
 ROUNDS = 3
 TIMED_PASSES = 5
@@ -76,6 +77,7 @@ class Stopwatch:
         calls: the inputs of the layer in one pass.
         measure: measures it.
         multiple: MACs are those of ranks rounded up to a multiple of it, to which the runtime pads them.
+        shares: the ranks to measure, as shares of the limits.
     """
 
     def __init__(
@@ -85,13 +87,14 @@ class Stopwatch:
         calls: Sequence[Call],
         measure: Measure,
         multiple: int = 1,
+        shares: Sequence[float] = RANK_SHARES,
     ) -> None:
         self._price, self._limits, self._multiple = price, np.array(limits), multiple
         self.dense = measure(price.spec, tuple(calls))
         from scipy.optimize import isotonic_regression  # late: it takes longer than the rest of import decomp
 
         points: dict[int, float] = {}
-        for share in RANK_SHARES:
+        for share in shares:
             ranks = tuple(min(max(1, round(share * limit / multiple)) * multiple, limit) for limit in limits)
             cost = price(ranks)
             if cost.macs < price.dense.macs or not price.dense.macs:  # a dense embedding has no MACs

@@ -25,6 +25,8 @@ from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
 from decomp.planning.latency import (
+    RANK_SHARES,
+    RUNTIME_RANK_SHARES,
     RuntimeClock,
     Stopwatch,
     Timings,
@@ -157,6 +159,7 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         options: dict[str, Any] = {"moments": moments, "multiple": multiple}
         if timed:
             device = next(module.parameters()).device
+            options["shares"] = RUNTIME_RANK_SHARES if clock else RANK_SHARES
             options["measure"] = clock.measure(name, device) if clock else in_eager(device, timings)
         candidates[name] = [_alone(name, module, each, calls, **options) for each in fitting(module)]
     if not candidates:
