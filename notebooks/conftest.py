@@ -1,4 +1,4 @@
-"""The notebook of the text detector needs its weights; where they are missing it is left out, and the report says so."""
+"""The notebook of the text detector is left out where its weights are missing, and the report says so."""
 
 from importlib.util import find_spec
 

@@ -209,7 +209,7 @@ def _literals(source: str) -> list[str]:
 
 def test_notebooks_were_run_in_order_and_show_what_the_web_can_show():
     found = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    assert len(found) >= 5
+    assert len(found) >= 6
     for path in found:
         assert f"notebooks/{path.name}" in README
         cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
