@@ -130,7 +130,7 @@ def test_no_recipe_is_worse_on_unseen_data_than_no_data(seed, widths, norm, shar
 
 @pytest.mark.parametrize("repeats", [1, 8])
 def test_a_head_is_not_fitted_to_the_few_rows_of_data_that_repeats(repeats):
-    """W^ goes through the 18 rows that it is fitted to, many times as large as W; the rows that are held out show it."""
+    """W^ goes through the 18 rows that it is fitted to, many times as large as W, which held-out rows show."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
     x = torch.randn(24, 64)
