@@ -228,9 +228,10 @@ def _kept_as_measured(
         try:
             tried = plan.with_budget(seconds=bound)
         except OutOfReach:
-            if best is None and bound >= target:
-                raise
-            break
+            if best is not None:
+                break
+            bound = (bound + total) / 2  # so says the prediction: what is measured decides
+            continue
         if not tried.replaced:
             break
         before, after = seconds_in(runtime, [model, tried.build(model)], example, batches)
