@@ -28,9 +28,10 @@ def recipes(model, data, ranks, method=decomp.tucker):
     plain = method(model, ranks=ranks, **QUIET)
     repaired = copy.deepcopy(plain)
     decomp.repair(repaired, model, data, **QUIET)
+    plan = decomp.plan(model, method.__name__, ranks, data=decomp.calibrate(model, data, **QUIET), **QUIET)
     return plain, {
-        "from data": method(model, ranks=ranks, data=decomp.calibrate(model, data, **QUIET), **QUIET),
-        "sequential": method(model, ranks=ranks, data=data, sequential=True, **QUIET),
+        "from data": plan.apply(model, **QUIET),
+        "sequential": method(model, plan, data=data, sequential=True, **QUIET),
         "repaired": repaired,
     }
 
@@ -40,7 +41,7 @@ class Tall(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, (64, 1), padding=(32, 0)) for a, b in ((128, 1024), (1024, 8)))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, (64, 1), padding=(32, 0)) for a, b in ((128, 128), (1024, 8)))
         with torch.no_grad():
             for conv in self.convs:  # smooth kernels with a falling spectrum, as trained ones have
                 shape = conv.weight.shape
@@ -51,9 +52,8 @@ class Tall(nn.Module):
                 conv.weight.copy_(kernel / kernel.norm() * 0.5 * shape[0] ** 0.5 + 0.02 * conv.weight)
 
     def forward(self, x):
-        for conv in self.convs[:-1]:
-            x = torch.nn.functional.max_pool2d(torch.relu(conv(x)), (2, 1))
-        return self.convs[-1](x)
+        x = torch.nn.functional.max_pool2d(torch.relu(self.convs[0](x)), (2, 1))
+        return self.convs[1](torch.cat([x.roll(steps, 2) for steps in range(8)], 1))
 
 
 def waves(count, seed):
@@ -66,17 +66,15 @@ def waves(count, seed):
     )
 
 
-@pytest.mark.parametrize("batches", [8, 2])
-def test_large_patches_are_fitted_or_left_but_never_made_worse(batches):
+def test_large_patches_are_fitted_and_never_made_worse():
     model = Tall().eval()
-    data = [waves(4, 1 + index) for index in range(batches)]
+    data = [waves(4, 1 + index) for index in range(8)]
     plain, others = recipes(model, data, ranks=(6, 6))
     unseen = waves(24, 100)
     before = error(plain, model, unseen)
     for name, small in others.items():
-        # Two batches of four hold out one of four: what is judged on so few is noise itself.
-        assert error(small, model, unseen) <= (1.02 if batches == 8 else 1.1) * before, name
-    assert batches < 4 or error(others["sequential"], model, unseen) < 0.7 * before
+        assert error(small, model, unseen) <= 1.02 * before, name
+    assert error(others["sequential"], model, unseen) < 0.7 * before
 
 
 def trained(seed, widths, norm):
