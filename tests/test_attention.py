@@ -596,7 +596,7 @@ def tokens_of_rank_6(count=7):
 
 def test_data_reach_the_projections():
     model, (x, *data) = Tokens().eval(), tokens_of_rank_6()
-    statistics = decomp.calibrate(model, data)
+    statistics = decomp.calibrate(model, data, held_out=False)
     assert set(statistics) == {f"attn.{role}" for role in PROJECTIONS}
     tokens = torch.cat([batch.flatten(0, 1) for batch in data]).double()
     centred = tokens - tokens.mean(0)

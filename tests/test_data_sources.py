@@ -53,7 +53,8 @@ def test_a_mask_reaches_the_model_and_one_of_ones_changes_nothing():
     bare = [{"input_ids": batch["input_ids"]} for batch in padded]
     full = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in padded]
     masked, unmasked, ones = (
-        decomp.calibrate(model, data, layers=LATER, progress=False) for data in (padded, bare, full)
+        decomp.calibrate(model, data, layers=LATER, held_out=False, progress=False)
+        for data in (padded, bare, full)
     )
     assert len(masked) == 6
     for name, moments in unmasked.items():
@@ -66,7 +67,9 @@ def test_a_mask_reaches_the_model_and_one_of_ones_changes_nothing():
 def test_moments_are_those_of_the_tokens_that_are_no_padding():
     """The oracle is the same sequences one by one, none of them padded."""
     model, (alone, padded) = bert(), sequences(12)
-    expected, found = (decomp.calibrate(model, data, layers=LATER, progress=False) for data in (alone, padded))
+    expected, found = (
+        decomp.calibrate(model, data, layers=LATER, held_out=False, progress=False) for data in (alone, padded)
+    )
     for name, moments in expected.items():
         assert found[name].samples == moments.samples
         for kind in ("inputs", "outputs"):
@@ -124,7 +127,7 @@ def test_workers_change_nothing(shuffle):
     for workers in (0, 2):
         torch.manual_seed(5)
         loader = DataLoader(Images(48), batch_size=8, shuffle=shuffle, num_workers=workers)
-        statistics = decomp.calibrate(model, loader, progress=False)
+        statistics = decomp.calibrate(model, loader, held_out=False, progress=False)
         small = decomp.tucker(model, ranks=5)
         repaired = decomp.repair(small, model, loader, progress=False)
         tuned = decomp.finetune_layerwise(small, model, loader, steps=8, progress=False)
@@ -318,7 +321,8 @@ def test_the_mean_that_is_corrected_is_that_over_all_positions(size):
     """As BatchNorm averages: a large image has more positions than a small one, and another mean here."""
     model = net()
     data = [torch.randn(4, 6, 6, 6), torch.randn(4, 6, size, size) + 2] * 2
-    small = decomp.tucker(model, ranks=4, data=data, layers="0", progress=False)
+    statistics = decomp.calibrate(model, data, layers="0", held_out=False, progress=False)
+    small = decomp.tucker(model, ranks=4, data=statistics, layers="0", progress=False)
     with torch.no_grad():
         lost = [(small[:2](x) - model[:2](x)).transpose(0, 1).flatten(1) for x in data]
         scale = torch.cat([model[:2](x).transpose(0, 1).flatten(1) for x in data], 1).std(1)
