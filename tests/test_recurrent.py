@@ -664,7 +664,7 @@ def test_moments_are_those_of_what_every_matrix_multiplies(packed):
     data = smooth()
     lengths = torch.tensor([6, 3, 1, 5] * 4)
     given = [pack_padded_sequence(x, lengths, enforce_sorted=False) for x in data] if packed else data
-    moments = decomp.calibrate(model, [(each,) if packed else each for each in given])["0"]
+    moments = decomp.calibrate(model, [(each,) if packed else each for each in given], held_out=False)["0"]
     assert moments.samples == (4 * int(lengths.sum()) if packed else 4 * 6 * 16)
     rows = received(model[0], given)
     for role, kernels in recurrent_matrices(model[0]).items():
@@ -687,7 +687,8 @@ def test_with_data_the_error_of_the_gates_is_the_true_one_and_smaller(name):
 
     ranks = small_ranks(name, dense)
     plain = factorized(name, dense, ranks)
-    plan = decomp.plan(nn.Sequential(dense), name, ranks=ranks, data=data)
+    statistics = decomp.calibrate(nn.Sequential(dense), data, held_out=False)
+    plan = decomp.plan(nn.Sequential(dense), name, ranks=ranks, data=statistics)
     small = plan.apply(nn.Sequential(dense))
     exact = gates(recurrent_matrices(dense))
     errors = [
