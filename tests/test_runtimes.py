@@ -13,7 +13,7 @@ from torch import nn
 
 import decomp
 from decomp import runtimes
-from decomp.layers import Factorized
+from decomp.layers import SVDRNN, Factorized
 from decomp.methods import METHODS
 from decomp.runtimes import Timing
 from decomp.runtimes.onnx_files import OnnxSession, write_onnx
@@ -104,6 +104,8 @@ def test_layers_run_outside_of_pytorch_as_in_it(name, model, x, exported, tmp_pa
     torch.manual_seed(1)
     fresh = (lambda: torch.randn_like(x)) if x.is_floating_point() else (lambda: x)
     for data in (None, [x, fresh(), fresh()]):
+        if name == "openvino" and data is not None and isinstance(model.layer, SVDRNN):
+            pytest.xfail("NNCF quantizes the state between steps, 28 % off: said in docs/runtimes.md")
         if name == "openvino":
             run = OpenVinoModel(program, graph_of(program, data), 1, "f32")
         else:
