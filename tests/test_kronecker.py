@@ -174,7 +174,8 @@ def test_with_data_the_error_of_the_output_is_the_true_one(inputs, outputs):
     torch.manual_seed(1)
     dense = nn.Sequential(nn.Linear(inputs, outputs))
     data = [torch.randn(64, inputs) @ torch.randn(inputs, inputs) for _ in range(4)]
-    small = decomp.plan(dense, "kronecker", ranks=2, data=data).apply(dense)
+    statistics = decomp.calibrate(dense, data, held_out=False, progress=False)
+    small = decomp.plan(dense, "kronecker", ranks=2, data=statistics).apply(dense)
     kept = decomp.plan(dense, "kronecker", ranks=2).apply(dense)
     torch.testing.assert_close(small[0].dense_weight(), kept[0].dense_weight(), rtol=0, atol=1e-6)
     x = torch.cat(data).double()
