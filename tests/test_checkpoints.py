@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_huggingface import IDS, NOISE, bert, gpt2, llama, mixtral, t5
+from test_huggingface import IDS, NOISE, bert, gpt2, llama, mixtral, t5, vit
 
 import decomp
 import decomp.huggingface
@@ -23,18 +23,6 @@ from decomp.layers import Factorized
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def vit():
-    config = transformers.ViTConfig(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        image_size=32,
-        patch_size=8,
-    )
-    return transformers.ViTForImageClassification(config)
 
 
 FAMILIES = {

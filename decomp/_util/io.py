@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"  # begins the names of files and folders that are being written
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     If the block raises, or the process is killed, ``path`` has its old content.
     """
-    temporary = path.parent / f"{_UNFINISHED}{uuid4().hex}"
+    temporary = path.parent / f"{UNFINISHED}{uuid4().hex}"
     try:
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode  # as the umask of the process asks for
@@ -46,7 +46,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove temporary files of processes that were killed inside :func:`replacing`."""
-    for path in folder.glob(_UNFINISHED + "*"):
+    for path in folder.glob(UNFINISHED + "*"):
         path.unlink()
 
 

@@ -28,11 +28,11 @@ from decomp.network.unpacking import unpacked
 from decomp.planning.budget import OutOfReach, seconds
 from decomp.planning.choice import DENSE
 from decomp.planning.cost import COSTS, COUNTED
-from decomp.planning.latency import latency, seconds_in
+from decomp.planning.latency import latency, seconds_of
 from decomp.planning.plan import Plan, read_plan
 from decomp.planning.survey import Survey, survey
 from decomp.ranks import RULES, Rule, parse_spec
-from decomp.runtimes import InRuntime, Runtime, find
+from decomp.runtimes import InRuntime, Runtime, find, ready
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -361,7 +361,8 @@ class _Place(NamedTuple):
         """Median seconds of one pass of each, in turn."""
         if self.runtime is None:
             return latency(models, self.example_inputs)
-        return seconds_in(self.runtime, models, self.example_inputs, self.batches)
+        runs = [ready(self.runtime, model, self.example_inputs, self.batches) for model in models]
+        return seconds_of(runs, self.example_inputs)
 
 
 class PointRequest(NamedTuple):

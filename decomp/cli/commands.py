@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from decomp import api
-from decomp._util.io import write_atomically
+from decomp._util.io import UNFINISHED, write_atomically
 from decomp.analysis.compare import Comparison, compare
 from decomp.analysis.html_report import report
 from decomp.analysis.scores import Scorer
@@ -291,7 +291,7 @@ def write(small: nn.Module, output: Path, source: Source, *, as_folder: bool) ->
         constructor = None if source.is_folder else source.constructor
         save(small, output, constructor=constructor, arguments=source.arguments if constructor else None)
         return
-    unfinished = Path(mkdtemp(prefix=".unfinished-", dir=output.absolute().parent))
+    unfinished = Path(mkdtemp(prefix=UNFINISHED, dir=output.absolute().parent))
     try:
         small.save_pretrained(unfinished)  # type: ignore[operator]
         copy_companions(Path(source.text), unfinished)

@@ -31,10 +31,8 @@ Timings = dict[tuple[Any, ...], float]
 Measure = Callable[[nn.Module, tuple[Call, ...]], float]
 """Seconds of all calls of a layer, which is given on the meta device."""
 MULTIPLES = (1, 4, 8, 16, 32)
-TOP_RANK, RANK_STEP = (
-    64,
-    4,
-)  # the ranks at which multiples are looked for: the upper half up to here, in these steps
+TOP_RANK = 64  # multiples are looked for at the upper half of the ranks up to here,
+RANK_STEP = 4  # in these steps
 CLEARLY = 0.7  # a multiple is taken where its residual is below this share of that without one
 
 
@@ -206,9 +204,8 @@ def preferred_multiple(price: Price, limits: tuple[int, ...], calls: Sequence[Ca
     return best if residual[best] < CLEARLY * residual[1] else 1
 
 
-def seconds_in(runtime: Runtime, models: Sequence[nn.Module], batch: Any, data: Sequence[Any]) -> list[float]:
-    """Median seconds of one pass of each model in a runtime, in turn."""
-    runs = [ready(runtime, model, batch, data) for model in models]
+def seconds_of(runs: Sequence[Callable[[Any], Any]], batch: Any) -> list[float]:
+    """Median seconds of one pass of each of these models, which are prepared in a runtime, in turn."""
     timings = time_in_turn([partial(run, batch) for run in runs], seconds=1.0)
     return [timing.seconds for timing in timings]
 

@@ -34,13 +34,13 @@ from decomp.planning.latency import (
     latency,
     layer_seconds,
     preferred_multiple,
-    seconds_in,
+    seconds_of,
 )
 from decomp.planning.plan import Plan
 from decomp.planning.safeguard import safeguard
 from decomp.planning.survey import Survey, survey
 from decomp.ranks import RULES, parse_request
-from decomp.runtimes import Runtime, find
+from decomp.runtimes import Runtime, find, ready
 
 CORRECTIONS = 5  # how often a bound on seconds is corrected by what was measured
 WITHIN = 0.05  # it is not corrected any more where the measured time is below it by less than this
@@ -144,8 +144,9 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     runtime = None if given["runtime"] is None else find(given["runtime"])
     if runtime is not None and not timed:
         raise ValueError("runtime= says where seconds are measured: it needs a budget of seconds=")
-    clock, multiple, batches = None, 1, []
+    clock, multiple, run_dense, batches = None, 1, None, []
     if runtime is not None:
+        _require_share_or_duration(cast(float, given["seconds"]))
         batches = _batches(scope, surveyed.example)
         clock = RuntimeClock(runtime, tails(model, surveyed.example, surveyed.decomposable), timings)
         multiple = _multiple(clock, surveyed, fitting)
@@ -165,6 +166,8 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
         raise NothingToDecompose(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
+    if runtime is not None:
+        run_dense = ready(runtime, given_model, surveyed.example, batches)
     undecided = {name: first.choose((), "undecided") for name, (first, *_) in candidates.items()}
     choices = surveyed.refused | undecided
     plan = Plan(
@@ -172,14 +175,13 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         surveyed.cost,
         candidates,
         statistics=statistics,
-        seconds=_timed_together(given_model, model, surveyed, candidates, runtime, batches) if timed else None,
+        seconds=_timed_together(given_model, model, surveyed, candidates, run_dense) if timed else None,
         request=request,
         uncounted=surveyed.uncounted,
     )
-    if runtime is not None:
-        return _kept_as_measured(
-            plan, given_model, surveyed.example, runtime, batches, cast(float, given["seconds"])
-        )
+    if runtime is not None and run_dense is not None:
+        asked = cast(float, given["seconds"])
+        return _kept_as_measured(plan, given_model, surveyed.example, runtime, batches, run_dense, asked)
     bound: Any = {budget.kind: budget.value}
     return plan.with_budget(**bound)
 
@@ -206,8 +208,27 @@ def _multiple(clock: RuntimeClock, surveyed: Survey, fitting: Callable[[nn.Modul
     return preferred_multiple(price, limits, calls, clock.measure(name, next(module.parameters()).device))
 
 
+def _require_share_or_duration(asked: float) -> None:
+    """Check a bound of seconds in a runtime, before layers are timed there for minutes.
+
+    Raises:
+        ValueError: it is a number above 1, which is no share.
+    """
+    if not isinstance(asked, seconds) and asked > 1:
+        raise ValueError(
+            f"seconds={asked!r} with runtime=: write a share of the dense model's time, in (0, 1], or "
+            f"decomp.seconds({asked!r}) for a duration"
+        )
+
+
 def _kept_as_measured(
-    plan: Plan, model: nn.Module, example: Any, runtime: Runtime, batches: Sequence[Any], asked: float
+    plan: Plan,
+    model: nn.Module,
+    example: Any,
+    runtime: Runtime,
+    batches: Sequence[Any],
+    run_dense: Callable[[Any], Any],
+    asked: float,
 ) -> Plan:
     """The plan with the most seconds within the bound, as measured: bounds are corrected by what came out.
 
@@ -215,11 +236,6 @@ def _kept_as_measured(
         OutOfReach: the fastest choice of ranks is above the bound.
     """
     total = cast(Change, plan.seconds).before
-    if not isinstance(asked, seconds) and asked > 1:
-        raise ValueError(
-            f"seconds={asked!r} with runtime=: write a share of the dense model's time, in (0, 1], or "
-            f"decomp.seconds({asked!r}) for a duration"
-        )
     target = float(asked) if isinstance(asked, seconds) else float(asked) * total
     if target >= total:
         return plan.with_budget(seconds=target)
@@ -234,7 +250,8 @@ def _kept_as_measured(
             continue
         if not tried.replaced:
             break
-        before, after = seconds_in(runtime, [model, tried.build(model)], example, batches)
+        run = ready(runtime, tried.build(model), example, batches)
+        before, after = seconds_of([run_dense, run], example)
         found = after * total / before
         fastest = min(fastest, found)
         if found <= target and (best is None or found > cast(Change, best.measured_seconds).after):
@@ -347,16 +364,15 @@ def _timed_together(
     model: nn.Module,
     surveyed: Survey,
     candidates: Mapping[str, list[Candidate]],
-    runtime: Runtime | None,
-    batches: Sequence[Any],
+    run_dense: Callable[[Any], Any] | None,
 ) -> Change:
     """Time the given model, and rescale the seconds of each layer alone to those inside the unpacked one.
 
-    In a runtime layers cannot be timed inside: there all are rescaled alike, where together they take longer than
-    the whole.
+    In a runtime, where ``run_dense`` runs the given model, layers cannot be timed inside: there all are rescaled
+    alike, where together they take longer than the whole.
     """
-    if runtime is not None:
-        (total,) = seconds_in(runtime, [given], surveyed.example, batches)
+    if run_dense is not None:
+        (total,) = seconds_of([run_dense], surveyed.example)
         alone = sum(cast(Stopwatch, first.stopwatch).dense for first, *_ in candidates.values())
         for each in candidates.values():
             for candidate in each:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from decomp._util import tables
+from decomp._util.io import UNFINISHED
 from decomp.data.batches import Batches
 from decomp.network.forward import call, evaluating, to_device_of
 from decomp.network.restoring import all_or_nothing
@@ -23,7 +24,6 @@ from decomp.runtimes.program import Program, export_program
 
 FORMATS = {".onnx": "ONNX", ".xml": "OpenVINO", ".pt2": "torch.export"}
 LARGEST_ERROR = 1e-3
-_UNFINISHED = ".unfinished-"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def export(
     with evaluating(model), torch.no_grad():
         expected = call(model, to_device_of(model, example_inputs))
     program = export_program(for_inference(model, example_inputs) if fold else model, example_inputs)
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         result = _written(form, program, temporary, data)(example_inputs)
         error, relative = _difference(expected, result)
