@@ -1,7 +1,9 @@
 """Passes that are held at each layer: the results of a pass for each layer, from fewer passes."""
 
+import math
 import threading
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -138,11 +140,12 @@ def test_the_same_as_with_a_pass_for_each_layer(make, batches, held, training, m
     layers = {n: m for n, m in layers.items() if n != "twice"}
     if not isinstance(model, Residual):
         with evaluating(model):
-            assert (held_bytes(model, layers, Batches(data)) < float("inf")) == held
+            assert (held_bytes(model, layers, Batches(data)) is not None) == held
     results, plans = [], []
-    for bound in (None, float("inf"), 200.0):
+    for bound in (None, math.inf, 200.0):
         if bound is not None:  # infinite: a pass for each layer; 200 bytes per byte: some batches are held
-            monkeypatch.setattr(suspended, "held_bytes", lambda *_, bound=bound: bound)
+            per_byte = None if bound == math.inf else dict.fromkeys(layers, bound)
+            monkeypatch.setattr(suspended, "held_bytes", lambda *_, per_byte=per_byte: per_byte)
         if bound == 200.0:
             monkeypatch.setattr("decomp.recovery.sequential.CACHE_BYTES", 3 * 400 * suspended.size_of(data[0]) + 1)
         if bound == 200.0 and not held:
@@ -192,7 +195,7 @@ def test_fine_tuning_is_the_same_as_with_passes_for_each_layer(make, batches, he
         report = decomp.finetune_layerwise(small, model, data, steps=12, cache_bytes=cache, progress=False)
         reports.append([(name, each.error_after, each.note) for name, each in report.items()])
         results.append(small.state_dict())
-        monkeypatch.setattr(suspended, "held_bytes", lambda *_: float("inf"))
+        monkeypatch.setattr(suspended, "held_bytes", lambda *_: None)
     assert reports[0] == reports[1]
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
     for name, value in results[0].items():
@@ -291,11 +294,11 @@ def test_what_is_held_is_bounded():
     data = rows(10)
     layers = {"0": model[0], "2": model[2]}
     per_byte = held_bytes(model, layers, Batches(data))
-    # At the second layer: its input of 64 channels and its output of 16, for an input of 16.
-    assert per_byte == (64 + 16) / 16
+    # At the second layer its input of 64 channels and its output of 16; the batch itself is not counted.
+    assert per_byte == {"0": 64 / 16, "2": (64 + 16) / 16}
     pairs = {name: (layer, layer) for name, layer in layers.items()}
     order = {name: suspended.Tail() for name in layers}
-    cache = int(3.5 * 2 * per_byte * suspended.size_of(data[0]))
+    cache = int(3.5 * 2 * per_byte["0"] * suspended.size_of(data[0]))
     with HeldExamples(model, model, pairs, order, Batches(data), cache) as held, torch.no_grad():
         examples = held.of("0")
         assert len(passes_alive()) == 6
@@ -318,3 +321,68 @@ def test_gates_hold_one_thread_at_a_time_and_leave_other_calls_alone():
             for value, each in enumerate(passes):
                 assert torch.equal(each.output, model(torch.full((1, 16), float(value))))
                 assert not each.output.requires_grad
+
+
+def hourglass():
+    """Its passes hold 4, 8.5, 1.5 and 5 times their batch: most at the second layer, least at the third."""
+    widths = (16, 64, 8, 16, 64)
+    return nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths))).eval()
+
+
+def test_passes_are_given_up_where_there_is_no_room_and_others_begin_where_there_is():
+    model, data = hourglass(), rows(12)
+    layers = dict(model.named_children())
+    per_byte = held_bytes(model, layers, Batches(data))
+    assert per_byte == {"0": 4.0, "1": 4.5, "2": 1.5, "3": 5.0}
+    size = suspended.size_of(data[0])
+    pairs, order = (
+        {name: (layer, layer) for name, layer in layers.items()},
+        dict.fromkeys(layers, suspended.Tail()),
+    )
+    held_at = []
+    with HeldExamples(model, model, pairs, order, Batches(data), 2 * 18 * size) as held, torch.no_grad():
+        for name, layer in layers.items():
+            examples = held.of(name)
+            held_at.append(len(held._held))
+            assert len(passes_alive()) == 2 * held_at[-1]
+            assert [example.batch for example in examples] == list(range(12))
+            for example, x in zip(examples, data, strict=True):
+                assert torch.equal(example.targets[0], model[: int(name) + 1](x))
+            held.replace(name, None, model)
+    assert held_at == [4, 4, 12, 3]
+
+
+def test_a_layer_takes_as_many_batches_as_it_needs():
+    model, data = hourglass(), rows(12)
+    layers = dict(model.named_children())
+    pairs, order = (
+        {name: (layer, layer) for name, layer in layers.items()},
+        dict.fromkeys(layers, suspended.Tail()),
+    )
+    begun = []
+    model.register_forward_pre_hook(lambda *_: begun.append(1))
+    needed = {"0": 5, "1": 2, "2": 7, "3": 7}
+    with HeldExamples(model, model, pairs, order, Batches(data), 2**30) as held, torch.no_grad():
+        begun.clear()
+        for name in layers:
+            examples = held.of(name, lambda first, name=name: needed[name] if len(first) == 1 else math.inf)
+            assert [example.batch for example in examples] == list(range(needed[name]))
+            held.replace(name, None, model)
+        assert len(begun) == 2 * 7, "each batch that is needed, once in both networks"
+
+
+def test_how_many_batches_are_used_does_not_depend_on_the_memory(monkeypatch):
+    monkeypatch.setattr("decomp.calibration.sampling.CHEAP_PRODUCTS", 0)
+    model, data = plant_spectra(hourglass(), decay=0.5), rows(20)
+    results, passes = [], []
+    for cache in (2**30, 2 * 18 * suspended.size_of(data[0]), 1):
+        monkeypatch.setattr("decomp.recovery.sequential.CACHE_BYTES", cache)
+        begun = []
+        handle = model.register_forward_pre_hook(lambda *_, begun=begun: begun.append(1))
+        results.append(sequential(model, data).state_dict())
+        passes.append(len(begun))
+        handle.remove()
+    for other in results[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+    # Layers of 8 to 64 inputs are fitted to 80 to 640 rows, which 8 to 20 batches of 32 have.
+    assert passes[0] < passes[1] < passes[2]

@@ -1,7 +1,7 @@
 """Which positions the statistics of a layer are summed over: all of them, or a seeded stratified sample."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -57,6 +57,10 @@ class Sampling:
         if self.positions == "all":
             return math.inf
         return max(POSITIONS_PER_CHANNEL * channels, CHEAP_PRODUCTS // channels**2)
+
+    def of_first(self, batches: float) -> "Sampling":
+        """The same for the first batches of the data alone: as many rows, from fewer batches."""
+        return replace(self, batches=int(min(self.batches or math.inf, batches))) if self.batches else self
 
     def share(self, channels: int) -> float:
         """How many rows are taken of one batch if every batch gives the same number."""

@@ -322,6 +322,19 @@ class FitSplit:
         """Whether rows of every batch are held out, in place of batches."""
         return self.count is None or self.count < (CLOSED_FORM_SPLIT.every or 0)
 
+    def dividing(self, least: int) -> float:
+        """How many of the first batches, at least so many, have rows to fit to and held-out ones; else infinity.
+
+        >>> FitSplit(8).dividing(2), FitSplit(8).dividing(6), FitSplit(8).dividing(9)
+        (4, 6, inf)
+        """
+        if self.by_rows:
+            return least
+        numbers = range(self.count or 0) if self.numbers is None else self.numbers
+        held_out = [CLOSED_FORM_SPLIT.held_out(number) for number in numbers]
+        counts = range(least, len(held_out) + 1)
+        return next((count for count in counts if 0 < sum(held_out[:count]) < count), math.inf)
+
     def fitted(self, batch: int, rows: int) -> int:
         """How many of the rows of a batch, the first ones, are fitted to; the others are held out."""
         if self.by_rows:

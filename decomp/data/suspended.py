@@ -4,7 +4,7 @@ import contextvars
 import math
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,8 +22,16 @@ from decomp.layers import routes_rows
 from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
 from decomp.network.tracing import Tail
 
+Needed = Callable[[Sequence[Example]], float]
+"""How many of the first batches a layer needs, from the examples that the very first one gives."""
+
 SECONDS_TO_WAIT = 60.0  # and twenty times what a pass takes: no pass that runs needs as long
 PASSES_TO_WAIT = 20
+
+
+def all_batches(examples: Sequence[Example]) -> float:
+    """As :data:`Needed`: every batch."""
+    return math.inf
 
 
 class OutOfOrder(Exception):
@@ -86,7 +94,7 @@ class SuspendedPass:
         """Wait for the end of the thread."""
         if self._thread.ident is not None:
             self._thread.join()
-        self.finished = True
+        self.finished, self._arrival = True, None
 
     def hold(self, arrival: Arrival) -> None:
         """Called in the thread of the pass: wait at a layer."""
@@ -222,8 +230,8 @@ def size_of(batch: Any) -> int:
 
 
 @torch.no_grad()
-def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches) -> float:
-    """The most bytes a pass holds at a call of a layer, per byte of its batch; infinite if passes cannot be held.
+def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches) -> dict[str, float] | None:
+    """The bytes that a pass holds at the call of each layer, per byte of its batch; None if passes cannot be held.
 
     They cannot be held where a pass does not call each layer once, in the order of ``layers``, or where two passes
     that take turns do not end as each of them alone: where the model keeps what a pass computes in itself, or
@@ -231,14 +239,13 @@ def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batch
     """
     first = list(islice(iter(batches), 2))
     expected, seconds = [], 0.0
-    live, most = _LiveBytes(model), 0
+    live, found = _LiveBytes(model), dict[str, int]()
     order: list[str] = []
 
     def count(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            nonlocal most
             order.append(name)
-            most = max(most, live.bytes)
+            found.setdefault(name, live.bytes)  # by the first batch: of the others nothing is counted
 
         return hook
 
@@ -250,7 +257,7 @@ def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batch
                 expected.append([each.clone() for each in floating(call(model, to_device_of(model, batch)))])
             seconds = time.perf_counter() - start
             if order != list(layers):
-                return math.inf
+                return None
             order.clear()
     timeout = SECONDS_TO_WAIT + PASSES_TO_WAIT * seconds
     with Gates(model, layers, after=True).installed() as gates:
@@ -260,14 +267,15 @@ def held_bytes(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batch
                 for each in passes:
                     arrival = each.advance(timeout)
                     if (None if arrival is None else arrival.name) != expected_name:
-                        return math.inf
+                        return None
         except Exception:  # also a TimeoutError; what is wrong with the model itself was raised above
-            return math.inf
+            return None
         outputs = [floating(each.output) for each in passes]
-    for found, right in zip(outputs, expected, strict=True):
-        if len(found) != len(right) or not all(map(_alike, found, right)):
-            return math.inf
-    return most / max(1, size_of(first[0]))
+    for ours, right in zip(outputs, expected, strict=True):
+        if len(ours) != len(right) or not all(map(_alike, ours, right)):
+            return None
+    size = max(1, size_of(first[0]))
+    return {name: nbytes / size for name, nbytes in found.items()}
 
 
 def model_device(model: nn.Module) -> str:
@@ -283,10 +291,11 @@ def _alike(found: Tensor, right: Tensor) -> bool:
 class HeldExamples:
     """The examples of one layer after the other, in the order of execution, from one pass of each batch.
 
-    The passes over the first batches, as many as fit into ``cache_bytes``, are held at each layer until the
-    layer is :meth:`replace`d; the examples of the others come from passes of their own for each layer, as do all
-    where passes cannot be held. A layer that is called several times gets passes of its own, after which new
-    ones are held. To be used in a ``with`` block, whose end abandons the passes.
+    The passes over the first batches are held at each layer until it is :meth:`replace`d: as many as the layer
+    needs, and as fit into ``cache_bytes`` there. Where a layer has no room for some of them, these are given up;
+    where a later one has room for more, they begin there. Batches that do not fit take a pass for each layer that
+    needs them, as do all where passes cannot be held. A layer that is called several times gets passes of its
+    own, after which new ones are held. To be used in a ``with`` block, whose end abandons the passes.
 
     Args:
         small: the compressed network, whose layers are replaced one after the other.
@@ -310,56 +319,53 @@ class HeldExamples:
     ) -> None:
         self._small, self._dense, self._pairs, self._order = small, dense, pairs, order
         self._batches, self._cache_bytes, self._part = batches, cache_bytes, part
-        self._holds_all = False
         self._waiting = {name: None for name, tail in order.items() if tail.calls == 1}
-        self._bytes_per_byte = math.inf
-        self._held: list[_Held] | None = None
+        self._bytes: Mapping[str, float] | None = None
+        self._held: list[_Held] = []
+        self._is_whole = False  # whether all batches are held
+        self._next_size: int | None = None  # of the first batch that is not held, where that is known
+        self._whole_size: int | None = None  # of all batches, where that is known
         self._gates: tuple[Gates, ...] = ()
         self._open = ExitStack()
 
     def __enter__(self) -> "HeldExamples":
         if self._waiting:
             dense_layers = {name: self._pairs[name][1] for name in self._waiting}
-            self._bytes_per_byte = held_bytes(self._dense, dense_layers, self._batches)
+            self._bytes = held_bytes(self._dense, dense_layers, self._batches)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._close()
 
-    def of(self, name: str) -> "LayerExamples":
+    def of(self, name: str, needed: Needed = all_batches) -> "LayerExamples":
         """The examples of a layer, which can be gone through several times.
+
+        Args:
+            name: the layer.
+            needed: how many of the first batches are enough, from the examples of the very first one.
 
         Raises:
             RoutedDifferently: the two networks call the layer with inputs of other shapes.
         """
-        tail, first = self._order[name], self._first(name)
-        held = self._held or []
-        left = max(0, self._cache_bytes - sum(each.nbytes for each in held))
+        tail = self._order[name]
+        first, stop = self._arrive(name, needed)
+        left = max(0, self._cache_bytes - sum(self._room(name, each.size) for each in self._held))
         rest = Activations(self._small, self._dense, *self._pairs[name], tail, self._batches, left)
-        return LayerExamples(first, rest, len(held), left)
+        if stop is None:
+            windows = rest.windows(part=lambda index: index == 0)
+            stop = needed([example for window in windows for example in window.items])
+        first = [example for example in first if example.batch < stop]
+        return LayerExamples(first, rest, len(self._held), left, stop)
 
     def activations(self, name: str) -> "Activations | HeldActivations":
         """The examples of a layer in windows: held ones if those of all batches are held, else from passes."""
-        first = self._first(name)
-        if self._held is not None and self._holds_all:
-            return HeldActivations(first)
-        self._close()
-        self._bytes_per_byte = math.inf
+        if self._bytes is not None and name in self._waiting and self._whole_fits(name):
+            first, _ = self._arrive(name, all_batches)
+            if self._is_whole:
+                return HeldActivations(first)
+        self._give_up(0)
         small, dense, batches = self._small, self._dense, self._batches
         return Activations(small, dense, *self._pairs[name], self._order[name], batches, self._cache_bytes)
-
-    def _first(self, name: str) -> list[Example]:
-        """The examples of the batches whose passes are held."""
-        tail, first = self._order[name], list[Example]()
-        if tail.calls == 1 and self._bytes_per_byte < math.inf:
-            try:
-                first = self._arrive(name, tail)
-            except OutOfOrder:
-                self._close()
-                self._bytes_per_byte = math.inf
-        else:
-            self._close()
-        return first
 
     def replace(self, name: str, layer: nn.Module | None, small: nn.Module) -> None:
         """Go on with another module in place of the layer, None for itself; ``small`` is the network it is in."""
@@ -368,47 +374,92 @@ class HeldExamples:
         for gates, instead in zip(self._gates, (layer, None), strict=False):
             gates.replaced[name] = instead
 
-    def _arrive(self, name: str, tail: Tail) -> list[Example]:
-        if self._held is None:
-            self._begin()
-        examples = []
-        for each in self._held or []:
-            with naming_batch(each.index, each.batch):
-                ours, theirs = (held.advance() for held in each.passes)
-            if ours is None or theirs is None or ours.name != name or theirs.name != name:
-                raise OutOfOrder
-            shapes = ([leaf.shape for leaf in floating((a.args, a.kwargs))] for a in (ours, theirs))
-            if next(shapes) != next(shapes):
-                raise OutOfOrder  # the passes of their own say what it means
-            our = Call(ours.args, ours.kwargs, [])
-            their = Call(theirs.args, theirs.kwargs, floating(theirs.output))
-            if routes_rows(self._pairs[name][0]):
-                our, their = routed_alike(our, their)
-            targets = [tail(output) for output in their.results]
-            if any(target.numel() for target in targets):
-                examples.append(Example(each.index, our.args, our.kwargs, targets, each.mask))
-        return examples
+    def _room(self, name: str, size: int) -> float:
+        """The bytes that the two passes of a batch of this size hold at a layer."""
+        return 2 * size * (self._bytes or {}).get(name, 0.0)
 
-    def _begin(self) -> None:
-        """Begin to hold as many of the first batches as the memory is enough for."""
-        layers = [{name: self._pairs[name][place] for name in self._waiting} for place in (0, 1)]
-        self._gates = (
-            self._open.enter_context(Gates(self._small, layers[0], after=False).installed()),
-            self._open.enter_context(Gates(self._dense, layers[1], after=True).installed()),
-        )
-        self._held, total, self._holds_all = [], 0.0, False
-        for index, batch, mask in self._batches.masked(part=self._part):
-            nbytes = 2 * self._bytes_per_byte * size_of(batch)
-            total += nbytes
-            if total > self._cache_bytes:
+    def _whole_fits(self, name: str) -> bool:
+        """Whether the passes of all batches that are needed can be held at a layer."""
+        if self._whole_size is None:
+            self._whole_size = sum(size_of(batch) for _, batch in self._batches.numbered(part=self._part))
+        return self._room(name, self._whole_size) <= self._cache_bytes
+
+    def _arrive(self, name: str, needed: Needed) -> tuple[list[Example], float | None]:
+        """The examples of the batches that are held at a layer, and how many are needed; None if none is held."""
+        if self._bytes is None or name not in self._waiting:
+            self._close()  # passes that are held cannot go past a layer that is called several times
+            return [], None
+        room = self._cache_bytes
+        for place, each in enumerate(self._held):
+            room -= self._room(name, each.size)
+            if room < 0:
+                self._give_up(place)
                 break
+        room = self._cache_bytes - sum(self._room(name, each.size) for each in self._held)
+        try:
+            examples = [example for each in self._held for example in self._at(each, name)]
+            stop = needed([each for each in examples if each.batch == 0]) if self._held else None
+            if not self._is_whole and (stop is None or len(self._held) < stop):
+                stop = self._hold_more(name, needed, stop, room, examples)
+        except OutOfOrder:
+            self._close()
+            self._bytes = None
+            return [], None
+        return examples, stop
+
+    def _hold_more(
+        self, name: str, needed: Needed, stop: float | None, room: float, examples: list[Example]
+    ) -> float | None:
+        """Hold further batches at a layer, as many as are needed and fit; return how many are needed."""
+        if self._next_size is not None and self._room(name, self._next_size) > room:
+            return stop
+        if not self._gates:
+            layers = [{name: self._pairs[name][place] for name in self._waiting} for place in (0, 1)]
+            self._gates = (
+                self._open.enter_context(Gates(self._small, layers[0], after=False).installed()),
+                self._open.enter_context(Gates(self._dense, layers[1], after=True).installed()),
+            )
+        start = self._held[-1].index + 1 if self._held else 0
+        for index, batch, mask in self._batches.masked(start, self._part):
+            self._next_size = size_of(batch)
+            room -= self._room(name, self._next_size)
+            if room < 0 or (stop is not None and len(self._held) >= stop):
+                return stop
             small, dense = (gates.begin(batch) for gates in self._gates)
-            self._held.append(_Held(index, batch, mask, (small, dense), int(nbytes)))
-        else:
-            self._holds_all = True
+            self._held.append(_Held(index, batch, mask, (small, dense), self._next_size))
+            arrived = self._at(self._held[-1], name)
+            examples += arrived
+            stop = needed(arrived) if stop is None else stop
+        self._is_whole, self._next_size = True, None
+        return stop
+
+    def _at(self, each: "_Held", name: str) -> list[Example]:
+        """The example of a batch, if it has any, whose passes go on to the layer."""
+        with naming_batch(each.index, each.batch):
+            ours, theirs = (held.advance() for held in each.passes)
+        if ours is None or theirs is None or ours.name != name or theirs.name != name:
+            raise OutOfOrder
+        shapes = ([leaf.shape for leaf in floating((a.args, a.kwargs))] for a in (ours, theirs))
+        if next(shapes) != next(shapes):
+            raise OutOfOrder  # the passes of their own say what it means
+        our = Call(ours.args, ours.kwargs, [])
+        their = Call(theirs.args, theirs.kwargs, floating(theirs.output))
+        if routes_rows(self._pairs[name][0]):
+            our, their = routed_alike(our, their)
+        targets = [self._order[name](output) for output in their.results]
+        if not any(target.numel() for target in targets):
+            return []
+        return [Example(each.index, our.args, our.kwargs, targets, each.mask)]
+
+    def _give_up(self, place: int) -> None:
+        """Abandon the passes from this place on: there is no room for them."""
+        given_up, self._held = self._held[place:], self._held[:place]
+        if given_up:
+            self._is_whole, self._next_size = False, given_up[0].size
+            _end([each for held in given_up for each in held.passes])
 
     def _close(self) -> None:
-        self._held, self._gates = None, ()
+        self._held, self._gates, self._is_whole, self._next_size = [], (), False, None
         self._open.close()
 
 
@@ -418,7 +469,7 @@ class _Held:
     batch: Any
     mask: Tensor | None
     passes: tuple[SuspendedPass, SuspendedPass]
-    nbytes: int
+    size: int
 
 
 class HeldActivations:
@@ -437,20 +488,26 @@ class HeldActivations:
 
 
 class LayerExamples:
-    """The examples of held passes, then those of other batches, which stay in memory if they fit."""
+    """The examples of held passes, then those of other batches, which stay in memory if they fit.
 
-    def __init__(self, held: list[Example], rest: Activations, start: int, cache_bytes: int) -> None:
+    ``stop`` is the number of the batch before which they end.
+    """
+
+    def __init__(self, held: list[Example], rest: Activations, start: int, cache_bytes: int, stop: float) -> None:
         self._held, self._rest, self._start, self._cache_bytes = held, rest, start, cache_bytes
+        self.stop = stop
         self._kept: list[Example] | None = None
 
     def __iter__(self) -> Iterator[Example]:
         yield from self._held
+        if self._start >= self.stop:
+            return
         if self._kept is not None:
             yield from self._kept
             return
         kept: list[Example] = []
         size = 0
-        for window in self._rest.windows(self._start):
+        for window in self._rest.windows(self._start, lambda index: index < self.stop):
             for example in window.items:
                 size += example.nbytes
                 if size <= self._cache_bytes:

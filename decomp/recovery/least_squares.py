@@ -32,6 +32,17 @@ class OutputSizeMismatch(Exception):
     """The output has another spatial size than the options of the layer imply: it was called with output_size."""
 
 
+def rows_to_fit(last: nn.Module, sampling: Sampling) -> float:
+    """How many rows of all data the last factor of a layer, or the weight of a dense one, is fitted to."""
+    columns = math.prod(group_kernels(last).shape[2:])
+    return 2.0 * _largest_sample(columns) if columns > LARGEST_NORMAL_EQUATIONS else sampling.enough(columns)
+
+
+def _largest_sample(columns: int) -> int:
+    """How many rows are fitted to where there are too many columns for normal equations."""
+    return max(1, min(LARGEST_SAMPLE, SAMPLE_ELEMENTS // columns))
+
+
 class Refit:
     """The normal equations of y ~= A z + b for the last factor A of a layer, or for the weight of a dense one.
 
@@ -56,10 +67,8 @@ class Refit:
         columns = self._weight.shape[2]
         self.is_wide = columns > LARGEST_NORMAL_EQUATIONS
         sampling = sampling or Sampling("all")
-        most = max(1, min(LARGEST_SAMPLE, SAMPLE_ELEMENTS // columns))
-        self._rows_per_batch = (
-            2 * most / max(1, sampling.batches or 1) if self.is_wide else sampling.share(columns)
-        )
+        most = _largest_sample(columns)
+        self._rows_per_batch = rows_to_fit(self._last, sampling) / max(1, sampling.batches or 1)
         self.equations: NormalEquations | RowEquations = NormalEquations()
         self._held_out: NormalEquations | RowEquations = NormalEquations()
         if self.is_wide:

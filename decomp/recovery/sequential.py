@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp.calibration.moments import Moments, moments_of
 from decomp.calibration.sampling import Positions, Sampling, little_data
-from decomp.calibration.unfold import rows_of
+from decomp.calibration.unfold import count_rows, rows_of
 from decomp.data.activations import Example, RoutedDifferently, reached_tails
 from decomp.data.batches import Batches, FitSplit, Mask, unpadded
 from decomp.data.suspended import HeldExamples
@@ -36,9 +37,10 @@ from decomp.planning.build import (
 from decomp.planning.choice import Choice
 from decomp.planning.plan import CompressedModule, Plan
 from decomp.recovery.batch_norm_shift import BatchNormShift, batch_norm_shifts
-from decomp.recovery.least_squares import OutputSizeMismatch, Refit
+from decomp.recovery.least_squares import OutputSizeMismatch, Refit, rows_to_fit
 
 CACHE_BYTES = 2**30
+LEAST_BATCHES = 8
 NO_TAIL = Tail()
 
 AfterEach = Callable[[nn.Module, str], None]
@@ -64,9 +66,9 @@ def apply_sequentially(
     BatchNorm that follows. These factors, those of the plan's statistics and those of the weight alone are
     compared by the error of the output on rows that nothing was fitted to, and the best are taken; so is a refit
     of the last factor, and the correction of the mean. ``after_each(small, name)`` is called after each layer,
-    before the next one is decomposed. One pass of each batch through both networks serves all layers, held at each
-    until that is decomposed; batches beyond the memory, and models for which that does not work, take a pass per
-    layer.
+    before the next one is decomposed. A layer uses as many batches as have the rows that it is fitted to, and at
+    least eight. One pass of each batch through both networks serves all layers, held at each until that is
+    decomposed; batches beyond the memory, and models for which that does not work, take a pass per layer.
 
     Source: Zhang et al. 2016, section 3.3 (asymmetric reconstruction).
     """
@@ -85,9 +87,13 @@ def apply_sequentially(
             for name in bar(progress, "decompose", list(order)):
                 require_finite(name, replaced[name])
                 with naming(name):
-                    step = _LayerStep(*pairs[name], held.of(name), norm_shifts.get(name), sampling, split)
+                    refitted = plan.method_of(name).affine and not routes_rows(replaced[name])
+                    needed = partial(batches_needed, pairs[name][0], sampling, split) if refitted else no_batches
+                    examples = held.of(name, needed)
+                    taken = sampling.of_first(examples.stop)
+                    step = _LayerStep(*pairs[name], examples, norm_shifts.get(name), taken, split)
                     layer, final[name] = step.decompose(name, plan)
-                del step  # its examples are gone before the next ones are made
+                del step, examples  # gone before the next ones are made
                 small = surgery.swap(small, {name: layer}, inplace=bool(name))
                 if after_each is not None:
                     after_each(small, name)
@@ -100,6 +106,24 @@ def apply_sequentially(
     small = plan.swap(small, rest, final, inplace=True)
     correct_means(small, unreached, rest, plan.statistics)
     return small
+
+
+def batches_needed(layer: nn.Module, sampling: Sampling, split: FitSplit, examples: Sequence[Example]) -> float:
+    """How many of the first batches have the rows that a layer is fitted to, if all are like the first.
+
+    There are at least eight, of which some are held out.
+    """
+    if not examples:
+        return math.inf
+    axes = len(getattr(layer, "kernel_size", ()))
+    rows = sum(count_rows(example.targets[0], axes) for example in examples)
+    count = max(LEAST_BATCHES, math.ceil(min(rows_to_fit(layer, sampling) / max(1, rows), 2**31)))
+    return split.dividing(count)
+
+
+def no_batches(examples: Sequence[Example]) -> float:
+    """For a layer that is decomposed by itself."""
+    return 0.0
 
 
 @dataclass(frozen=True)
