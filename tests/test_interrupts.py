@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import decomp
 from decomp.explorer.state import Exploration
 from decomp.losses import Distillation
+from decomp.network.restoring import locks_held
 
 FOLDERS = (Path(decomp.__file__).parent, Path(decomp.layers.__file__).parent)
 OURS = {str(path) for folder in FOLDERS for path in folder.rglob("*.py")}
@@ -95,6 +96,7 @@ def process():
         "device": torch.get_default_device(),
         "threads": threading.active_count(),
         "torch threads": torch.get_num_threads(),
+        "locks": locks_held(),
     }
 
 

@@ -341,7 +341,7 @@ def test_passes_are_given_up_where_there_is_no_room_and_others_begin_where_there
     )
     held_at = []
     with HeldExamples(model, model, pairs, order, Batches(data), 2 * 18 * size) as held, torch.no_grad():
-        for name, layer in layers.items():
+        for name in layers:
             examples = held.of(name)
             held_at.append(len(held._held))
             assert len(passes_alive()) == 2 * held_at[-1]

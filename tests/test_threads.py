@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import decomp
 from decomp.network.forward import evaluating, hooked
+from decomp.network.restoring import LOCK, all_or_nothing, locks_held
 
 QUIET = {"progress": False}
 THREADS = 4
@@ -117,3 +118,23 @@ def test_a_model_is_copied_without_the_flags_and_hooks_of_other_threads():
         for block in reversed(theirs):
             other.submit(block.__exit__, None, None, None).result()
     assert all(module.training for module in model.modules())
+
+
+@all_or_nothing()
+def interrupted_with_the_lock():
+    LOCK.acquire()
+    raise KeyboardInterrupt
+
+
+def test_a_call_that_ends_between_taking_a_lock_and_its_block_gives_the_lock_back():
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_with_the_lock()
+    with LOCK:
+        assert locks_held() == [LOCK]
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_with_the_lock()
+        assert locks_held() == [LOCK], "the one from before the call"
+        LOCK.release()
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(LOCK.acquire, timeout=1).result()
+        other.submit(LOCK.release).result()

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from threading import RLock
 from typing import Any, TypeAlias
 
 import torch
@@ -23,7 +22,7 @@ from decomp.layers import InputSVDRNN
 from decomp.layers.kernels import recurrent_matrices, shape_of
 from decomp.linalg import as_float64, shrunk, symmetric_power
 from decomp.network.forward import hooked
-from decomp.network.restoring import temporarily
+from decomp.network.restoring import lock, temporarily
 
 Matrices: TypeAlias = Mapping[str, Tensor]
 
@@ -71,7 +70,7 @@ class RecurrentMoments:
         return replace(self, seconds=moved(self.seconds), shrunk=moved(self.shrunk), held_out=held_out)
 
 
-_FLAGS = RLock()
+_FLAGS = lock()
 """Held while frozen weights require gradients: they are those of all threads."""
 
 AnyMoments: TypeAlias = Moments | RecurrentMoments

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from typing_extensions import TypeAliasType
 
 from decomp._util.io import digest
 from decomp.network.forward import describe
-from decomp.network.restoring import temporarily
+from decomp.network.restoring import lock, temporarily
 
 Part = Callable[[int], bool]
 Mask = TypeAliasType("Mask", str | Callable[[Any], Tensor | None] | None)
@@ -349,7 +348,7 @@ class FitSplit:
         return self.fitted(batch, samples) * (rows // samples)
 
 
-_RANDOM = RLock()
+_RANDOM = lock()
 """Held while a batch is fetched with random numbers of its own: the global generators belong to all threads."""
 
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random

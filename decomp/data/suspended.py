@@ -349,7 +349,7 @@ class HeldExamples:
         """
         tail = self._order[name]
         first, stop = self._arrive(name, needed)
-        left = max(0, self._cache_bytes - sum(self._room(name, each.size) for each in self._held))
+        left = int(max(0, self._room_left(name)))
         rest = Activations(self._small, self._dense, *self._pairs[name], tail, self._batches, left)
         if stop is None:
             windows = rest.windows(part=lambda index: index == 0)
@@ -378,6 +378,10 @@ class HeldExamples:
         """The bytes that the two passes of a batch of this size hold at a layer."""
         return 2 * size * (self._bytes or {}).get(name, 0.0)
 
+    def _room_left(self, name: str) -> float:
+        """The bytes that are left for passes beside those that are held; negative where there are too many."""
+        return self._cache_bytes - sum(self._room(name, each.size) for each in self._held)
+
     def _whole_fits(self, name: str) -> bool:
         """Whether the passes of all batches that are needed can be held at a layer."""
         if self._whole_size is None:
@@ -389,28 +393,22 @@ class HeldExamples:
         if self._bytes is None or name not in self._waiting:
             self._close()  # passes that are held cannot go past a layer that is called several times
             return [], None
-        room = self._cache_bytes
-        for place, each in enumerate(self._held):
-            room -= self._room(name, each.size)
-            if room < 0:
-                self._give_up(place)
-                break
-        room = self._cache_bytes - sum(self._room(name, each.size) for each in self._held)
+        while self._held and self._room_left(name) < 0:
+            self._give_up(len(self._held) - 1)
         try:
             examples = [example for each in self._held for example in self._at(each, name)]
             stop = needed([each for each in examples if each.batch == 0]) if self._held else None
             if not self._is_whole and (stop is None or len(self._held) < stop):
-                stop = self._hold_more(name, needed, stop, room, examples)
+                stop = self._hold_more(name, needed, stop, examples)
         except OutOfOrder:
             self._close()
             self._bytes = None
             return [], None
         return examples, stop
 
-    def _hold_more(
-        self, name: str, needed: Needed, stop: float | None, room: float, examples: list[Example]
-    ) -> float | None:
+    def _hold_more(self, name: str, needed: Needed, stop: float | None, examples: list[Example]) -> float | None:
         """Hold further batches at a layer, as many as are needed and fit; return how many are needed."""
+        room = self._room_left(name)
         if self._next_size is not None and self._room(name, self._next_size) > room:
             return stop
         if not self._gates:

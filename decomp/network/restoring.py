@@ -20,7 +20,25 @@ Hook = Callable[..., Any]
 Undo = Callable[[], None]
 """Takes a change back. It may run twice, and also where only a part of the change was made."""
 
-LOCK = RLock()
+_locks: list[Any] = []  # of the library
+
+
+def lock() -> Any:
+    """A reentrant lock, which a call that fails gives back.
+
+    ``with`` may be interrupted after it has taken a lock, and before its block begins, whose end would release it.
+    """
+    made = RLock()
+    _locks.append(made)
+    return made
+
+
+def locks_held() -> list[Any]:
+    """The locks of the library that this thread has, as ``threading.Condition`` asks for it."""
+    return [each for each in _locks if each._is_owned()]
+
+
+LOCK = lock()
 """Held while train flags or hooks of a module change, and while a model is copied with them."""
 
 _thread = local()
@@ -67,7 +85,7 @@ def all_or_nothing() -> Iterator[None]:
     """
     _innermost()
     call, calls = _Call(), _thread.calls
-    call.undos.append(_restoring_modes())
+    call.undos += [_releasing_locks(), _restoring_modes()]
     place = len(calls)
     try:
         calls.append(ref(call))
@@ -81,6 +99,18 @@ def all_or_nothing() -> Iterator[None]:
         raise
     finally:
         del calls[place:]
+
+
+def _releasing_locks() -> Undo:
+    """A function that releases the locks that this thread has not had at first."""
+    before = locks_held()
+
+    def release() -> None:
+        for each in locks_held():
+            while each not in before and each._is_owned():
+                each.release()
+
+    return release
 
 
 def _restoring_modes() -> Undo:
