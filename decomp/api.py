@@ -5,10 +5,10 @@ budget over all layers; both make a plan and apply it. ``plan`` only makes the p
 accept as ``ranks=``. Shared keyword arguments are documented once, in ``decomp.planning.arguments``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Unpack, cast
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import TypeAliasType
 
 from decomp._util.arguments import arguments_of, with_arguments
@@ -376,7 +376,7 @@ def _decompose(
     limits, scope = _part(arguments, RankLimits), _part(arguments, Scope)
     if not isinstance(ranks, Plan):
         decided = make_plan(model, method, options, ranks, limits, scope)
-        if arguments["finetune"] is False and not arguments["sequential"]:
+        if arguments["finetune"] is False and not _is_sequential(arguments):
             _warn_of_risk(decided)
         return _apply(model, decided, arguments)
     if arguments["layers"] is not None or arguments["exclude"] not in ((), [], None):
@@ -384,7 +384,7 @@ def _decompose(
     for name, each in arguments_of(RankLimits).items():
         if limits[name] != each.default:
             raise ValueError(f"a Plan already determines the ranks: give {name}= to decomp.plan instead")
-    if arguments["data"] is not None and arguments["finetune"] is False and not arguments["sequential"]:
+    if arguments["data"] is not None and arguments["finetune"] is False and not _is_sequential(arguments):
         raise ValueError("a Plan already determines the statistics: give data= to decomp.plan instead")
     defaults = default_options(method)
     changed = [name for name, value in options.items() if value != defaults[name]]
@@ -406,6 +406,15 @@ def _warn_of_risk(decided: Plan) -> None:
         )
 
 
+def _is_sequential(arguments: CallArguments | CompressArguments) -> bool:
+    """Whether layer after layer is decomposed: as asked for, and by default where the data allows it."""
+    asked, data = arguments["sequential"], arguments["data"]
+    if asked is not None:
+        return asked
+    again = isinstance(data, Iterable) and not isinstance(data, Statistics | Iterator | Tensor)
+    return again and not arguments["inplace"]
+
+
 def _require_batches(arguments: CallArguments | CompressArguments) -> None:
     """Check what fine-tuning and the decomposition layer after layer need, before anything is computed.
 
@@ -414,7 +423,7 @@ def _require_batches(arguments: CallArguments | CompressArguments) -> None:
         TypeError: they need several passes, and the data has one only.
     """
     data = arguments["data"]
-    needing = {"finetune": arguments["finetune"] is not False, "sequential": arguments["sequential"]}
+    needing = {"finetune": arguments["finetune"] is not False, "sequential": arguments["sequential"] is True}
     for option in (name for name, given in needing.items() if given):
         if data is None or isinstance(data, Statistics):
             raise ValueError(
@@ -431,36 +440,30 @@ def _apply(model: nn.Module, decided: Plan, arguments: CallArguments | CompressA
     finetune, data, progress = arguments["finetune"], arguments["data"], arguments["progress"]
     settings: dict[str, Any] = {"inputs": arguments["inputs"], "progress": progress}
     settings |= dict(finetune) if isinstance(finetune, Mapping) else {}
-    if arguments["sequential"]:
-        return _layer_after_layer(model, decided, data, settings, train=finetune is not False)
-    small = decided.apply(model, inplace=arguments["inplace"], progress=progress)
+    if arguments["sequential"] is True and finetune is not False:
+        return _training_each(model, decided, data, settings)
+    if _is_sequential(arguments):
+        small = apply_sequentially(model, decided, data, inputs=arguments["inputs"], progress=progress)
+    else:
+        small = decided.apply(model, inplace=arguments["inplace"], progress=progress)
     if finetune is not False:
         setattr(small, REPORT, finetune_layerwise(small, model, cast(Any, data), **settings))
     return small
 
 
-def _layer_after_layer(
-    model: nn.Module, decided: Plan, data: Any, settings: Mapping[str, Any], *, train: bool
-) -> CompressedModule:
-    """Decompose layer after layer by :func:`apply_sequentially`; with ``train`` fine-tune each before the next."""
+def _training_each(model: nn.Module, decided: Plan, data: Any, settings: Mapping[str, Any]) -> CompressedModule:
+    """Decompose layer after layer, and train each against the dense ``model`` before the next."""
     reports: dict[str, LayerReport] = {}
     for refused in {"blocks", "checkpoint", "layers"} & set(settings):
         raise ValueError(
             f"finetune={{{refused!r}: ...}} is not possible with sequential=True, which trains each layer as it "
-            "is decomposed: call decomp.finetune_layerwise afterwards"
+            "is decomposed: leave sequential=True out, and all are trained afterwards"
         )
 
     def finetune(small: nn.Module, name: str) -> None:
         reports.update(finetune_layerwise(small, model, data, layers=name, **settings))
 
-    small = apply_sequentially(
-        model,
-        decided,
-        data,
-        inputs=settings["inputs"],
-        after_each=finetune if train else None,
-        progress=settings["progress"],
-    )
-    if train:
-        setattr(small, REPORT, FinetuneReport(reports))
+    shared = {"inputs": settings["inputs"], "progress": settings["progress"]}
+    small = apply_sequentially(model, decided, data, after_each=finetune, **shared)
+    setattr(small, REPORT, FinetuneReport(reports))
     return small

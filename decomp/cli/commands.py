@@ -193,13 +193,12 @@ def compress_command(options: Namespace) -> int:
     output = options.output
     as_folder = job.source.is_folder and output.suffix != ".safetensors"
     require_free(output, overwrite=options.overwrite, as_folder=as_folder)
-    training = options.finetune or options.sequential
-    if training and job.data is None:
+    if (options.finetune or options.sequential) and job.data is None:
         raise ValueError("--finetune and --sequential need --data")
     dense_score = None if job.evaluate is None else Scorer(job.model, None, job.evaluate)(job.model)
     decided = job.plan()
     settings: dict[str, Any] = {"progress": job.progress}
-    if training:
+    if job.data is not None and (options.finetune or options.sequential is not False):
         settings |= {"data": job.data, "inputs": job.inputs}
         settings |= {"finetune": options.finetune, "sequential": options.sequential}
         small: nn.Module = api.tucker(job.model, decided, **settings)
@@ -222,6 +221,7 @@ def compress_weights(options: Namespace) -> int:
     o = options
     needing = ["weights", "arguments", "input", "data", "batch_inputs", "evaluate", "methods", "objective", *COSTS]
     given = [name for name in (*needing, "sequential", "finetune", "overwrite") if getattr(o, name)]
+    given += ["no_sequential"] if o.sequential is False else []
     if given:
         raise ValueError(
             f"--weights-only loads no model: leave --{given[0].replace('_', '-')} out (for a bound on every layer "

@@ -54,7 +54,7 @@ examples:
   decomp compress mynet:Net --weights net.safetensors --params 0.5 --output small.safetensors
   decomp compress mynet:Net --weights net.safetensors --plan plan.json --output small.safetensors
   decomp compress mynet:Net --weights net.safetensors --macs 0.3 --input 1x3x224x224 \\
-      --data images/ --sequential --evaluate mynet:accuracy --output small.safetensors
+      --data images/ --evaluate mynet:accuracy --output small.safetensors
   decomp compress ./bert --ranks "energy(0.95)" --method svd --output ./bert-small
   torchrun --nproc-per-node 4 -m decomp compress ./llama --weights-only --ranks "params(0.5)" \\
       --output ./llama-small
@@ -158,8 +158,9 @@ def parser() -> argparse.ArgumentParser:
     group = compress.add_argument_group("recovery")
     group.add_argument(
         "--sequential",
-        action="store_true",
-        help="decompose layer after layer, each for the inputs that it gets in the network compressed so far",
+        action=argparse.BooleanOptionalAction,
+        help="decompose layer after layer, each for the inputs that it gets in the network compressed so far "
+        "(default with --data)",
     )
     group.add_argument(
         "--finetune", action="store_true", help="train the factors layer by layer against the dense model"

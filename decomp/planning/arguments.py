@@ -75,12 +75,14 @@ class Application(TypedDict, total=False):
         ),
     ]
     sequential: Annotated[
-        bool,
+        bool | None,
         Argument(
-            False,
+            None,
             "decompose layer after layer, each for its inputs in the network compressed so far and its outputs in "
-            "the dense one (Zhang et al. 2016, section 3.3); with ``finetune`` each is trained before the next is "
-            "decomposed. Needs one pass over ``data`` per layer, or several if ``data`` is large.",
+            "the dense one (Zhang et al. 2016, section 3.3). By default where ``data`` are batches that can be "
+            "gone through again, and not ``inplace``. False: all layers for their inputs in the dense network, in "
+            "one pass. True with ``finetune``: each layer is trained before the next is decomposed, and not all "
+            "of them afterwards.",
         ),
     ]
     inplace: Annotated[
