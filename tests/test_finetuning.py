@@ -1,6 +1,7 @@
 """Layer-by-layer fine-tuning: what it trains, against what, and what it leaves alone."""
 
 import copy
+import math
 import threading
 
 import pytest
@@ -120,6 +121,19 @@ def test_frozen_layers_are_reported_and_kept(dense, data):
     report = decomp.finetune_layerwise(small, dense, data, steps=10)
     assert (report["conv1"].note, report["conv1"].steps) == ("frozen: not trained", 0)
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_each_layer_takes_the_learning_rate_that_is_best_for_it(dense, data, monkeypatch):
+    def trained(**options):
+        small = decomp.tucker(dense, ranks=4)
+        decomp.finetune_layerwise(small, dense, data, steps=40, patience=None, progress=False, **options)
+        return small
+
+    monkeypatch.setattr("decomp.training.layerwise.LEARNING_RATES", (1e-9, 2e-3, math.inf))
+    chosen, given = trained(), trained(lr=2e-3)
+    for name, value in given.state_dict().items():
+        assert torch.equal(value, chosen.state_dict()[name]), "as if it had been the only one"
+    assert output_error(chosen, dense, data) < 0.9 * output_error(trained(lr=1e-9), dense, data)
 
 
 @pytest.mark.parametrize(("lr", "note"), [(1e6, "no gain"), (float("inf"), "NaN in step 1: back to the last")])
@@ -372,6 +386,18 @@ def test_a_block_is_trained_whole_with_all_that_it_is_called_with(stack):
         after = block_error(small, dense, data, place)
         assert report[f"blocks.{place}"].error_after == pytest.approx(after, rel=1e-4)
         assert after < before[place]
+
+
+def test_auto_finds_the_modules_that_occur_several_times(stack):
+    dense, data = stack
+    reports = []
+    for blocks in ("blocks.*", "auto"):
+        small = decomp.tucker(dense, ranks=6)
+        reports.append(decomp.finetune_layerwise(small, dense, data, steps=4, blocks=blocks, progress=False))
+    assert [(name, each.error_after) for name, each in reports[0].items()] == [
+        (name, each.error_after) for name, each in reports[1].items()
+    ]
+    assert list(decomp.finetune_layerwise(small, dense, data, steps=1, layers="head", blocks="auto")) == ["head"]
 
 
 def test_a_block_knows_what_its_layers_do_together():

@@ -1,5 +1,6 @@
 """Pairs of factorized layers, or blocks of layers, and their counterparts in the dense network."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -66,11 +67,13 @@ def blocks_of(
 ) -> dict[str, tuple[nn.Module, nn.Module]]:
     """The layers, with those inside a block replaced by the block, a module whose name matches one of ``blocks``.
 
-    Of nested matching modules the outermost is the block.
+    Of nested matching modules the outermost is the block. "auto" is :func:`repeated_blocks`.
 
     Raises:
         ValueError: a glob matches no module, or no factorized layer lies in what it matches.
     """
+    if blocks == "auto":
+        blocks = repeated_blocks(small, list(layers))
     globs = [blocks] if isinstance(blocks, str) else list(blocks or ())
     by_block: dict[str, tuple[nn.Module, nn.Module]] = {}
     for glob in globs:
@@ -87,6 +90,36 @@ def blocks_of(
         raise ValueError(f"blocks={blocks!r}: block {nested[0]!r} lies in another block: leave one of them out")
     single = {name: pair for name, pair in layers.items() if not any(_inside(name, block) for block in by_block)}
     return by_block | single
+
+
+def repeated_blocks(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """The outermost modules of a class that occurs several times in the model, and that hold two of the layers.
+
+    These are the residual blocks of a ResNet, the layers of a transformer, the stages of a U-Net. Classes of
+    ``torch.nn`` itself are left out, but for the layers of its transformers.
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+    >>> model = nn.Sequential(Block(), nn.Linear(2, 2), nn.Sequential(Block()))
+    >>> repeated_blocks(model, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
+    ['0', '2.0']
+    """
+    known = {name: module for name, module in model.named_modules() if name and _may_be_block(module)}
+    counts = Counter(type(module) for module in known.values())
+    found: list[str] = []
+    for name, module in known.items():  # a module comes before those inside of it
+        inside_another = any(_inside(name, other) for other in found)
+        if counts[type(module)] > 1 and not inside_another and sum(_inside(each, name) for each in layers) > 1:
+            found.append(name)
+    return found
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    is_plain = type(module).__module__.startswith("torch.nn.") and not isinstance(module, layers)
+    return not is_plain and not isinstance(module, Factorized)
 
 
 def _inside(layer: str, block: str) -> bool:

