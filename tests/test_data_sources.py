@@ -294,7 +294,7 @@ def error(small, dense, data):
 def test_images_of_several_sizes_go_through_every_call(images):
     model = net()
     plain = decomp.tucker(model, ranks=5)
-    small = decomp.tucker(model, ranks=5, data=images, progress=False)
+    small = decomp.tucker(model, ranks=5, data=images, sequential=False, progress=False)
     assert error(small, model, images) < error(plain, model, images)
     held_out = images[3::4]
     before = error(small, model, held_out)

@@ -23,7 +23,7 @@ JOB = """
 import sys
 import torch
 from finetune_job import main
-layers, network = main(None, sys.argv[1], steps=20, held_out=0.0)
+layers, network = main(None, sys.argv[1], steps=20, held_out=0.0, lr=2e-3)
 assert all(layer.error_after < layer.error_before for layer in layers.values()), layers
 assert network.loss_after < network.loss_before, network
 torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them
@@ -95,7 +95,9 @@ def test_two_processes_end_with_the_same_model_as_one_that_sees_both_shares(tmp_
     first, second = (load_file(tmp_path / f"two.{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     try:
-        main(None, tmp_path / "one", steps=20, held_out=0.0, accumulate=2)  # the same two batches in every step
+        main(
+            None, tmp_path / "one", steps=20, held_out=0.0, lr=2e-3, accumulate=2
+        )  # the same batches in every step
     finally:
         AcceleratorState._reset_state(True)
     one, two = (load_file(tmp_path / f"{name}.layers.0.safetensors") for name in ("one", "two"))
