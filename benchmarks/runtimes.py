@@ -7,7 +7,7 @@ labels or training. It is timed in every runtime at batch 1 (MiniLM also 8), in 
 medians, and the median of the ratios within a round with its 95 % interval. Results are appended to a file as they
 come; a run that was killed goes on where it was.
 
-    python benchmarks/runtimes.py [--network craft] [--runtimes eager openvino-int8] [--results FILE] [--quick]
+    python benchmarks/runtimes.py [--network craft] [--runtimes openvino-int8] [--budgets seconds=0.5] [--quick]
 """
 
 import argparse
@@ -25,8 +25,8 @@ import decomp
 from decomp._util.tables import render
 from decomp.runtimes import RUNTIMES, InRuntime, ratio, ready, time_in_turn
 
-MACS = (0.5, 0.25, 0.125, 0.0625)
-SECONDS = (0.7, 0.5, 0.35, 0.2)
+BUDGETS = ["dense", *(f"macs={share}" for share in (0.5, 0.25, 0.125, 0.0625))]
+BUDGETS += [f"seconds={share}" for share in (0.7, 0.5, 0.35, 0.2)]
 WORDS = 32  # tokens of a sentence, padded
 INT8_BATCHES = 16
 
@@ -110,16 +110,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", choices=NETWORKS, action="append")
     parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=RUNTIMES)
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS, choices=BUDGETS, metavar="KIND=SHARE")
     parser.add_argument("--results", type=Path, default=Path("runtimes.jsonl"))
     parser.add_argument("--quick", action="store_true", help="little data, one budget of each kind")
     arguments = parser.parse_args()
     lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("}")]
-    macs, seconds = (MACS[1:2], SECONDS[1:2]) if arguments.quick else (MACS, SECONDS)
+    chosen = ["dense", "macs=0.25", "seconds=0.5"] if arguments.quick else arguments.budgets
+    pairs = [text.partition("=") for text in chosen]
+    budgets: list[dict[str, float]] = [{kind: float(share)} if share else {} for kind, _, share in pairs]
     for name in arguments.network or NETWORKS:
         network = NETWORKS[name](arguments.quick)
-        budgets: list[dict[str, float]] = [{}, *({"macs": share} for share in macs)]
-        budgets += [{"seconds": share} for share in seconds]
         for batch in network.examples:
             for budget in budgets:
                 small = None

@@ -95,8 +95,34 @@ def test_a_duration_is_no_share(blocks):
         decomp.plan(model, macs=0.5, **given)
 
 
-def test_seconds_in_eager_are_kept(capsys):
+@pytest.mark.parametrize("outside", [0.5, 3.0])
+def test_parts_outside_of_the_layers_are_found_out_by_measuring(blocks, outside):
+    """A layer alone takes a third of its time inside, or three times as long: predictions are far off."""
     model, x = network()
+
+    def prepare(model, example_inputs, data, threads):
+        run = blocks.runtime.prepare(model, example_inputs, data, threads)
+        whole = any(isinstance(layer, nn.ReLU) for layer in model.modules())
+
+        def repeated(batch):
+            for _ in range(6 if whole else round(6 / outside)):
+                run(batch)
+
+        return repeated
+
+    own = runtimes.Runtime("outside", prepare)
+    for share in (0.7, 0.5):
+        small = decomp.compress(model, x, seconds=share, runtime=own, progress=False)
+        assert share - 0.1 < blocks.seconds(small) / blocks.seconds(model) < share + 1e-3
+
+
+def heavy():
+    """Layers that take long enough for ranks to decide, and not the calls."""
+    return nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)), torch.randn(128, 1024)
+
+
+def test_seconds_in_eager_are_kept():
+    model, x = heavy()
     small = decomp.compress(model, x, seconds=0.9, runtime="eager", progress=False)
     before, after = small.decomp_plan.measured_seconds
     assert after <= 0.9 * before
@@ -115,6 +141,7 @@ def test_a_trade_off_is_timed_and_scored_in_the_runtime():
     assert curve.dense.score == pytest.approx(0.5)  # 1/2 y in place of y
     assert curve.points[0].score > 0.4
     assert len(halved) == 5  # dense: time, score; the point: score, and both in turn
+    model, x = heavy()
     timed = decomp.tradeoff(model, x, budgets=(0.9,), cost="seconds", runtime="eager", progress=False)
     assert timed.points[0].label == "seconds=0.9"
     assert timed.points[0].seconds > 0

@@ -5,7 +5,7 @@ Which kinds of cost there are, and how each is counted, is in ``cost.py``.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from math import ceil, inf
+from math import ceil, inf, nan
 from numbers import Integral, Real
 from typing import Any, NamedTuple, cast
 
@@ -49,7 +49,14 @@ class seconds(float):
 
 
 class OutOfReach(ValueError):
-    """No choice of ranks meets the budget; the message gives the least possible cost, and what is in the way."""
+    """No choice of ranks meets the budget; the message gives the least possible cost, and what is in the way.
+
+    ``least`` is that cost, as predicted or measured.
+    """
+
+    def __init__(self, message: str, least: float = nan) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 @dataclass(frozen=True)
@@ -266,9 +273,8 @@ def spend(
     except BudgetTooSmall as error:
         named = zip(layers, options_of_layers, strict=True)
         dense = {n: o[0].candidate.choose((), NEVER_CHEAPER if len(o) == 1 else "") for n, o in named}
-        raise OutOfReach(
-            _out_of_reach(budget, total, fixed + error.least, fixed, {**fixed_choices, **dense})
-        ) from None
+        least = fixed + error.least
+        raise OutOfReach(_out_of_reach(budget, total, least, fixed, {**fixed_choices, **dense}), least) from None
     found = [options[place] for options, place in zip(options_of_layers, chosen, strict=True)]
     return {name: (option.candidate, option.ranks) for name, option in zip(layers, found, strict=True)}
 

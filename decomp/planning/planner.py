@@ -230,7 +230,11 @@ def _kept_as_measured(
     run_dense: Callable[[Any], Any],
     asked: float,
 ) -> Plan:
-    """The plan with the most seconds within the bound, as measured: bounds are corrected by what came out.
+    """The plan with the most seconds within the bound, as measured.
+
+    A plan that is predicted to save p seconds of the dense model's t and saves m leads to the next bound
+    t - p (t - b) / m, with b just below the bound that was asked for: parts outside of the layers may take more or
+    less than was predicted, and savings may be smaller, but they grow together.
 
     Raises:
         OutOfReach: the fastest choice of ranks is above the bound.
@@ -239,15 +243,15 @@ def _kept_as_measured(
     target = float(asked) if isinstance(asked, seconds) else float(asked) * total
     if target >= total:
         return plan.with_budget(seconds=target)
-    best, bound, fastest = None, target, total
+    best, bound, least, fastest = None, target, 0.0, total
     for _ in range(CORRECTIONS):
         try:
             tried = plan.with_budget(seconds=bound)
-        except OutOfReach:
-            if best is not None:
-                break
-            bound = (bound + total) / 2  # so says the prediction: what is measured decides
-            continue
+        except OutOfReach as error:
+            if bound <= least:
+                break  # the fastest choice that is predicted was measured
+            least = bound = error.least * (1 + 1e-9)
+            tried = plan.with_budget(seconds=bound)
         if not tried.replaced:
             break
         run = ready(runtime, tried.build(model), example, batches)
@@ -258,11 +262,18 @@ def _kept_as_measured(
             best = tried.with_measured(runtime.name, Change(total, found))
         if found <= target and found > (1 - WITHIN) * target:
             break
-        bound *= (1 - WITHIN / 4) * target / found  # aims at just below
+        saved = total - cast(Change, tried.seconds).after
+        if found < total:
+            bound = total - saved * (total - (1 - WITHIN / 4) * target) / (total - found)
+        else:
+            bound = total - 2 * saved  # no faster: only more can help
+        if bound <= least and least:
+            break
     if best is None:
         raise OutOfReach(
             f"seconds={asked!r} cannot be reached in {runtime.name}: of the dense model's {total:.3g} s the least "
-            f"that was measured is {fastest:.3g}, a share of {fastest / total:.3f}"
+            f"that was measured is {fastest:.3g}, a share of {fastest / total:.3f}",
+            fastest,
         )
     return best
 
