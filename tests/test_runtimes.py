@@ -321,6 +321,15 @@ def test_files_hold_what_the_model_computes(tmp_path, ending, int8):
     assert np.linalg.norm(result - expected.numpy()) / expected.norm() < (0.06 if int8 else 1e-5)
 
 
+def test_an_int8_file_is_compared_on_the_data_and_not_on_a_random_example(tmp_path):
+    require("openvino")
+    model, x = network()
+    data = [0.01 * torch.randn(2, *x.shape[1:]) for _ in range(8)]
+    done = decomp.export(model, tmp_path / "small.xml", 100 * x, int8=data)
+    assert done.relative_error < 0.06
+    assert "on the first batch of the data" in str(done)
+
+
 def test_a_failing_export_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     model, x = network()
     path = tmp_path / "small.pt2"

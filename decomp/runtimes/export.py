@@ -37,7 +37,8 @@ class Exported:
         bytes: size on disk, of all files together.
         inputs: their names in the file.
         outputs: their names in the file.
-        error: the largest difference to the outputs of the model in PyTorch on ``example_inputs``.
+        error: the largest difference to the outputs of the model in PyTorch, on ``example_inputs``, or on the
+            first batch of ``int8``, for quantized ranges hold for inputs like those.
         relative_error: the norm of the difference over that of the outputs.
         fixed_batch: why the first axis is fixed to that of ``example_inputs``; empty where it is open.
     """
@@ -54,9 +55,10 @@ class Exported:
 
     def __str__(self) -> str:
         batch = f"fixed batch ({self.fixed_batch})" if self.fixed_batch else "any batch"
+        on = " on the first batch of the data" if self.precision == "int8" else ""
         return (
             f"{self.path}: {self.format} {self.precision}, {tables.number(self.bytes)} bytes, "
-            f"{', '.join(self.inputs)} => {', '.join(self.outputs)}, {batch}; against PyTorch: largest error "
+            f"{', '.join(self.inputs)} => {', '.join(self.outputs)}, {batch}; against PyTorch{on}: largest error "
             f"{self.error:.2g}, relative error {self.relative_error:.2g}"
         )
 
@@ -110,17 +112,18 @@ def export(
     if data is not None and (form == "torch.export" or not data):
         problem = "torch.export has no int8 here: write .onnx or .xml" if data else "int8= has no batch"
         raise ValueError(f"path={str(path)!r}: {problem}")
+    judged = example_inputs if data is None else data[0]
     with evaluating(model), torch.no_grad():
-        expected = call(model, to_device_of(model, example_inputs))
+        expected = call(model, to_device_of(model, judged))
     program = export_program(for_inference(model, example_inputs) if fold else model, example_inputs)
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        result = _written(form, program, temporary, data)(example_inputs)
+        result = _written(form, program, temporary, data)(judged)
         error, relative = _difference(expected, result)
         if not relative <= LARGEST_ERROR and not (data is not None and relative < float("inf")):
             raise ValueError(
                 f"the {form} file computes something else than the model: relative error {relative:.2g} on "
-                "example_inputs; nothing was written"
+                f"{'example_inputs' if data is None else 'the first batch of int8='}; nothing was written"
             )
         files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # the main file last
         size = sum(file.stat().st_size for file in files)
