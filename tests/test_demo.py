@@ -41,6 +41,9 @@ def test_within_two_points_of_dense_after_fine_tuning_median_of_three_seeds():
 def test_the_run_prints_and_writes_what_it_says_and_is_reproducible(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "ENERGIES", (0.7,))
     monkeypatch.setattr(demo, "train", lambda data, seed: digits.train(data, seed, epochs=3, progress=False))
+    runtimes = demo.shipping_runtimes()
+    asked = [runtimes, ()]  # the second run has none: quantizing is slow
+    monkeypatch.setattr(demo, "shipping_runtimes", lambda: asked.pop(0))
     said: list[str] = []
     outcomes = [demo.run(tmp_path / str(i), 0, said.append) for i in range(2)]
     first, second = (outcome.model.state_dict() for _, outcome in outcomes)
@@ -48,12 +51,24 @@ def test_the_run_prints_and_writes_what_it_says_and_is_reproducible(tmp_path, mo
     text = "\n".join(said)
     assert "layer2.conv1" in text
     assert "fewer MACs" in text
+    assert all(f"{name}: " in text for name in runtimes)
+    assert "decomp[openvino]" in text
     for stage in ("dense", "compressed", "fine-tuned"):
         assert stage in text
     assert (tmp_path / "0" / "tradeoff.png").read_bytes()[:4] == b"\x89PNG"
     rebuilt = decomp.load(tmp_path / "0" / "digits-tucker.safetensors", digits.DigitNet())
     assert any(isinstance(module, Factorized) for module in rebuilt.modules())
     assert all(torch.equal(first[name], value) for name, value in rebuilt.state_dict().items())
+
+
+def test_the_demo_times_the_digits_in_the_fastest_runtime_that_is_installed(monkeypatch):
+    for installed, names in (
+        ({"openvino", "nncf", "onnxruntime", "onnx", "onnxscript"}, ("openvino", "openvino-int8")),
+        ({"openvino", "onnxruntime", "onnx", "onnxscript"}, ("onnxruntime", "onnxruntime-int8")),
+        ({"onnxruntime"}, ()),
+    ):
+        monkeypatch.setattr(demo, "find_spec", lambda name, installed=installed: name in installed or None)
+        assert demo.shipping_runtimes() == names
 
 
 def test_the_command_line_says_what_is_missing(monkeypatch, capsys):
