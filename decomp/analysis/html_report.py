@@ -32,6 +32,13 @@ body {font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 24px auto
 svg {display: block; max-width: 100%; height: auto; margin: 12px 0}
 pre {padding: 8px 12px; border: 1px solid rgba(127, 127, 127, .5); overflow-x: auto}
 h2 {margin-top: 1.6em; border-bottom: 1px solid rgba(127, 127, 127, .4)}
+body .decomp-table.decomp-table .decomp-scroll {max-height: 60em}
+@media (max-width: 1100px) {
+  body .decomp-table.decomp-table th, body .decomp-table.decomp-table td {padding: 3px 5px}
+  body .decomp-table.decomp-table th {white-space: normal}
+  body .decomp-table.decomp-table td.decomp-remark {min-width: 8em}
+}
+@media print {body .decomp-table.decomp-table .decomp-scroll {max-height: none; overflow: visible}}
 """
 HOW_TO_LOAD = """import decomp
 
