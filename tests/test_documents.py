@@ -87,6 +87,24 @@ def test_code_of_every_page_runs(page, tmp_path, monkeypatch):
     assert scope["model"].state_dict().keys() == shared["model"].state_dict().keys()
 
 
+def test_code_of_the_page_on_runtimes_runs(tmp_path, monkeypatch, capsys):
+    for package in ("onnxruntime", "onnxscript", "openvino", "nncf"):
+        if not util.find_spec(package):
+            pytest.skip(f"{package} is not installed")
+    monkeypatch.chdir(tmp_path)
+    shared = names_of_the_start_page()
+    scope = {**shared, "model": copy.deepcopy(shared["model"]), "small": copy.deepcopy(shared["small"])}
+    code = "\n".join(blocks_of(DOCS / "runtimes.md"))
+    # Whether a share of the time can be had depends on the machine: tests/test_runtime_budgets.py has those calls.
+    timed = 'seconds=0.5, runtime="openvino-int8"'
+    assert timed in code
+    exec(compile(code.replace(timed, "macs=0.5"), "runtimes.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    assert all(f"\n{name}: " in printed for name in ("openvino", "openvino-int8", "phone"))
+    assert "small.onnx: ONNX f32" in printed
+    assert "small.xml: OpenVINO int8" in printed
+
+
 def test_code_of_the_page_on_other_tools_runs(tmp_path):
     """In a process of its own: it starts a process group, and imports whatever the tools import."""
     blocks = blocks_of(DOCS / "other_tools.md")
