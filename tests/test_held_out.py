@@ -179,7 +179,7 @@ def test_the_equations_of_the_rows_have_the_solution_of_those_of_the_columns():
         equations.add(z[:, 10:], y[:, 10:])
     for centred in (True, False):
         for ridge in (1e-3, 1.0, 100.0):
-            a, b = (each.solve(weight, ridge, centred=centred) for each in (columns, rows))
+            a, b = (next(each.solutions(weight, (ridge,), centred=centred)) for each in (columns, rows))
             torch.testing.assert_close(a[0], b[0], rtol=1e-8, atol=1e-8)
             if centred:
                 torch.testing.assert_close(a[1], b[1], rtol=1e-8, atol=1e-8)

@@ -1,7 +1,7 @@
 """Least squares for the last factor of a layer and its bias, from normal equations summed batch by batch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -191,8 +191,9 @@ class Refit:
         if not self.equations.count:
             return best
         best_state = None
-        for ridge in RIDGES_FOR_SAMPLES if self.is_wide else RIDGES:
-            weight, bias = self.equations.solve(self._weight, ridge, centred=self._bias is not None)
+        ridges = RIDGES_FOR_SAMPLES if self.is_wide else RIDGES
+        solutions = self.equations.solutions(self._weight, ridges, centred=self._bias is not None)
+        for ridge, (weight, bias) in zip(ridges, solutions, strict=True):
             error = self._validation.error(weight, bias)
             if math.isfinite(error) and error < best:
                 best, best_state, self.ridge = error, (weight, bias), ridge
@@ -253,17 +254,18 @@ class NormalEquations:
         second: Tensor = self._zz.total / self.count
         return second - mean[:, :, None] * mean[:, None] if centred else second
 
-    def solve(self, weight: Tensor, ridge: float, *, centred: bool) -> tuple[Tensor, Tensor | None]:
-        """A = (S_yz + rho A_0) (S_zz + rho I)^-1, b = mean(y) - A mean(z)."""
+    def solutions(self, weight: Tensor, ridges: Iterable[float], *, centred: bool) -> Iterator[State]:
+        """A = (S_yz + rho A_0) (S_zz + rho I)^-1, b = mean(y) - A mean(z), for each ridge."""
         zz, yz = self._zz.total / self.count, self._yz.total / self.count
         z, y = self._z / self.count, self._y / self.count
         if centred:
             zz, yz = zz - z[:, :, None] * z[:, None], yz - y[:, :, None] * z[:, None]
         identity = torch.eye(zz.shape[1], dtype=zz.dtype, device=zz.device)
         mean = zz.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(zz.dtype).tiny)
-        rho = ridge * mean[:, None, None]
-        solved = _solve(zz + rho * identity, (yz + rho * weight).mT).mT
-        return solved, y - torch.einsum("gtz,gz->gt", solved, z) if centred else None
+        for ridge in ridges:
+            rho = ridge * mean[:, None, None]
+            solved = _solve(zz + rho * identity, (yz + rho * weight).mT).mT
+            yield solved, y - torch.einsum("gtz,gz->gt", solved, z) if centred else None
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """sqrt(sum ||y - A z - b||^2 / sum ||y||^2), computed from the sums."""
@@ -309,18 +311,19 @@ class RowEquations:
         rows = torch.cat(self._chosen.parts, 1)
         return rows[:, :, : self._columns].to(torch.float64), rows[:, :, self._columns :].to(torch.float64)
 
-    def solve(self, weight: Tensor, ridge: float, *, centred: bool) -> tuple[Tensor, Tensor | None]:
-        """A and b = mean(y) - A mean(z), as those of :class:`NormalEquations`."""
+    def solutions(self, weight: Tensor, ridges: Iterable[float], *, centred: bool) -> Iterator[State]:
+        """A and b = mean(y) - A mean(z), as those of :class:`NormalEquations`, for each ridge."""
         z, y = self._pairs()
         mean_z, mean_y = z.mean(1, keepdim=True), y.mean(1, keepdim=True)
         if centred:
             z, y = z - mean_z, y - mean_y
-        gram = z @ z.mT
-        rho = ridge * gram.diagonal(dim1=1, dim2=2).sum(1) / z.shape[2]
+        gram, missing = z @ z.mT, y - z @ weight.mT  # these cost the most, and are the same for every ridge
+        mean = gram.diagonal(dim1=1, dim2=2).sum(1) / z.shape[2]
         identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        rho = rho.clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
-        solved = weight + _solve(gram + rho * identity, y - z @ weight.mT).mT @ z
-        return solved, (mean_y - mean_z @ solved.mT)[:, 0] if centred else None
+        for ridge in ridges:
+            rho = (ridge * mean).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
+            solved = weight + _solve(gram + rho * identity, missing).mT @ z
+            yield solved, (mean_y - mean_z @ solved.mT)[:, 0] if centred else None
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """sqrt(sum ||y - A z - b||^2 / sum ||y||^2) over the sample."""

@@ -148,4 +148,4 @@ class ReluRefit:
         if weight is None:
             return error, state
         # The ridge is towards the state that the targets were computed for, not towards the original factor.
-        return error, equations.solve(matrix, self._refit.ridge, centred=bias is not None)
+        return error, next(equations.solutions(matrix, (self._refit.ridge,), centred=bias is not None))
