@@ -8,6 +8,7 @@ from torch import nn
 
 import decomp
 from decomp import runtimes
+from decomp.planning import planner
 
 POSITIONS = 64
 OVERHEAD = 2e-5
@@ -114,6 +115,20 @@ def test_parts_outside_of_the_layers_are_found_out_by_measuring(blocks, outside)
     for share in (0.7, 0.5):
         small = decomp.compress(model, x, seconds=share, runtime=own, progress=False)
         assert share - 0.1 < blocks.seconds(small) / blocks.seconds(model) < share + 1e-3
+
+
+@pytest.mark.parametrize("found", [0.95, 0.99, 1.02])
+def test_a_network_that_hardly_becomes_faster_is_out_of_reach(blocks, monkeypatch, found):
+    """The next bound would be below zero: the fastest choice is tried in its place."""
+    model, x = network()
+    alone = planner.seconds_of
+
+    def seconds_of(runs, example):
+        return [1.0, found] if len(runs) == 2 else alone(runs, example)
+
+    monkeypatch.setattr(planner, "seconds_of", seconds_of)
+    with pytest.raises(decomp.OutOfReach, match=r"seconds=0\.7 cannot be reached in blocks"):
+        decomp.plan(model, example_inputs=x, seconds=0.7, runtime=blocks.runtime, progress=False)
 
 
 def heavy():

@@ -386,3 +386,22 @@ def test_how_many_batches_are_used_does_not_depend_on_the_memory(monkeypatch):
         assert all(torch.equal(value, other[name]) for name, value in results[0].items())
     # Layers of 8 to 64 inputs are fitted to 80 to 640 rows, which 8 to 20 batches of 32 have.
     assert passes[0] < passes[1] < passes[2]
+
+
+class ChosenByValue(nn.Module):
+    """How many rows reach the second layer depends on what the first one gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        hidden = self.a(x)
+        return self.b(hidden[hidden[:, 0] > 0])
+
+
+def test_a_layer_whose_rows_differ_in_number_is_decomposed_by_itself():
+    torch.manual_seed(0)
+    data = [torch.randn(64, 16) for _ in range(12)]
+    small = decomp.svd(ChosenByValue().eval(), ranks=2, data=data, progress=False)
+    assert small.decomp_plan["b"].note == "routed differently: decomposed by itself"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from decomp.data.activations import Activations, Call, Example, Window, routed_alike
+from decomp.data.activations import Activations, Call, Example, RoutedDifferently, Window, routed_alike
 from decomp.data.batches import Batches, Part, naming_batch
 from decomp.layers import routes_rows
 from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
@@ -343,17 +343,17 @@ class HeldExamples:
         Args:
             name: the layer.
             needed: how many of the first batches are enough, from the examples of the very first one.
-
-        Raises:
-            RoutedDifferently: the two networks call the layer with inputs of other shapes.
         """
         tail = self._order[name]
         first, stop = self._arrive(name, needed)
         left = int(max(0, self._room_left(name)))
         rest = Activations(self._small, self._dense, *self._pairs[name], tail, self._batches, left)
         if stop is None:
-            windows = rest.windows(part=lambda index: index == 0)
-            stop = needed([example for window in windows for example in window.items])
+            try:
+                windows = rest.windows(part=lambda index: index == 0)
+                stop = needed([example for window in windows for example in window.items])
+            except RoutedDifferently:
+                stop = math.inf  # whoever goes through the examples is told
         first = [example for example in first if example.batch < stop]
         return LayerExamples(first, rest, len(self._held), left, stop)
 

@@ -267,6 +267,7 @@ def _kept_as_measured(
             bound = total - saved * (total - (1 - WITHIN / 4) * target) / (total - found)
         else:
             bound = total - 2 * saved  # no faster: only more can help
+        bound = max(bound, 1e-9 * total)  # out of reach, where the fastest choice is tried
         if bound <= least and least:
             break
     if best is None:
