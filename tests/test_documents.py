@@ -26,7 +26,7 @@ GENERATED = {f"{name}.md" for name in METHODS} | {"_table.md"}
 PAGES = sorted(
     path for path in DOCS.rglob("*.md") if not (path.parent.name == "methods" and path.name in GENERATED)
 )
-# These define all that they use, and run in a process of their own.
+# Tests of their own run these.
 ALONE = {"other_tools.md", "runtimes.md", "command_line.md"}
 RUNNING = [path for path in PAGES if "```python" in path.read_text(encoding="utf-8") and path.name not in ALONE]
 
@@ -73,32 +73,34 @@ def names_of_the_start_page() -> dict[str, object]:
     return scope
 
 
+def names_for_a_page() -> dict[str, object]:
+    """Those of the start page; ``model`` and ``small`` are copies, which the page may change."""
+    shared = names_of_the_start_page()
+    return {**shared, "model": copy.deepcopy(shared["model"]), "small": copy.deepcopy(shared["small"])}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:the ranks of .* may hardly work before it is fine-tuned")  # which it then is
 @pytest.mark.parametrize("page", RUNNING, ids=lambda path: path.stem)
 def test_code_of_every_page_runs(page, tmp_path, monkeypatch):
     """Blocks run from top to bottom, in an empty folder, with the names of the start page."""
     monkeypatch.chdir(tmp_path)
-    shared = names_of_the_start_page()
-    scope = {**shared, "model": copy.deepcopy(shared["model"]), "small": copy.deepcopy(shared["small"])}
+    scope = names_for_a_page()
     blocks = blocks_of(page)
     for block in blocks[1:] if page.name == "start.md" else blocks:
         exec(compile(shortened(block), page.name, "exec"), scope)
-    assert scope["model"].state_dict().keys() == shared["model"].state_dict().keys()
+    assert scope["model"].state_dict().keys() == names_of_the_start_page()["model"].state_dict().keys()
 
 
 def test_code_of_the_page_on_runtimes_runs(tmp_path, monkeypatch, capsys):
     for package in ("onnxruntime", "onnxscript", "openvino", "nncf"):
-        if not util.find_spec(package):
-            pytest.skip(f"{package} is not installed")
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    shared = names_of_the_start_page()
-    scope = {**shared, "model": copy.deepcopy(shared["model"]), "small": copy.deepcopy(shared["small"])}
     code = "\n".join(blocks_of(DOCS / "runtimes.md"))
     # Whether a share of the time can be had depends on the machine: tests/test_runtime_budgets.py has those calls.
     timed = 'seconds=0.5, runtime="openvino-int8"'
     assert timed in code
-    exec(compile(code.replace(timed, "macs=0.5"), "runtimes.md", "exec"), scope)
+    exec(compile(code.replace(timed, "macs=0.5"), "runtimes.md", "exec"), names_for_a_page())
     printed = capsys.readouterr().out
     assert all(f"\n{name}: " in printed for name in ("openvino", "openvino-int8", "phone"))
     assert "small.onnx: ONNX f32" in printed

@@ -268,7 +268,7 @@ def _kept_as_measured(
         else:
             bound = total - 2 * saved  # no faster: only more can help
         bound = max(bound, 1e-9 * total)  # out of reach, where the fastest choice is tried
-        if bound <= least and least:
+        if bound <= least:
             break
     if best is None:
         raise OutOfReach(
