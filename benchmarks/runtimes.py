@@ -11,13 +11,13 @@ come; a run that was killed goes on where it was.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from craft import craft, f1, pages, rendered
+from results import Results
 from sentence_encoder import encoder, pooled, sentences
 from torch import nn
 
@@ -114,8 +114,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("runtimes.jsonl"))
     parser.add_argument("--quick", action="store_true", help="little data, one budget of each kind")
     arguments = parser.parse_args()
-    lines = arguments.results.read_text().splitlines() if arguments.results.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("}")]
+    results = Results(arguments.results)
     chosen = ["dense", "macs=0.25", "seconds=0.5"] if arguments.quick else arguments.budgets
     pairs = [text.partition("=") for text in chosen]
     budgets: list[dict[str, float]] = [{kind: float(share)} if share else {} for kind, _, share in pairs]
@@ -126,19 +125,21 @@ def main() -> None:
                 small = None
                 for runtime in arguments.runtimes:
                     key = {"network": name, "batch": batch, "budget": budget, "runtime": runtime}
-                    if any(all(row[part] == value for part, value in key.items()) for row in found):
+                    key["quick"] = arguments.quick
+                    if results.of(**key) is not None:
                         continue
                     try:
                         if small is None or "seconds" in budget:
                             small = compressed(network, budget, batch, runtime)
-                        row = key | measured(network, small, batch, runtime)
+                        results.add(key | measured(network, small, batch, runtime))
                     except decomp.OutOfReach as error:
-                        row = key | {"milliseconds": None, "note": str(error)}
-                    found.append(row)
-                    with arguments.results.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(*row.values(), sep="  ", flush=True)
-            show(name, batch, [row for row in found if (row["network"], row["batch"]) == (name, batch)])
+                        results.add(key | {"milliseconds": None, "note": str(error)})
+            shown = {"network": name, "batch": batch, "quick": arguments.quick}
+            show(
+                name,
+                batch,
+                [row for row in results.rows if all(row[part] == each for part, each in shown.items())],
+            )
 
 
 def show(name: str, batch: int, rows: list[dict[str, Any]]) -> None:

@@ -9,7 +9,6 @@ on where it was; another version of the library needs another file.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from craft import craft, f1, pages, rendered
+from results import Results
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,13 +92,13 @@ def flops(model: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def known(path: Path) -> dict[tuple[str, int, int], dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last line of a killed run is cut
-    return {(row["call"], row["seed"], row["pages"]): row for row in rows}
+def key_of(name: str, seed: int, count: int, learnt: int, steps: int) -> dict[str, Any]:
+    """What a row is known by."""
+    return {"call": name, "seed": seed, "pages": count, "learnt": learnt, "steps": steps}
 
 
 def measure(name: str, seed: int, count: int, learnt: int, steps: int) -> dict[str, Any]:
+    """The row of one call: F1, and shares of the dense MACs."""
     scored = rendered(count, SCORED_FROM + seed)
     given = Given(craft(), scored[0].image, pages(learnt, LEARNT_FROM + seed), steps)
     start = time.perf_counter()
@@ -106,9 +106,7 @@ def measure(name: str, seed: int, count: int, learnt: int, steps: int) -> dict[s
     seconds = time.perf_counter() - start
     dense_macs, macs = (flops(model, given.x) for model in (given.model, small))
     return {
-        "call": name,
-        "seed": seed,
-        "pages": count,
+        **key_of(name, seed, count, learnt, steps),
         "macs": macs / dense_macs,
         "f1": f1(small.eval(), scored),
         "seconds": seconds,
@@ -126,20 +124,16 @@ def main() -> None:
     count, seeds, learnt, steps = arguments.pages, arguments.seeds, LEARNT, 60
     if arguments.quick:
         count, seeds, learnt, steps = 2, 1, 4, 5
-    found = known(arguments.results)
+    results = Results(arguments.results)
     names = [name for name in CALLS if fnmatch(name, arguments.only)]
     for name in names:
         for seed in range(seeds):
-            if (name, seed, count) in found:
-                continue
-            row = measure(name, seed, count, learnt, steps)
-            found[name, seed, count] = row
-            with arguments.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(*row.values(), sep="  ", flush=True)
+            if results.of(**key_of(name, seed, count, learnt, steps)) is None:
+                results.add(measure(name, seed, count, learnt, steps))
     table = []
     for name in names:
-        rows = [found[name, seed, count] for seed in range(seeds)]
+        keys = [key_of(name, seed, count, learnt, steps) for seed in range(seeds)]
+        rows = [row for row in (results.of(**key) for key in keys) if row is not None]
         each = ", ".join(f"{row['f1']:.3f}" for row in rows)
         mean = {key: statistics.mean(row[key] for row in rows) for key in ("macs", "f1", "seconds")}
         table.append((name, f"{mean['macs']:.3f}", f"{mean['f1']:.3f}", each, f"{mean['seconds']:.0f}"))

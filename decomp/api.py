@@ -385,7 +385,7 @@ def _decompose(
         if limits[name] != each.default:
             raise ValueError(f"a Plan already determines the ranks: give {name}= to decomp.plan instead")
     if arguments["data"] is not None and arguments["finetune"] is False and not _is_sequential(arguments):
-        raise ValueError("a Plan already determines the statistics: give data= to decomp.plan instead")
+        raise ValueError(f"a Plan already determines the statistics, {_why_not_sequential(arguments)}")
     defaults = default_options(method)
     changed = [name for name, value in options.items() if value != defaults[name]]
     if changed:
@@ -413,6 +413,21 @@ def _is_sequential(arguments: CallArguments | CompressArguments) -> bool:
         return asked
     again = isinstance(data, Iterable) and not isinstance(data, Statistics | Iterator | Tensor)
     return again and not arguments["inplace"]
+
+
+def _why_not_sequential(arguments: CallArguments) -> str:
+    """Why data= beside a plan is not decomposed layer after layer, and what to write instead."""
+    if arguments["sequential"] is False:
+        return (
+            "and sequential=False does not use data: leave one of them out, or give data= to decomp.plan instead"
+        )
+    if isinstance(arguments["data"], Statistics):
+        return "and data= is other statistics: give them to decomp.plan instead"
+    if arguments["inplace"]:
+        return "and inplace=True keeps no dense model for data= to compare with: leave one of them out"
+    return (
+        "and data= can be gone through only once: give a list or a DataLoader, or give it to decomp.plan instead"
+    )
 
 
 def _require_batches(arguments: CallArguments | CompressArguments) -> None:

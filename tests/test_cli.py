@@ -338,7 +338,12 @@ def test_the_arguments_of_the_factory_and_weights_of_a_pickle(capsys):
         (("plan", *NET, "--data", "."), 0, ""),
         (("compress", *NET, "--ranks", "8", "--output", "no/folder/x"), 1, "make it first"),
         (("compress", *NET, "--ranks", "8", "--output", "net.safetensors"), 1, "--overwrite"),
-        (("compress", *NET, "--ranks", "8", "--finetune", "--output", "x"), 1, "need --data"),
+        (("compress", *NET, "--ranks", "8", "--finetune", "--output", "x"), 1, "--finetune needs --data"),
+        (
+            ("compress", *NET, "--ranks", "8", "--no-sequential", "--output", "x"),
+            1,
+            "--no-sequential needs --data",
+        ),
         (("compress", *NET, "--ranks", "energy(0.99999)", "--layers", "9", "--output", "x"), 3, "no layer"),
         (("compare", *NET, *INPUT), 1, "--plan"),
         (("compare", "cli_net:Net", "net.safetensors", *INPUT), 1, "not a file that decomp.save wrote"),

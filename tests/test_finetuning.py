@@ -13,6 +13,7 @@ from torch.nn import functional
 import decomp
 from decomp.data.activations import Activations
 from decomp.data.batches import Batches
+from decomp.network.pairing import repeated_blocks
 from decomp.network.tracing import Tail, tails
 
 
@@ -398,6 +399,31 @@ def test_auto_finds_the_modules_that_occur_several_times(stack):
         (name, each.error_after) for name, each in reports[1].items()
     ]
     assert list(decomp.finetune_layerwise(small, dense, data, steps=1, layers="head", blocks="auto")) == ["head"]
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+
+class WithExperts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.out, self.experts = nn.Linear(4, 4), nn.Linear(4, 4), nn.ModuleList([Expert(), Expert()])
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.last = nn.ModuleList([WithExperts(), WithExperts()]), nn.Linear(4, 4)
+
+
+def test_a_tower_is_no_block_and_a_block_may_hold_a_list_of_experts():
+    model = nn.ModuleDict({"encoder": Tower(), "decoder": Tower()})
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    expected = [f"{tower}.layers.{place}" for tower in ("encoder", "decoder") for place in range(2)]
+    assert repeated_blocks(model, layers) == expected
 
 
 def test_a_block_knows_what_its_layers_do_together():

@@ -166,3 +166,23 @@ def test_a_plan_of_packed_attention_takes_example_inputs_where_it_is_applied():
     plan = decomp.plan(layer, ranks={"self_attn.q_proj": 4})
     small = decomp.svd(layer, plan, example_inputs=x)
     assert small.decomp_plan.macs == decomp.plan(layer, ranks=plan, example_inputs=x).macs
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sequential": False}, "sequential=False does not use data"),
+        ({"inplace": True}, "inplace=True keeps no dense model"),
+        ({"data": "statistics"}, "data= is other statistics"),
+        ({"data": "generator"}, "gone through only once"),
+    ],
+)
+def test_data_beside_a_plan_are_refused_by_what_keeps_them_from_being_used(model, options, words):
+    images = [torch.randn(4, 8, 6, 6) for _ in range(4)]
+    plan = decomp.plan(model, "svd", ranks=4)
+    kinds = {"statistics": lambda: decomp.calibrate(model, images), "generator": lambda: iter(images)}
+    given = {"data": images, **options}
+    if isinstance(given["data"], str):
+        given["data"] = kinds[given["data"]]()
+    with pytest.raises(ValueError, match=words):
+        decomp.svd(model, plan, progress=False, **given)

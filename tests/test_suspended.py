@@ -3,6 +3,7 @@
 import math
 import threading
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 import decomp
 from decomp.data import suspended
-from decomp.data.batches import Batches
+from decomp.data.batches import Batches, FitSplit
 from decomp.data.suspended import Gates, HeldExamples, held_bytes
 from decomp.network.forward import evaluating
 
@@ -289,6 +290,11 @@ def test_an_error_in_a_pass_names_the_batch():
     assert decomp.svd(model, plan, data=data, sequential=True, progress=False)  # never run to its end
 
 
+def every(examples, batches):
+    """What a layer needs that needs all batches."""
+    return 10**6
+
+
 def test_what_is_held_is_bounded():
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
     data = rows(10)
@@ -300,7 +306,7 @@ def test_what_is_held_is_bounded():
     order = {name: suspended.Tail() for name in layers}
     cache = int(3.5 * 2 * per_byte["0"] * suspended.size_of(data[0]))
     with HeldExamples(model, model, pairs, order, Batches(data), cache) as held, torch.no_grad():
-        examples = held.of("0")
+        examples = held.of("0", 10, every)
         assert len(passes_alive()) == 6
         assert [example.batch for example in examples] == list(range(10))
         assert len(held._held) == 3
@@ -342,7 +348,7 @@ def test_passes_are_given_up_where_there_is_no_room_and_others_begin_where_there
     held_at = []
     with HeldExamples(model, model, pairs, order, Batches(data), 2 * 18 * size) as held, torch.no_grad():
         for name in layers:
-            examples = held.of(name)
+            examples = held.of(name, 12, every)
             held_at.append(len(held._held))
             assert len(passes_alive()) == 2 * held_at[-1]
             assert [example.batch for example in examples] == list(range(12))
@@ -352,22 +358,37 @@ def test_passes_are_given_up_where_there_is_no_room_and_others_begin_where_there
     assert held_at == [4, 4, 12, 3]
 
 
-def test_a_layer_takes_as_many_batches_as_it_needs():
-    model, data = hourglass(), rows(12)
-    layers = dict(model.named_children())
-    pairs, order = (
-        {name: (layer, layer) for name, layer in layers.items()},
-        dict.fromkeys(layers, suspended.Tail()),
-    )
-    begun = []
+def held_of_hourglass(data, cache, **options):
+    model = hourglass()
+    pairs = {name: (layer, layer) for name, layer in model.named_children()}
+    order = dict.fromkeys(pairs, suspended.Tail())
+    return model, HeldExamples(model, model, pairs, order, Batches(data), cache, **options)
+
+
+@pytest.mark.parametrize("cache", [2**30, 2 * 18 * 2048, 1])
+def test_a_layer_takes_as_many_batches_as_it_needs(cache):
+    data = rows(12)
+    model, examples_of = held_of_hourglass(data, cache, preferred=FitSplit(12).spread(12))
+    begun, asked = [], []
     model.register_forward_pre_hook(lambda *_: begun.append(1))
     needed = {"0": 5, "1": 2, "2": 7, "3": 7}
-    with HeldExamples(model, model, pairs, order, Batches(data), 2**30) as held, torch.no_grad():
+
+    def enough(name, examples, batches):
+        asked.append(len({each.batch for each in examples}) == batches)
+        return needed[name]
+
+    with examples_of as held, torch.no_grad():
         begun.clear()
-        for name in layers:
-            examples = held.of(name, lambda first, name=name: needed[name] if len(first) == 1 else math.inf)
-            assert [example.batch for example in examples] == list(range(needed[name]))
+        for name in needed:
+            examples = held.of(name, 2, partial(enough, name))
+            numbers = sorted(FitSplit(12).spread(12)[: needed[name]])
+            assert [example.batch for example in examples] == numbers
+            assert [example.batch for example in examples] == numbers
+            for example in examples:
+                assert torch.equal(example.targets[0], model[: int(name) + 1](data[example.batch]))
             held.replace(name, None, model)
+    assert asked == [True] * 7, "once more where more than two are needed"
+    if cache == 2**30:
         assert len(begun) == 2 * 7, "each batch that is needed, once in both networks"
 
 
@@ -405,3 +426,84 @@ def test_a_layer_whose_rows_differ_in_number_is_decomposed_by_itself():
     data = [torch.randn(64, 16) for _ in range(12)]
     small = decomp.svd(ChosenByValue().eval(), ranks=2, data=data, progress=False)
     assert small.decomp_plan["b"].note == "routed differently: decomposed by itself"
+
+
+def test_layers_are_fitted_to_data_from_all_over_the_data():
+    torch.manual_seed(0)
+    model = plant_spectra(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval(), decay=0.5)
+    bases = torch.linalg.qr(torch.randn(64, 64)).Q.split(16)  # of four classes, which come one after the other
+    data = [torch.randn(256, 16) @ basis for basis in bases for _ in range(10)]
+    unseen = torch.cat([torch.randn(64, 16) @ basis for basis in bases])
+
+    def error(**options):
+        small = decomp.svd(model, ranks=16, data=data, progress=False, **options)
+        with torch.no_grad():
+            right = model(unseen)
+            return float((small(unseen) - right).norm() / right.norm())
+
+    assert error() <= 1.02 * error(sequential=False)
+
+
+class Fetched:
+    """Data that counts the batches which were fetched."""
+
+    def __init__(self, data):
+        self.data, self.fetched = data, 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        for batch in self.data:
+            self.fetched += 1
+            yield batch
+
+
+@pytest.mark.parametrize("network", [hourglass, Shared])
+def test_data_is_fetched_a_few_times_however_many_layers_there_are(network):
+    data = Fetched(rows(200))
+    sequential(network().eval(), data)
+    assert data.fetched <= 4 * len(data)  # statistics, the plan, the batches that layers use
+
+
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(96, 96)
+
+    def forward(self, x, attention_mask):
+        return self.layer(x)
+
+
+class SometimesReached(nn.Module):
+    """Its second layer is reached by every third batch, the first one among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer = nn.Linear(96, 96), nn.Linear(96, 96)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.layer(hidden) if x[0, 0] > 0 else hidden
+
+
+def padded_batches():
+    mask = (torch.arange(64) < 2).long().expand(8, 64)
+    return Padded().eval(), [{"x": torch.randn(8, 64, 96), "attention_mask": mask} for _ in range(100)]
+
+
+def batches_for_some():
+    data = [torch.randn(32, 96) for _ in range(120)]
+    for number, batch in enumerate(data):
+        batch[0, 0] = 1.0 if number % 3 == 0 else -1.0
+    return SometimesReached().eval(), data
+
+
+@pytest.mark.parametrize("case", [padded_batches, batches_for_some])
+def test_a_layer_is_fitted_to_as_many_rows_as_it_needs_whatever_batches_hold(case, monkeypatch):
+    """Padding, and batches that do not reach a layer, have no rows."""
+    monkeypatch.setattr("decomp.calibration.sampling.CHEAP_PRODUCTS", 0)
+    torch.manual_seed(0)
+    model, data = case()
+    small = decomp.svd(model, ranks=24, data=data, layers="layer", sequential=True, progress=False)
+    assert "little data" not in small.decomp_plan["layer"].note  # 960 rows are wanted, a quarter is held out

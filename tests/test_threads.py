@@ -130,11 +130,11 @@ def test_a_call_that_ends_between_taking_a_lock_and_its_block_gives_the_lock_bac
     with pytest.raises(KeyboardInterrupt):
         interrupted_with_the_lock()
     with LOCK:
-        assert locks_held() == [LOCK]
+        assert locks_held() == {LOCK: 1}
         with pytest.raises(KeyboardInterrupt):
             interrupted_with_the_lock()
-        assert locks_held() == [LOCK], "the one from before the call"
-        LOCK.release()
+        assert locks_held() == {LOCK: 1}, "the one from before the call"
+    assert not locks_held()
     with ThreadPoolExecutor(1) as other:
         assert other.submit(LOCK.acquire, timeout=1).result()
         other.submit(LOCK.release).result()

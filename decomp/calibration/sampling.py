@@ -1,6 +1,8 @@
 """Which positions the statistics of a layer are summed over: all of them, or a seeded stratified sample."""
 
 import math
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,7 +38,8 @@ class Sampling:
     ``positions`` is a number, "all", or "auto": ten for each of the n channels of the rows x that are summed,
     and more of them, up to 2^30 / n^2, where the sum of x x^T costs little. The positions of images and of texts
     are correlated, so that more of them say little that is new (Zhang et al. 2016 take ten per image).
-    ``batches`` is the number of batches in a pass, None if it is not known.
+    ``batches`` is the number of batches in a pass, None if it is not known; ``numbers`` are those of the batches,
+    ascending, where only some of the data are used.
 
     Raises:
         ValueError: ``positions`` is none of these.
@@ -44,6 +47,7 @@ class Sampling:
 
     positions: int | str = "auto"
     batches: int | None = None
+    numbers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         number = isinstance(self.positions, int) and not isinstance(self.positions, bool) and self.positions > 0
@@ -58,9 +62,14 @@ class Sampling:
             return math.inf
         return max(POSITIONS_PER_CHANNEL * channels, CHEAP_PRODUCTS // channels**2)
 
-    def of_first(self, batches: float) -> "Sampling":
-        """The same for the first batches of the data alone: as many rows, from fewer batches."""
-        return replace(self, batches=int(min(self.batches or math.inf, batches))) if self.batches else self
+    def of(self, numbers: Iterable[int]) -> "Sampling":
+        """The same for the batches with these numbers alone: as many rows, from fewer batches."""
+        chosen = tuple(sorted(numbers))
+        return replace(self, batches=len(chosen), numbers=chosen)
+
+    def place(self, batch: int) -> int:
+        """How many of the batches that are used come before this one."""
+        return batch if self.numbers is None else bisect_left(self.numbers, batch)
 
     def share(self, channels: int) -> float:
         """How many rows are taken of one batch if every batch gives the same number."""
@@ -85,13 +94,15 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, channels: int) -> None:
         self._enough, self._batches = sampling.enough(channels), sampling.batches
+        self._place = sampling.place
         self.taken = 0
         self.seen = 0
 
     def draw(self, total: int, batch: int) -> tuple[Tensor | None, float]:
         """Draw from ``total`` rows; return the indices, None for all, and the weight of each."""
-        least = self._enough / (self._batches or batch + 1)
-        due = least * (batch + 1) if self._batches else self._enough * (1 + math.log(batch + 1))
+        number = self._place(batch) + 1
+        least = self._enough / (self._batches or number)
+        due = least * number if self._batches else self._enough * (1 + math.log(number))
         wanted = max(due - self.taken, least)
         self.seen += total
         if wanted >= total:

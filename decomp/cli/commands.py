@@ -193,8 +193,14 @@ def compress_command(options: Namespace) -> int:
     output = options.output
     as_folder = job.source.is_folder and output.suffix != ".safetensors"
     require_free(output, overwrite=options.overwrite, as_folder=as_folder)
-    if (options.finetune or options.sequential) and job.data is None:
-        raise ValueError("--finetune and --sequential need --data")
+    given = {
+        "finetune": options.finetune,
+        "sequential": options.sequential,
+        "no-sequential": options.sequential is False,
+    }
+    needing = [name for name, is_given in given.items() if is_given]
+    if needing and job.data is None:
+        raise ValueError(f"--{needing[0]} needs --data")
     dense_score = None if job.evaluate is None else Scorer(job.model, None, job.evaluate)(job.model)
     decided = job.plan()
     settings: dict[str, Any] = {"progress": job.progress}

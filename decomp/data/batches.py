@@ -2,16 +2,17 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import TypeAliasType
 
@@ -22,6 +23,8 @@ from decomp.network.restoring import lock, temporarily
 Part = Callable[[int], bool]
 Mask = TypeAliasType("Mask", str | Callable[[Any], Tensor | None] | None)
 """A key of the batches, or a function of a batch, that gives a tensor (batch, length) which is 0 at padding."""
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 _NO_TENSOR = (str, bytes, int, float, complex, np.ndarray, np.generic, type(None))
 _HOLDERS = ("sampler", "batch_sampler", "dataset", "loader", "dataloader")  # of whatever class they are
@@ -57,6 +60,7 @@ class Batches:
         mask: Mask = None,
         *,
         one_pass: bool = False,
+        keep_bytes: int = 0,
     ) -> None:
         require_passes(data, one_pass=one_pass)
         if not (mask is None or isinstance(mask, str) or callable(mask)):
@@ -64,7 +68,10 @@ class Batches:
         self._data = data
         self._inputs = inputs or (lambda batch: batch)
         self._mask = mask
-        self._count = 0
+        self._least = 0  # batches that were seen in one pass
+        self._total: int | None = None  # batches of a whole pass
+        self._room = keep_bytes
+        self._kept: dict[int, tuple[Any, Tensor | None]] = {}
 
     @classmethod
     def in_fixed_order(
@@ -74,10 +81,15 @@ class Batches:
         mask: Mask = None,
         *,
         one_pass: bool = False,
+        keep_bytes: int = 0,
     ) -> "Batches":
-        """Batches in the same order in every pass, shuffled data too, so that what is held out stays held out."""
+        """Batches in the same order in every pass, shuffled data too, so that what is held out stays held out.
+
+        What a part of the data gave is kept in memory for later passes, up to ``keep_bytes``.
+        """
         require_passes(data, one_pass=one_pass)
-        return cls(OwnRandomness(data, random_state(data), same_order=True), inputs, mask, one_pass=one_pass)
+        ordered = OwnRandomness(data, random_state(data), same_order=True)
+        return cls(ordered, inputs, mask, one_pass=one_pass, keep_bytes=keep_bytes)
 
     @property
     def length(self) -> int | None:
@@ -92,11 +104,12 @@ class Batches:
 
     def count(self) -> int:
         """How many batches a pass has: what ``len`` says, or else counted in one pass."""
-        length = self.length
-        if length is None:
+        if self._total is None and self.length is None:
             list(self.numbered(part=lambda index: False))
-            return self._count
-        return length
+        return self._known_count() or 0
+
+    def _known_count(self) -> int | None:
+        return self.length if self._total is None else self._total
 
     def fit_split(self) -> "FitSplit":
         """How the rows of these batches are split for closed forms; see :class:`FitSplit`.
@@ -127,26 +140,52 @@ class Batches:
     def masked(self, start: int = 0, part: Part | None = None) -> Iterator[tuple[int, Any, Tensor | None]]:
         """As :meth:`numbered`, each batch with its mask, True at what counts; None where all of it does.
 
+        Batches after the last one that ``part`` accepts are not fetched where their number is known.
+
         Raises:
             TypeError: a batch holds no tensor.
             ValueError: a batch is empty, or holds NaN or infinity; or a pass is shorter than the one before.
         """
+        count, last = self._known_count(), math.inf
+        if part is not None and count is not None:
+            wanted = [index for index in range(start, count) if part(index)]
+            if all(index in self._kept for index in wanted):
+                yield from ((index, *self._kept[index]) for index in wanted)
+                return
+            last = wanted[-1]
         index = -1
         for index, batch in enumerate(self._data):
-            self._count = max(self._count, index + 1)
+            self._least = max(self._least, index + 1)
             if index >= start and (part is None or part(index)):
                 with naming_batch(index, batch):
                     given = self._inputs(batch)
                 _check(index, given)
                 with naming_batch(index, batch):
                     mask = _mask_of(self._mask, batch, given)
+                if part is not None:
+                    self._keep(index, given, mask)
                 yield index, given, mask
-        if index + 1 < self._count:
+            if index >= last:
+                return
+        if index + 1 < self._least:
             ended = f"ended before batch {index + 1}" if index >= 0 else "came out empty"
             raise ValueError(
-                f"data {ended} on a later pass, and gave {self._count} batches before: "
+                f"data {ended} on a later pass, and gave {self._least} batches before: "
                 "give what can be gone through again, a DataLoader or a list"
             )
+        self._total = index + 1
+
+    def _keep(self, index: int, given: Any, mask: Tensor | None) -> None:
+        size = size_of((given, mask))
+        if index not in self._kept and size <= self._room:
+            self._kept[index] = given, mask
+            self._room -= size
+
+
+def size_of(batch: Any) -> int:
+    """Bytes of the tensors of a batch."""
+    leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
 
 def unpadded(tensor: Tensor, mask: Tensor | None, dims: int = 3) -> Tensor:
@@ -321,25 +360,44 @@ class FitSplit:
         """Whether rows of every batch are held out, in place of batches."""
         return self.count is None or self.count < (CLOSED_FORM_SPLIT.every or 0)
 
-    def dividing(self, least: int) -> float:
-        """How many of the first batches, at least so many, have rows to fit to and held-out ones; else infinity.
+    def spread(self, batches: int) -> list[int]:
+        """The numbers of so many batches in an order whose every beginning is spread over the data.
 
-        >>> FitSplit(8).dividing(2), FitSplit(8).dividing(6), FitSplit(8).dividing(9)
-        (4, 6, inf)
+        Of each beginning about a fourth is held out, where batches are.
+
+        >>> FitSplit(16).spread(16)
+        [0, 9, 11, 4, 14, 6, 3, 1, 10, 5, 15, 13, 2, 12, 7, 8]
         """
-        if self.by_rows:
-            return least
-        numbers = range(self.count or 0) if self.numbers is None else self.numbers
-        held_out = [CLOSED_FORM_SPLIT.held_out(number) for number in numbers]
-        counts = range(least, len(held_out) + 1)
-        return next((count for count in counts if 0 < sum(held_out[:count]) < count), math.inf)
+        held_out = [index for index in range(batches) if self._is_held_out(index)]
+        fitted = [index for index in range(batches) if not self._is_held_out(index)]
+        places: dict[int, float] = {}
+        for numbers in (fitted, held_out):
+            # Multiples of the golden ratio, modulo 1, are spread evenly however many there are of them.
+            among = sorted(range(len(numbers)), key=lambda place: place * GOLDEN_RATIO % 1)
+            places |= {number: (place + 0.5) / len(numbers) for number, place in zip(numbers, among, strict=True)}
+        return sorted(places, key=lambda number: places[number])
+
+    def dividing(self, order: Sequence[int], least: int) -> int:
+        """How many of the first batches in an order, at least so many, have rows to fit to and held-out ones.
+
+        All of them if there are no such.
+
+        >>> [FitSplit(8).dividing(range(8), least) for least in (2, 6, 9)]
+        [4, 6, 8]
+        """
+        held_out = accumulate((self._is_held_out(number) for number in order), initial=0)
+        counts = (n for n, out in enumerate(held_out) if n >= least and (self.by_rows or 0 < out < n))
+        return next(counts, len(order))
+
+    def _is_held_out(self, batch: int) -> bool:
+        number = batch if self.numbers is None else self.numbers[batch]
+        return not self.by_rows and CLOSED_FORM_SPLIT.held_out(number)
 
     def fitted(self, batch: int, rows: int) -> int:
         """How many of the rows of a batch, the first ones, are fitted to; the others are held out."""
         if self.by_rows:
             return rows - math.ceil(rows / 4) if rows > 1 else rows
-        number = batch if self.numbers is None else self.numbers[batch]
-        return 0 if CLOSED_FORM_SPLIT.held_out(number) else rows
+        return 0 if self._is_held_out(batch) else rows
 
     def fitted_rows(self, batch: int, rows: int, samples: int) -> int:
         """As :meth:`fitted`, for rows that are the positions of so many samples, which are not divided."""

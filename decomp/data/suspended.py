@@ -1,12 +1,14 @@
 """Forward passes that are held at each layer: one pass of every batch serves all layers, however many."""
 
 import contextvars
+import heapq
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from threading import Semaphore, Thread, get_ident
 from typing import Any
@@ -17,21 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from decomp.data.activations import Activations, Call, Example, RoutedDifferently, Window, routed_alike
-from decomp.data.batches import Batches, Part, naming_batch
+from decomp.data.batches import Batches, Part, naming_batch, size_of
 from decomp.layers import routes_rows
 from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
 from decomp.network.tracing import Tail
 
-Needed = Callable[[Sequence[Example]], float]
-"""How many of the first batches a layer needs, from the examples that the very first one gives."""
+Needed = Callable[[Iterable[Example], int], int]
+"""How many batches a layer needs, from the examples that so many of them give."""
 
 SECONDS_TO_WAIT = 60.0  # and twenty times what a pass takes: no pass that runs needs as long
 PASSES_TO_WAIT = 20
-
-
-def all_batches(examples: Sequence[Example]) -> float:
-    """As :data:`Needed`: every batch."""
-    return math.inf
 
 
 class OutOfOrder(Exception):
@@ -162,6 +159,10 @@ class Gates:
         self._started.append(begun)
         return begun
 
+    def forget_finished(self) -> None:
+        """Let go of the passes that have ended."""
+        self._started[:] = [each for each in self._started if not each.finished]
+
     def _before(self, name: str) -> Any:
         def hook(*given: Any) -> None:
             here = self.passes.get(get_ident())
@@ -221,12 +222,6 @@ class _LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.bytes -= size
-
-
-def size_of(batch: Any) -> int:
-    """Bytes of the tensors of a batch."""
-    leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
 
 @torch.no_grad()
@@ -291,11 +286,11 @@ def _alike(found: Tensor, right: Tensor) -> bool:
 class HeldExamples:
     """The examples of one layer after the other, in the order of execution, from one pass of each batch.
 
-    The passes over the first batches are held at each layer until it is :meth:`replace`d: as many as the layer
-    needs, and as fit into ``cache_bytes`` there. Where a layer has no room for some of them, these are given up;
-    where a later one has room for more, they begin there. Batches that do not fit take a pass for each layer that
-    needs them, as do all where passes cannot be held. A layer that is called several times gets passes of its
-    own, after which new ones are held. To be used in a ``with`` block, whose end abandons the passes.
+    The passes over some batches are held at each layer until it is :meth:`replace`d: as many as the layer needs,
+    and as fit into ``cache_bytes`` there. Where a layer has no room for some of them, these are given up; where a
+    later one has room for more, they begin there. Batches that do not fit take a pass for each layer that needs
+    them, as do all where passes cannot be held. A layer that is called several times gets passes of its own,
+    after which new ones are held. To be used in a ``with`` block, whose end abandons the passes.
 
     Args:
         small: the compressed network, whose layers are replaced one after the other.
@@ -305,6 +300,7 @@ class HeldExamples:
         batches: the data.
         cache_bytes: memory for what is held.
         part: which batches are needed, by their number; all by default.
+        preferred: the numbers of the batches in the order in which layers take them; as they come by default.
     """
 
     def __init__(
@@ -316,14 +312,15 @@ class HeldExamples:
         batches: Batches,
         cache_bytes: int,
         part: Part | None = None,
+        preferred: Sequence[int] | None = None,
     ) -> None:
         self._small, self._dense, self._pairs, self._order = small, dense, pairs, order
         self._batches, self._cache_bytes, self._part = batches, cache_bytes, part
+        self._given = preferred
         self._waiting = {name: None for name, tail in order.items() if tail.calls == 1}
         self._bytes: Mapping[str, float] | None = None
-        self._held: list[_Held] = []
-        self._is_whole = False  # whether all batches are held
-        self._next_size: int | None = None  # of the first batch that is not held, where that is known
+        self._held: list[_Held] = []  # as preferred
+        self._next_size: int | None = None  # of the first batch that had no room, where that is known
         self._whole_size: int | None = None  # of all batches, where that is known
         self._gates: tuple[Gates, ...] = ()
         self._open = ExitStack()
@@ -337,35 +334,36 @@ class HeldExamples:
     def __exit__(self, *error: object) -> None:
         self._close()
 
-    def of(self, name: str, needed: Needed = all_batches) -> "LayerExamples":
+    def of(self, name: str, least: int, needed: Needed) -> "LayerExamples":
         """The examples of a layer, which can be gone through several times.
 
         Args:
             name: the layer.
-            needed: how many of the first batches are enough, from the examples of the very first one.
+            least: how many batches are taken at least.
+            needed: how many are enough, from the examples of some of them.
         """
-        tail = self._order[name]
-        first, stop = self._arrive(name, needed)
-        left = int(max(0, self._room_left(name)))
-        rest = Activations(self._small, self._dense, *self._pairs[name], tail, self._batches, left)
-        if stop is None:
+        numbers = self._preferred[:least]
+        held = self._hold(name, numbers, self._arrive(name))
+        examples = self._examples(name, held, numbers)
+        for _ in range(2):  # the first few say roughly how many are enough, these say it better
             try:
-                windows = rest.windows(part=lambda index: index == 0)
-                stop = needed([example for window in windows for example in window.items])
+                numbers = self._preferred[: needed(examples, len(numbers))]
             except RoutedDifferently:
-                stop = math.inf  # whoever goes through the examples is told
-        first = [example for example in first if example.batch < stop]
-        return LayerExamples(first, rest, len(self._held), left, stop)
+                return examples  # whoever goes through them is told
+            if len(numbers) <= len(examples.numbers):
+                break
+            held = self._hold(name, numbers, held)
+            examples = self._examples(name, held, numbers, examples.kept)
+        return examples.of(numbers)
 
     def activations(self, name: str) -> "Activations | HeldActivations":
         """The examples of a layer in windows: held ones if those of all batches are held, else from passes."""
         if self._bytes is not None and name in self._waiting and self._whole_fits(name):
-            first, _ = self._arrive(name, all_batches)
-            if self._is_whole:
-                return HeldActivations(first)
+            examples = self._hold(name, self._preferred, self._arrive(name))
+            if {each.index for each in self._held}.issuperset(self._preferred):
+                return HeldActivations(examples)
         self._give_up(0)
-        small, dense, batches = self._small, self._dense, self._batches
-        return Activations(small, dense, *self._pairs[name], self._order[name], batches, self._cache_bytes)
+        return self._rest(name, self._cache_bytes)
 
     def replace(self, name: str, layer: nn.Module | None, small: nn.Module) -> None:
         """Go on with another module in place of the layer, None for itself; ``small`` is the network it is in."""
@@ -373,6 +371,29 @@ class HeldExamples:
         self._waiting.pop(name, None)
         for gates, instead in zip(self._gates, (layer, None), strict=False):
             gates.replaced[name] = instead
+
+    @cached_property
+    def _preferred(self) -> Sequence[int]:
+        """The numbers of the batches that are needed, in the order in which they are taken."""
+        if self._given is not None:
+            return self._given
+        return [index for index in range(self._batches.count()) if self._part is None or self._part(index)]
+
+    @cached_property
+    def _places(self) -> Mapping[int, int]:
+        return {number: place for place, number in enumerate(self._preferred)}
+
+    def _rest(self, name: str, cache_bytes: int) -> Activations:
+        tail = self._order[name]
+        return Activations(self._small, self._dense, *self._pairs[name], tail, self._batches, cache_bytes)
+
+    def _examples(
+        self, name: str, held: list[Example], numbers: Sequence[int], kept: Sequence[Example] = ()
+    ) -> "LayerExamples":
+        """The examples of these batches: of those that are held or kept, and from passes over the others."""
+        left = max(0.0, self._room_left(name) - sum(each.nbytes for each in kept))
+        done = {each.index for each in self._held} | {each.batch for each in kept}
+        return LayerExamples([*held, *kept], done, self._rest(name, int(left)), int(left), numbers)
 
     def _room(self, name: str, size: int) -> float:
         """The bytes that the two passes of a batch of this size hold at a layer."""
@@ -388,48 +409,48 @@ class HeldExamples:
             self._whole_size = sum(size_of(batch) for _, batch in self._batches.numbered(part=self._part))
         return self._room(name, self._whole_size) <= self._cache_bytes
 
-    def _arrive(self, name: str, needed: Needed) -> tuple[list[Example], float | None]:
-        """The examples of the batches that are held at a layer, and how many are needed; None if none is held."""
+    def _arrive(self, name: str) -> list[Example]:
+        """The examples of the batches that are held, whose passes go on to the layer."""
         if self._bytes is None or name not in self._waiting:
             self._close()  # passes that are held cannot go past a layer that is called several times
-            return [], None
+            return []
         while self._held and self._room_left(name) < 0:
             self._give_up(len(self._held) - 1)
         try:
-            examples = [example for each in self._held for example in self._at(each, name)]
-            stop = needed([each for each in examples if each.batch == 0]) if self._held else None
-            if not self._is_whole and (stop is None or len(self._held) < stop):
-                stop = self._hold_more(name, needed, stop, examples)
+            return [example for each in self._held for example in self._at(each, name)]
         except OutOfOrder:
-            self._close()
-            self._bytes = None
-            return [], None
-        return examples, stop
+            self._no_longer()
+            return []
 
-    def _hold_more(self, name: str, needed: Needed, stop: float | None, examples: list[Example]) -> float | None:
-        """Hold further batches at a layer, as many as are needed and fit; return how many are needed."""
+    def _hold(self, name: str, numbers: Sequence[int], examples: list[Example]) -> list[Example]:
+        """Hold those of these batches that fit at a layer, too; return the examples of all that are held."""
+        missing = set(numbers) - {each.index for each in self._held}
         room = self._room_left(name)
-        if self._next_size is not None and self._room(name, self._next_size) > room:
-            return stop
+        no_room = self._next_size is not None and self._room(name, self._next_size) > room
+        if self._bytes is None or name not in self._waiting or not missing or no_room:
+            return examples
         if not self._gates:
             layers = [{name: self._pairs[name][place] for name in self._waiting} for place in (0, 1)]
             self._gates = (
                 self._open.enter_context(Gates(self._small, layers[0], after=False).installed()),
                 self._open.enter_context(Gates(self._dense, layers[1], after=True).installed()),
             )
-        start = self._held[-1].index + 1 if self._held else 0
-        for index, batch, mask in self._batches.masked(start, self._part):
-            self._next_size = size_of(batch)
-            room -= self._room(name, self._next_size)
-            if room < 0 or (stop is not None and len(self._held) >= stop):
-                return stop
+        self._next_size, examples = None, list(examples)
+        for index, batch, mask in self._batches.masked(part=missing.__contains__):
+            size = size_of(batch)
+            room -= self._room(name, size)
+            if room < 0:
+                self._next_size = size
+                break
             small, dense = (gates.begin(batch) for gates in self._gates)
-            self._held.append(_Held(index, batch, mask, (small, dense), self._next_size))
-            arrived = self._at(self._held[-1], name)
-            examples += arrived
-            stop = needed(arrived) if stop is None else stop
-        self._is_whole, self._next_size = True, None
-        return stop
+            self._held.append(_Held(index, batch, mask, (small, dense), size))
+            try:
+                examples += self._at(self._held[-1], name)
+            except OutOfOrder:
+                self._no_longer()
+                return []
+        self._held.sort(key=lambda each: self._places[each.index])
+        return examples
 
     def _at(self, each: "_Held", name: str) -> list[Example]:
         """The example of a batch, if it has any, whose passes go on to the layer."""
@@ -453,11 +474,18 @@ class HeldExamples:
         """Abandon the passes from this place on: there is no room for them."""
         given_up, self._held = self._held[place:], self._held[:place]
         if given_up:
-            self._is_whole, self._next_size = False, given_up[0].size
+            self._next_size = given_up[0].size
             _end([each for held in given_up for each in held.passes])
+            for gates in self._gates:
+                gates.forget_finished()
+
+    def _no_longer(self) -> None:
+        """Take passes of their own from here on."""
+        self._close()
+        self._bytes = None
 
     def _close(self) -> None:
-        self._held, self._gates, self._is_whole, self._next_size = [], (), False, None
+        self._held, self._gates, self._next_size = [], (), None
         self._open.close()
 
 
@@ -474,7 +502,7 @@ class HeldActivations:
     """The examples of held passes, as one window of each part of the data; see :class:`Activations`."""
 
     def __init__(self, examples: list[Example]) -> None:
-        self._examples = examples
+        self._examples = sorted(examples, key=_batch_of)
 
     def windows(
         self, start: int = 0, part: Part | None = None, share: float = 1.0, most: float = math.inf
@@ -486,26 +514,47 @@ class HeldActivations:
 
 
 class LayerExamples:
-    """The examples of held passes, then those of other batches, which stay in memory if they fit.
+    """The examples of some batches, in their order; those that were not given stay in memory if they fit.
 
-    ``stop`` is the number of the batch before which they end.
+    Args:
+        given: examples that are there.
+        done: the numbers of the batches that gave them.
+        rest: makes the examples of the others.
+        cache_bytes: memory for these.
+        numbers: those of the batches whose examples are wanted.
     """
 
-    def __init__(self, held: list[Example], rest: Activations, start: int, cache_bytes: int, stop: float) -> None:
-        self._held, self._rest, self._start, self._cache_bytes = held, rest, start, cache_bytes
-        self.stop = stop
-        self._kept: list[Example] | None = None
+    def __init__(
+        self,
+        given: Iterable[Example],
+        done: set[int],
+        rest: Activations,
+        cache_bytes: int,
+        numbers: Iterable[int],
+    ) -> None:
+        self.numbers = tuple(sorted(numbers))
+        self.kept: list[Example] = []
+        self.reached: set[int] = (
+            set()
+        )  # the numbers of the batches that gave any, as far as they were gone through
+        wanted = set(self.numbers)
+        self._given = sorted((each for each in given if each.batch in wanted), key=_batch_of)
+        self._done, self._rest, self._cache_bytes = done, rest, cache_bytes
+
+    def of(self, numbers: Iterable[int]) -> "LayerExamples":
+        """The examples of some of these batches."""
+        return LayerExamples([*self._given, *self.kept], self._done, self._rest, self._cache_bytes, numbers)
 
     def __iter__(self) -> Iterator[Example]:
-        yield from self._held
-        if self._start >= self.stop:
-            return
-        if self._kept is not None:
-            yield from self._kept
-            return
+        missing = set(self.numbers) - self._done
+        for example in heapq.merge(self._given, self._made(missing) if missing else self.kept, key=_batch_of):
+            self.reached.add(example.batch)
+            yield example
+
+    def _made(self, missing: set[int]) -> Iterator[Example]:
         kept: list[Example] = []
         size = 0
-        for window in self._rest.windows(self._start, lambda index: index < self.stop):
+        for window in self._rest.windows(part=missing.__contains__):
             for example in window.items:
                 size += example.nbytes
                 if size <= self._cache_bytes:
@@ -513,4 +562,9 @@ class LayerExamples:
                 yield example
             del window
         if size <= self._cache_bytes:
-            self._kept = kept
+            self.kept = kept
+            self._done = self._done | missing
+
+
+def _batch_of(example: Example) -> int:
+    return example.batch

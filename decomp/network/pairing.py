@@ -95,24 +95,49 @@ def blocks_of(
 def repeated_blocks(model: nn.Module, layers: Sequence[str]) -> list[str]:
     """The outermost modules of a class that occurs several times in the model, and that hold two of the layers.
 
-    These are the residual blocks of a ResNet, the layers of a transformer, the stages of a U-Net. Classes of
-    ``torch.nn`` itself are left out, but for the layers of its transformers.
+    These are the residual blocks of a ResNet, the layers of a transformer, the stages of a U-Net. A module that
+    holds nothing but a list of such blocks is none itself: the encoder and the decoder of a transformer. Classes
+    of ``torch.nn`` itself are left out, but for the layers of its transformers.
 
     >>> class Block(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
     ...         self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
-    >>> model = nn.Sequential(Block(), nn.Linear(2, 2), nn.Sequential(Block()))
+    >>> class Tower(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layers = nn.ModuleList([Block(), Block()])
+    >>> model = nn.Sequential(Tower(), nn.Linear(2, 2), Tower())
     >>> repeated_blocks(model, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
-    ['0', '2.0']
+    ['0.layers.0', '0.layers.1', '2.layers.0', '2.layers.1']
     """
-    known = {name: module for name, module in model.named_modules() if name and _may_be_block(module)}
+    held = {name: {layer for layer in layers if _inside(layer, name)} for name, _ in model.named_modules() if name}
+    known = {
+        name: module
+        for name, module in model.named_modules()
+        if name and _may_be_block(module) and len(held[name]) > 1
+    }
     counts = Counter(type(module) for module in known.values())
+    in_lists = _equal_members(model, known)
     found: list[str] = []
     for name, module in known.items():  # a module comes before those inside of it
         inside_another = any(_inside(name, other) for other in found)
-        if counts[type(module)] > 1 and not inside_another and sum(_inside(each, name) for each in layers) > 1:
+        within = set().union(*(held[each] for each in in_lists if each != name and _inside(each, name)))
+        is_list = bool(within) and len(held[name] - within) < 2
+        if counts[type(module)] > 1 and not inside_another and not is_list:
             found.append(name)
+    return found
+
+
+def _equal_members(model: nn.Module, known: Mapping[str, nn.Module]) -> list[str]:
+    """Those of the known modules that lie in a list, or a sequence, with another one of their class."""
+    found: list[str] = []
+    for place, holder in model.named_modules():
+        if not isinstance(holder, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            continue
+        members = [f"{place}.{name}" if place else name for name, _ in holder.named_children()]
+        counts = Counter(type(known[each]) for each in members if each in known)
+        found += [each for each in members if each in known and counts[type(known[each])] > 1]
     return found
 
 

@@ -20,22 +20,56 @@ Hook = Callable[..., Any]
 Undo = Callable[[], None]
 """Takes a change back. It may run twice, and also where only a part of the change was made."""
 
-_locks: list[Any] = []  # of the library
+_locks: list["Lock"] = []  # of the library
 
 
-def lock() -> Any:
+class Lock:
+    """A reentrant lock that knows how often its owner has taken it."""
+
+    def __init__(self) -> None:
+        self._lock = RLock()
+        self._depth = 0
+
+    @property
+    def depth(self) -> int:
+        """How often this thread has taken the lock."""
+        # An interrupt may have come before the first one was counted.
+        return max(1, self._depth) if self._lock._is_owned() else 0  # type: ignore[attr-defined]
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """As that of ``threading.RLock``."""
+        taken = self._lock.acquire(blocking, timeout)
+        if taken:
+            self._depth += 1
+        return taken
+
+    def release(self) -> None:
+        """As that of ``threading.RLock``."""
+        depth = self.depth
+        if depth:
+            self._depth = depth - 1
+        self._lock.release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+def lock() -> Lock:
     """A reentrant lock, which a call that fails gives back.
 
     ``with`` may be interrupted after it has taken a lock, and before its block begins, whose end would release it.
     """
-    made = RLock()
+    made = Lock()
     _locks.append(made)
     return made
 
 
-def locks_held() -> list[Any]:
-    """The locks of the library that this thread has, as ``threading.Condition`` asks for it."""
-    return [each for each in _locks if each._is_owned()]
+def locks_held() -> dict[Lock, int]:
+    """The locks of the library that this thread has, with how often it has taken them."""
+    return {each: each.depth for each in _locks if each.depth}
 
 
 LOCK = lock()
@@ -102,12 +136,12 @@ def all_or_nothing() -> Iterator[None]:
 
 
 def _releasing_locks() -> Undo:
-    """A function that releases the locks that this thread has not had at first."""
+    """A function that releases what this thread has taken of the locks since."""
     before = locks_held()
 
     def release() -> None:
-        for each in locks_held():
-            while each not in before and each._is_owned():
+        for each in _locks:
+            while each.depth > before.get(each, 0):
                 each.release()
 
     return release

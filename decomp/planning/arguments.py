@@ -80,9 +80,9 @@ class Application(TypedDict, total=False):
             None,
             "decompose layer after layer, each for its inputs in the network compressed so far and its outputs in "
             "the dense one (Zhang et al. 2016, section 3.3). By default where ``data`` are batches that can be "
-            "gone through again, and not ``inplace``. Shuffle them: a layer uses the first batches, as many as it "
-            "needs. False: all layers for their inputs in the dense network, in "
-            "one pass. True with ``finetune``: each layer is trained before the next is decomposed, and not all "
+            "gone through again, and not ``inplace``. A layer uses as many batches as it needs, spread over the "
+            "data. False: all layers for their inputs in the dense network, in one pass. "
+            "True with ``finetune``: each layer is trained before the next is decomposed, and not all "
             "of them afterwards.",
         ),
     ]

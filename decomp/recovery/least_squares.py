@@ -35,7 +35,8 @@ class OutputSizeMismatch(Exception):
 def rows_to_fit(last: nn.Module, sampling: Sampling) -> float:
     """How many rows of all data the last factor of a layer, or the weight of a dense one, is fitted to."""
     columns = math.prod(group_kernels(last).shape[2:])
-    return 2.0 * _largest_sample(columns) if columns > LARGEST_NORMAL_EQUATIONS else sampling.enough(columns)
+    most = 2.0 * _largest_sample(columns) if columns > LARGEST_NORMAL_EQUATIONS else math.inf
+    return min(most, sampling.enough(columns))
 
 
 def _largest_sample(columns: int) -> int:

@@ -17,7 +17,7 @@ from decomp.calibration.sampling import Positions, Sampling, little_data
 from decomp.calibration.unfold import count_rows, rows_of
 from decomp.data.activations import Example, RoutedDifferently, reached_tails
 from decomp.data.batches import Batches, FitSplit, Mask, unpadded
-from decomp.data.suspended import HeldExamples
+from decomp.data.suspended import HeldExamples, LayerExamples
 from decomp.layers import Factorized, routes_rows
 from decomp.network import surgery
 from decomp.network.forward import Unfused, evaluating
@@ -39,7 +39,8 @@ from decomp.planning.plan import CompressedModule, Plan
 from decomp.recovery.batch_norm_shift import BatchNormShift, batch_norm_shifts
 from decomp.recovery.least_squares import OutputSizeMismatch, Refit, rows_to_fit
 
-CACHE_BYTES = 2**30
+CACHE_BYTES = 2**30  # for the passes that are held
+KEEP_BYTES = 2**28  # for the batches that layers use
 LEAST_BATCHES = 8
 NO_TAIL = Tail()
 
@@ -67,31 +68,32 @@ def apply_sequentially(
     compared by the error of the output on rows that nothing was fitted to, and the best are taken; so is a refit
     of the last factor, and the correction of the mean. ``after_each(small, name)`` is called after each layer,
     before the next one is decomposed. A layer uses as many batches as have the rows that it is fitted to, and at
-    least eight. One pass of each batch through both networks serves all layers, held at each until that is
-    decomposed; batches beyond the memory, and models for which that does not work, take a pass per layer.
+    least eight, spread over the data. One pass of each batch through both networks serves all layers, held at
+    each until that is decomposed; batches beyond the memory, and models for which that does not work, take a pass
+    per layer.
 
     Source: Zhang et al. 2016, section 3.3 (asymmetric reconstruction).
     """
     model = unpacked(model, plan.replaced)
     replaced = layers_to_replace(model, plan, plan.method_of, needs_values=True)
     small = surgery.swap(model, {}, inplace=False)
-    batches = Batches.in_fixed_order(data, inputs, mask)
+    batches = Batches.in_fixed_order(data, inputs, mask, keep_bytes=KEEP_BYTES)
     sampling, split = Sampling(positions, batches.count()), batches.fit_split()
+    preferred = split.spread(batches.count())
     pairs = {name: (small.get_submodule(name), dense) for name, dense in replaced.items()}
     final: dict[str, Choice] = {}
     with evaluating(model, small), Unfused(), torch.inference_mode(False), torch.no_grad():
         order = reached_tails(model, batches, replaced)
         norm_shifts = batch_norm_shifts(small, model, batches, pairs)
         calls = {name: replace(tail, steps=()) for name, tail in order.items()}
-        with HeldExamples(small, model, pairs, calls, batches, CACHE_BYTES) as held:
+        with HeldExamples(small, model, pairs, calls, batches, CACHE_BYTES, preferred=preferred) as held:
             for name in bar(progress, "decompose", list(order)):
                 require_finite(name, replaced[name])
                 with naming(name):
                     refitted = plan.method_of(name).affine and not routes_rows(replaced[name])
-                    needed = partial(batches_needed, pairs[name][0], sampling, split) if refitted else no_batches
-                    examples = held.of(name, needed)
-                    taken = sampling.of_first(examples.stop)
-                    step = _LayerStep(*pairs[name], examples, norm_shifts.get(name), taken, split)
+                    needed = partial(batches_needed, pairs[name][0], sampling, split, preferred)
+                    examples = held.of(name, LEAST_BATCHES, needed) if refitted else held.of(name, 0, no_batches)
+                    step = _LayerStep(*pairs[name], examples, norm_shifts.get(name), sampling, split)
                     layer, final[name] = step.decompose(name, plan)
                 del step, examples  # gone before the next ones are made
                 small = surgery.swap(small, {name: layer}, inplace=bool(name))
@@ -108,22 +110,31 @@ def apply_sequentially(
     return small
 
 
-def batches_needed(layer: nn.Module, sampling: Sampling, split: FitSplit, examples: Sequence[Example]) -> float:
-    """How many of the first batches have the rows that a layer is fitted to, if all are like the first.
+def batches_needed(
+    layer: nn.Module,
+    sampling: Sampling,
+    split: FitSplit,
+    order: Sequence[int],
+    examples: Iterable[Example],
+    batches: int,
+) -> int:
+    """How many batches, as they come in ``order``, have the rows that a layer is fitted to.
 
-    There are at least eight, of which some are held out.
+    So many ``batches`` gave these examples; the others are taken to have as many rows on average. There are at
+    least eight, of which some are held out.
     """
-    if not examples:
-        return math.inf
     axes = len(getattr(layer, "kernel_size", ()))
-    rows = sum(count_rows(example.targets[0], axes) for example in examples)
-    count = max(LEAST_BATCHES, math.ceil(min(rows_to_fit(layer, sampling) / max(1, rows), 2**31)))
-    return split.dividing(count)
+    rows = 0
+    for example in examples:
+        target = example.targets[0]
+        rows += count_rows(target if axes else unpadded(target, example.mask), axes)
+    wanted = rows_to_fit(layer, sampling) * batches / rows if rows else math.inf
+    return split.dividing(order, max(LEAST_BATCHES, math.ceil(min(wanted, len(order)))))
 
 
-def no_batches(examples: Sequence[Example]) -> float:
+def no_batches(examples: Iterable[Example], batches: int) -> int:
     """For a layer that is decomposed by itself."""
-    return 0.0
+    return 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ class _LayerStep:
 
     own: nn.Module
     dense: nn.Module
-    examples: Iterable[Example]
+    examples: LayerExamples
     norm_shift: BatchNormShift | None
     sampling: Sampling
     split: FitSplit
@@ -185,7 +196,7 @@ class _LayerStep:
         centred = self.norm_shift is not None
         calibrated = cast(Moments | None, plan.statistics.get(name))
         moments = moments_of(
-            self.own, received, calibrated, self.sampling, self.split, centred=centred, patches=patches
+            self.own, received, calibrated, self._used, self.split, centred=centred, patches=patches
         )
         fitted = self._judge(by_moments(self.own, method, ranks, moments))
         is_exact = fitted.held_out <= best.held_out and (moments.patches is not None or not self._is_spatial)
@@ -217,6 +228,11 @@ class _LayerStep:
             self.norm_shift.absorb(shift)
 
     @property
+    def _used(self) -> Sampling:
+        """As many rows, from the batches that reach the layer: known once the examples were gone through."""
+        return self.sampling.of(self.examples.reached)
+
+    @property
     def _is_spatial(self) -> bool:
         return math.prod(getattr(self.own, "kernel_size", ())) > 1
 
@@ -226,7 +242,7 @@ class _LayerStep:
         Returns the second moments of the patches, if the sums of the fit hold them, the rows that it was fitted
         to, and the unknowns of each output.
         """
-        refit = Refit(self.own, self.split, self.norm_shift, self.sampling)
+        refit = Refit(self.own, self.split, self.norm_shift, self._used)
         try:
             for example in self.examples:
                 if not example.received.is_floating_point():
@@ -244,7 +260,7 @@ class _LayerStep:
         refitted = copy.deepcopy(layer)
         if layer.absorbs_outputs != "full":
             return self._judge(refitted)
-        refit = Refit(refitted, self.split, self.norm_shift, self.sampling)
+        refit = Refit(refitted, self.split, self.norm_shift, self._used)
         try:
             for example in self.examples:
                 if example.received.is_floating_point():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from decomp._util.io import digest, remove_unfinished, write_atomically
 from decomp._util.schema import Value
 
-FORMAT = 3
+FORMAT = 4
 
 
 class Checkpoint:

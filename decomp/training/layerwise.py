@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -148,7 +148,8 @@ def finetune_layerwise(
             same order, also where it is shuffled.
         steps: gradient steps per layer, at most.
         lr: learning rate at the start. By default each layer takes the best of 5e-4, 2e-3 and 8e-3: that whose
-            error is the least on the held-out batches after a tenth of the steps, on a cosine of their own.
+            error is the least on the held-out batches after a tenth of the steps, on a cosine of their own. The
+            trials come on top of ``steps``, and the rates are meant for Adam: write ``lr`` for another optimizer.
         inputs: what the model is called with, from a batch: ``lambda batch: batch[0]`` where labels come with it.
         cache_bytes: memory for inputs and targets. Where that is enough for what one pass of every batch through
             both networks holds at a layer, these passes serve all layers, each held until its layer is trained;
@@ -246,13 +247,13 @@ class _NeededBatches:
 
     split: BatchSplit
     most: int
+    _trained: list[int] = field(default_factory=lambda: [0])  # how many of the first batches are trained on
 
     def __call__(self, index: int) -> bool:
         """Whether the batch of this number is needed."""
-        if self.split.held_out(index):
-            return True
-        before = sum(self.split.train(earlier) for earlier in range(index)) if index < 2 * self.most + 2 else index
-        return self.split.train(index) and before < self.most
+        while len(self._trained) <= index:
+            self._trained.append(self._trained[-1] + self.split.train(len(self._trained) - 1))
+        return self.split.held_out(index) or (self.split.train(index) and self._trained[index] < self.most)
 
 
 def _same(activations: Activations) -> Activations:
@@ -397,10 +398,27 @@ class LayerTrainer:
         # As many in all processes together as one process would take.
         judged = _Judged(held_out, math.ceil(max(2, self._settings.interval // 2) / self._group.size))
         error = self._error(self.layer, judged) or 0.0
-        rate = self._best_rate(stream, held_out)
+        current = None if saved is None else saved.load("current")
+        if current is not None and current["layer"] != name:
+            current = None
+        rate = self._best_rate(stream, held_out) if current is None else current["rate"]
         student, loop = self._student(replace(self._settings, lr=rate))
         loop.best_error = error
-        self._run(loop, student, stream, judged, name, saved, advance)
+        if current is not None:
+            own = current["processes"][self._group.rank]
+            loop.set_state(current["loop"])
+            stream.seek(own["position"])
+            set_random_state(own["random"])
+            advance(loop.steps_done, math.nan)
+
+        def save() -> None:
+            if saved is not None:
+                own = {"position": stream.position, "random": random_state()}
+                processes = self._group.gather(own)
+                saved.save("current", {"layer": name, "rate": rate, "loop": loop.state(), "processes": processes})
+
+        loss, evaluate = partial(self._loss, student, stream), partial(self._error_or_nan, student, judged)
+        loop.run(loss, evaluate, save, lambda value: advance(1, value))
         trained = copy.deepcopy(self.layer)
         trained.load_state_dict(student.state_dict())
         after = self._error(trained, held_out) or 0.0
@@ -484,34 +502,6 @@ class LayerTrainer:
         if all_routed:
             raise RoutedDifferently
         return all_begun == self._group.size
-
-    def _run(
-        self,
-        loop: TrainingLoop,
-        student: nn.Module,
-        stream: ExampleStream[Example],
-        judged: "_Judged",
-        name: str,
-        saved: Checkpoint | None,
-        advance: Callable[[int, float], None],
-    ) -> None:
-        """Train ``student`` to the end, from the checkpoint where it holds this layer."""
-        current = None if saved is None else saved.load("current")
-        if current is not None and current["layer"] == name:
-            own = current["processes"][self._group.rank]
-            loop.set_state(current["loop"])
-            stream.seek(own["position"])
-            set_random_state(own["random"])
-            advance(loop.steps_done, math.nan)
-
-        def save() -> None:
-            if saved is not None:
-                own = {"position": stream.position, "random": random_state()}
-                processes = self._group.gather(own)
-                saved.save("current", {"layer": name, "loop": loop.state(), "processes": processes})
-
-        loss, evaluate = partial(self._loss, student, stream), partial(self._error_or_nan, student, judged)
-        loop.run(loss, evaluate, save, lambda value: advance(1, value))
 
     @torch.no_grad()
     def _error(self, layer: nn.Module, examples: Iterable[Example]) -> float | None:

@@ -1,0 +1,34 @@
+"""Rows of results in a file, which a benchmark that was killed reads again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Results:
+    """Results, one JSON object a line, by what was measured.
+
+    The last line of a run that was killed may be cut short: it is left where it is, and measured again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                self.rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+
+    def of(self, **key: Any) -> dict[str, Any] | None:
+        """The row with these values, if there is one."""
+        return next((row for row in self.rows if all(row.get(part) == each for part, each in key.items())), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row to the file, and print it."""
+        self.rows.append(row)
+        written = self._path.read_text() if self._path.exists() else ""
+        cut = bool(written) and not written.endswith("\n")
+        with self._path.open("a") as file:
+            file.write(("\n" if cut else "") + json.dumps(row) + "\n")
+        print(*row.values(), sep="  ", flush=True)
