@@ -174,16 +174,26 @@ def test_the_equations_of_the_rows_have_the_solution_of_those_of_the_columns():
     z, y = z.float().double(), y.float().double()
     weight = torch.randn(2, 5, 12, dtype=torch.float64)
     columns, rows = NormalEquations(), RowEquations(100)
-    for equations in (columns, rows):
+    others = NormalEquations(), RowEquations(100)
+    for equations, held_out in zip((columns, rows), others, strict=True):
         equations.add(z[:, :10], y[:, :10])
-        equations.add(z[:, 10:], y[:, 10:])
-    for centred in (True, False):
-        for ridge in (1e-3, 1.0, 100.0):
-            a, b = (next(each.solutions(weight, (ridge,), centred=centred)) for each in (columns, rows))
-            torch.testing.assert_close(a[0], b[0], rtol=1e-8, atol=1e-8)
-            if centred:
-                torch.testing.assert_close(a[1], b[1], rtol=1e-8, atol=1e-8)
-            assert columns.error(*a) == pytest.approx(rows.error(*a), rel=1e-9)
+        equations.add(z[:, 10:20], y[:, 10:20])
+        held_out.add(z[:, 20:], y[:, 20:])
+    ridges = (1e-3, 1.0, 100.0)
+    for validations in ((columns, rows), others):
+        for centred in (True, False):
+            found = (
+                each.candidates(weight, ridges, validation, centred=centred)
+                for each, validation in zip((columns, rows), validations, strict=True)
+            )
+            for (error, state), (by_rows, state_by_rows) in zip(*found, strict=True):
+                a, b = state(), state_by_rows()
+                torch.testing.assert_close(a[0], b[0], rtol=1e-8, atol=1e-8)
+                if centred:
+                    torch.testing.assert_close(a[1], b[1], rtol=1e-8, atol=1e-8)
+                assert error == pytest.approx(by_rows, rel=1e-9)
+                for equations in validations:
+                    assert equations.error(*a) == pytest.approx(error, rel=1e-9)
 
 
 def test_wide_layers_are_refitted_from_a_sample_of_rows(monkeypatch):

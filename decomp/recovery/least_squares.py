@@ -1,7 +1,8 @@
 """Least squares for the last factor of a layer and its bias, from normal equations summed batch by batch."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,9 @@ EQUATION_CHUNK_ELEMENTS = 2**24
 
 State = tuple[Tensor, Tensor | None]
 """A last factor (groups, T, patch) and its bias (groups, T), in float64."""
+
+Candidate = tuple[float, Callable[[], State]]
+"""An error, and what makes the state that has it."""
 
 
 class OutputSizeMismatch(Exception):
@@ -191,15 +195,16 @@ class Refit:
         best = self.error()
         if not self.equations.count:
             return best
-        best_state = None
+        best_state: Callable[[], State] | None = None
         ridges = RIDGES_FOR_SAMPLES if self.is_wide else RIDGES
-        solutions = self.equations.solutions(self._weight, ridges, centred=self._bias is not None)
-        for ridge, (weight, bias) in zip(ridges, solutions, strict=True):
-            error = self._validation.error(weight, bias)
+        candidates = self.equations.candidates(
+            self._weight, ridges, self._validation, centred=self._bias is not None
+        )
+        for ridge, (error, state) in zip(ridges, candidates, strict=True):
             if math.isfinite(error) and error < best:
-                best, best_state, self.ridge = error, (weight, bias), ridge
+                best, best_state, self.ridge = error, state, ridge
         if best_state is not None:
-            self.set_state(best_state)
+            self.set_state(best_state())
         return best
 
     def set_state(self, state: State) -> None:
@@ -255,6 +260,18 @@ class NormalEquations:
         second: Tensor = self._zz.total / self.count
         return second - mean[:, :, None] * mean[:, None] if centred else second
 
+    def candidates(
+        self,
+        weight: Tensor,
+        ridges: Iterable[float],
+        validation: "NormalEquations | RowEquations",
+        *,
+        centred: bool,
+    ) -> Iterator[Candidate]:
+        """The solutions for each ridge, with their errors on ``validation``."""
+        for state in self.solutions(weight, ridges, centred=centred):
+            yield validation.error(*state), partial(_same, state)
+
     def solutions(self, weight: Tensor, ridges: Iterable[float], *, centred: bool) -> Iterator[State]:
         """A = (S_yz + rho A_0) (S_zz + rho I)^-1, b = mean(y) - A mean(z), for each ridge."""
         zz, yz = self._zz.total / self.count, self._yz.total / self.count
@@ -308,32 +325,56 @@ class RowEquations:
         chosen = self._chosen.choose(0, z.shape[1]).to(z.device)
         self._chosen.add(torch.cat([z[:, chosen], y[:, chosen]], 2).to(torch.float32))
 
-    def _pairs(self) -> tuple[Tensor, Tensor]:
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The rows z and y of the sample, in float64."""
         rows = torch.cat(self._chosen.parts, 1)
         return rows[:, :, : self._columns].to(torch.float64), rows[:, :, self._columns :].to(torch.float64)
 
-    def solutions(self, weight: Tensor, ridges: Iterable[float], *, centred: bool) -> Iterator[State]:
-        """A and b = mean(y) - A mean(z), as those of :class:`NormalEquations`, for each ridge."""
-        z, y = self._pairs()
+    def candidates(
+        self,
+        weight: Tensor,
+        ridges: Iterable[float],
+        validation: "NormalEquations | RowEquations",
+        *,
+        centred: bool,
+    ) -> Iterator[Candidate]:
+        """As those of :class:`NormalEquations`; A is made for the ridge that is taken alone.
+
+        Rows Z_v, Y_v to validate on are lost by Y_v - Z_v A_0^T - Z_v Z^T (K + n rho I)^-1 R.
+        """
+        z, y = self.pairs()
+        z_held, y_held = (z, y) if validation is self else cast(RowEquations, validation).pairs()
+        energy = float(y_held.square().sum())
         mean_z, mean_y = z.mean(1, keepdim=True), y.mean(1, keepdim=True)
         if centred:
-            z, y = z - mean_z, y - mean_y
-        gram, missing = z @ z.mT, y - z @ weight.mT  # these cost the most, and are the same for every ridge
+            z, y, z_held, y_held = z - mean_z, y - mean_y, z_held - mean_z, y_held - mean_y
+        gram, missing = z @ z.mT, y - z @ weight.mT
+        cross, missing_held = z_held @ z.mT, y_held - z_held @ weight.mT
         mean = gram.diagonal(dim1=1, dim2=2).sum(1) / z.shape[2]
         identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+
+        def state(by_row: Tensor) -> State:
+            solved = weight + by_row.mT @ z
+            return solved, (mean_y - mean_z @ solved.mT)[:, 0] if centred else None
+
         for ridge in ridges:
             rho = (ridge * mean).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
-            solved = weight + _solve(gram + rho * identity, missing).mT @ z
-            yield solved, (mean_y - mean_z @ solved.mT)[:, 0] if centred else None
+            by_row = _solve(gram + rho * identity, missing)
+            lost = float((missing_held - cross @ by_row).square().sum())
+            yield math.sqrt(lost / energy) if energy else 0.0, partial(state, by_row)
 
     def error(self, weight: Tensor, bias: Tensor | None) -> float:
         """sqrt(sum ||y - A z - b||^2 / sum ||y||^2) over the sample."""
         if not self.rows:
             return math.nan
-        z, y = self._pairs()
+        z, y = self.pairs()
         lost = y - z @ weight.mT - (0.0 if bias is None else bias[:, None])
         energy = float(y.square().sum())
         return math.sqrt(float(lost.square().sum()) / energy) if energy else 0.0
+
+
+def _same(state: State) -> State:
+    return state
 
 
 def _solve(symmetric: Tensor, right: Tensor) -> Tensor:
