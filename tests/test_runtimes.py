@@ -1,8 +1,12 @@
 """Runtimes: every layer class outside of PyTorch, timing, export, and what runs best."""
 
 import copy
+import os
 import statistics
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -373,3 +377,34 @@ def test_compare_times_and_scores_both_models_in_each_runtime():
     assert "openvino-int8: " in str(compared)
     with pytest.raises(ValueError, match="give data="):
         decomp.compare(small, model, x, runtimes=["openvino-int8"])
+
+
+SIGNALLED = """
+import faulthandler, os, signal
+import torch
+from torch import nn
+import decomp
+
+faulthandler.enable()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+x = torch.randn(2, 16)
+runs = [decomp.runtimes.ready("openvino-int8", nn.Linear(16, 16).eval(), x, [x]) for _ in range(3)]
+for run in runs:
+    run(x)
+while runs:
+    del runs[0], run
+    os.kill(os.getpid(), signal.SIGUSR1)
+    run = None
+"""
+
+
+def test_signals_are_handled_after_models_in_openvino_are_gone(tmp_path):
+    """Python handles signals on an alternate stack, which OpenVINO replaces on some processors."""
+    require("openvino")
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run(
+        [sys.executable, "signalled.py"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("handled") == 3

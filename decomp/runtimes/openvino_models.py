@@ -4,6 +4,7 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,24 @@ def openvino(precision: str = "f32", *, threads: int | None = None) -> Runtime:
     return Runtime(name, prepare, precision, threads, precision == "int8")
 
 
+@cache
+def core() -> Any:
+    """OpenVINO's core, one for the whole process.
+
+    On processors with AMX each core sets an alternate stack for signals, and restores the one before at its end.
+    Two of them that do not end in the reverse order leave a stack behind that is gone: the next signal that Python
+    handles, a Ctrl-C for example, crashes the process.
+    """
+    import openvino as ov
+
+    return ov.Core()
+
+
 def graph_of(program: Program, data: Sequence[Any] | None) -> Any:
     """Convert a program to OpenVINO's model, with ``data`` quantized to int8."""
     with needing("openvino", NEEDS.format(package="openvino")):
         import openvino as ov
+    core()  # before those that NNCF makes and drops
     with quiet():
         graph = ov.convert_model(program.exported)
         for names, ports in ((program.inputs, graph.inputs), (program.outputs, graph.outputs)):
@@ -92,11 +107,9 @@ class OpenVinoModel:
         return self._program.result(list(result.values()))
 
     def _compiled(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
-        import openvino as ov
-
         graph = self._graph.clone()
         graph.reshape({port: list(shape) for port, shape in zip(graph.inputs, shapes, strict=True)})
-        return ov.Core().compile_model(graph, "CPU", self._options).create_infer_request()
+        return core().compile_model(graph, "CPU", self._options).create_infer_request()
 
 
 def write_openvino(graph: Any, path: Path) -> None:
@@ -108,6 +121,4 @@ def write_openvino(graph: Any, path: Path) -> None:
 
 def read_openvino(path: Path) -> Any:
     """Read what :func:`write_openvino` wrote."""
-    import openvino as ov
-
-    return ov.Core().read_model(path)
+    return core().read_model(path)
