@@ -82,7 +82,7 @@ def test_the_formula_is_that_of_its_docstring(seed):
         name: choice((before[i, 0], after[i, 0]), (before[i, 1], after[i, 1]), errors[i])
         for i, name in enumerate(names)
     }
-    changed = safeguard(choices, dict.fromkeys(names, vbmf()))
+    changed = safeguard(choices, dict.fromkeys(names, vbmf()), {})
     savings = np.sqrt(np.prod((before - after) / before.sum(0), 1))
     expected = brute_force(np.minimum(errors, 1) ** 2, savings, count)
     dense = {name for name, each in changed.items() if not each.ranks}
@@ -92,10 +92,53 @@ def test_the_formula_is_that_of_its_docstring(seed):
     )
 
 
+def decaying(layer, decay):
+    """Give a linear layer singular values that fall by a factor from one to the next."""
+    u, values, v = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
+    layer.weight.data = (u * decay ** torch.arange(len(values)) @ v).float()
+    return layer
+
+
+@pytest.mark.parametrize("limits", [{}, {"multiple_of": 4}, {"min_gain": 0.3}])
+def test_a_layer_at_risk_gets_the_ranks_that_save_the_most_of_those_that_lose_no_more_than_the_others(limits):
+    torch.manual_seed(0)
+    wide = [decaying(nn.Linear(64, 64), 0.5) for _ in range(3)]
+    model = nn.Sequential(*wide, decaying(nn.Linear(64, 48), 0.85), nn.Linear(48, 16))
+    rule, x = decomp.ranks.energy(0.8), torch.zeros(1, 64)
+    plan = decomp.plan(model, ranks=rule, example_inputs=x, **limits)
+    chosen = decomp.plan(model, ranks=decomp.ranks.energy(0.8, pure=True), example_inputs=x, **limits)
+    costs = {kind: sum(each.costs[kind].before for each in plan.values()) for kind in ("params", "macs")}
+
+    def ratio_and_saving(each):
+        saving = np.sqrt(np.prod([each.saved(kind) / total for kind, total in costs.items()]))
+        return each.error**2 / saving, saving
+
+    left = [chosen[name] for name in plan if plan[name].ranks and "raised" not in plan[name].note]
+    most = sum(each.error**2 for each in left) / sum(ratio_and_saving(each)[1] for each in left)
+    candidate = plan._candidates["3"][0]
+    others = [candidate.decide(Fixed(rank), **limits) for rank in range(1, 49)]
+    others = [each for each in others if each.ranks and each.ranks[0] % limits.get("multiple_of", 1) in (0, 48)]
+    others = [
+        each
+        for each in others
+        if each.saved("params") >= limits.get("min_gain", 0.05) * each.costs["params"].before
+    ]
+    expected = max(
+        (each for each in others if ratio_and_saving(each)[0] <= most), key=lambda e: ratio_and_saving(e)[1]
+    )
+    assert chosen["3"].ranks[0] < expected.ranks[0]
+    assert plan["3"].ranks == expected.ranks
+    assert plan["3"].note == f"raised from rank {chosen['3'].ranks[0]} of energy, at risk there"
+    assert not plan["3"].at_risk
+    small = plan.apply(model)
+    assert small[3].ranks == expected.ranks
+    assert not plan["4"].ranks, "no ranks of a layer whose singular values are alike lose so little"
+
+
 def test_errors_of_outputs_count_where_there_are_data():
     sizes = ((1000, 100), (1000, 100))
     choices = {"harmless": choice(*sizes, 0.9, output_error=0.1), "harmful": choice(*sizes, 0.1, output_error=0.9)}
-    changed = safeguard(choices, dict.fromkeys(choices, vbmf()))
+    changed = safeguard(choices, dict.fromkeys(choices, vbmf()), {})
     assert set(changed) == {"harmful"}
 
 
@@ -108,7 +151,7 @@ def test_only_ranks_that_come_from_spectra_alone_are_guarded():
         "bound": decomp.ranks.error(0.99),
         "rule": vbmf(),
     }
-    assert set(safeguard(choices, rules)) == {"rule"}
+    assert set(safeguard(choices, rules, {})) == {"rule"}
 
 
 def test_a_narrow_layer_stays_dense_and_its_reason_says_why(detector):

@@ -366,7 +366,7 @@ class FitSplit:
         Of each beginning about a fourth is held out, where batches are.
 
         >>> FitSplit(16).spread(16)
-        [0, 9, 11, 4, 14, 6, 3, 1, 10, 5, 15, 13, 2, 12, 7, 8]
+        [0, 9, 3, 4, 13, 6, 11, 1, 10, 5, 7, 14, 8, 2, 15, 12]
         """
         held_out = [index for index in range(batches) if self._is_held_out(index)]
         fitted = [index for index in range(batches) if not self._is_held_out(index)]

@@ -429,7 +429,8 @@ def _read_choice(path: Path) -> Choice:
 def _assemble(job: Job, folder: Path, output: Path, work: Path, max_shard_bytes: int) -> Plan:
     """Write the files of the output from those of the layers, its ``config.json`` last."""
     choices = job.dense | {name: _read_choice(job.result(work, name)) for name in job.sources}
-    choices |= safeguard(choices, {name: job.request.rule_of(name) for name in job.sources})
+    # The factors are there, for these ranks alone: no candidates for others.
+    choices |= safeguard(choices, {name: job.request.rule_of(name) for name in job.sources}, {})
     plan = Plan({name: choices[name] for name in job.names}, Cost(Cost.of(job.model) | {"macs": 0}))
     if not plan.replaced:
         shutil.rmtree(work)

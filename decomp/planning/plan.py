@@ -220,9 +220,10 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
             raise ValueError(f"layer {names[0]!r} cannot be decomposed: {self[names[0]].reason}")
         spec = parse_spec(ranks, RULES, exact=layers in self)
         limits: Any = {"multiple_of": self.request.multiple_of, "min_gain": self.request.min_gain}
-        decided = {name: self._candidates[name][0].decide(spec, **limits) for name in editable}
+        firsts = {name: self._candidates[name][0] for name in editable}
+        decided = {name: first.decide(spec, **limits) for name, first in firsts.items()}
         rules = {name: spec if name in decided else None for name in self._candidates}
-        return self._with(decided | safeguard(self._choices | decided, rules))
+        return self._with(decided | safeguard(self._choices | decided, rules, firsts, **limits))
 
     @with_arguments(Bounds)
     def with_budget(

@@ -102,7 +102,11 @@ def make_plan(
         if earlier is not None and name in earlier and not choices[name].ranks:
             dense = choices[name].as_dense(earlier[name].reason or choices[name].reason)
             choices[name] = replace(dense, kept_dense=earlier[name].kept_dense)
-    for name, choice in safeguard(choices, {name: request_of(name) for name in candidates}).items():
+    rules, firsts = (
+        {name: request_of(name) for name in candidates},
+        {name: each[0] for name, each in candidates.items()},
+    )
+    for name, choice in safeguard(choices, rules, firsts, **limits).items():
         choices[name] = choice
         candidates[name][0].keep(choice.ranks)
     return Plan(

@@ -1,4 +1,4 @@
-"""What a rank rule may not do: layers whose factors would cost the network more than they save stay dense.
+"""What a rank rule may not do: layers whose factors would cost the network more than they save get higher ranks.
 
 A rule that looks at one layer at a time is right as a formula and can still destroy a network: of a narrow layer
 few singular values stand above the noise, whatever the layer does, and its factors save next to nothing.
@@ -9,10 +9,15 @@ energy(0.95) and 0.946 for gavish_donoho; without the bounds vbmf and energy(0.9
 vbmf gave 0.990 and energy(0.9) 0.965; with a negligible loss of 0.05 energy(0.95) gave 0.924.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from decomp.methods import Ranks
+from decomp.planning.candidate import Candidate, Grid
 from decomp.planning.choice import Choice
 from decomp.ranks import Fixed, Rule, SpectralRule
 
@@ -29,8 +34,13 @@ USELESS_BELOW = 0.6
 """Where the layers that rules replace keep less than this on average, the network hardly worked."""
 
 
-def safeguard(choices: Mapping[str, Choice], rules: Mapping[str, Rule | Fixed | None]) -> dict[str, Choice]:
-    """Leave layers dense that are at risk under the rule that chose their ranks, and mark those of pure rules.
+def safeguard(
+    choices: Mapping[str, Choice],
+    rules: Mapping[str, Rule | Fixed | None],
+    candidates: Mapping[str, Candidate],
+    **limits: Any,
+) -> dict[str, Choice]:
+    """Raise the ranks of layers that are at risk under the rule that chose them, and mark those of pure rules.
 
     With e the relative error of a layer, s_p and s_m the shares of all parameters and MACs that its factors save,
     and over the layers i that are replaced, layer l is at risk while
@@ -40,9 +50,15 @@ def safeguard(choices: Mapping[str, Choice], rules: Mapping[str, Rule | Fixed | 
     for n analysed layers, and e_l^2 > 0.02. The layer with the largest ratio on the left is taken out first.
     Errors are those of outputs where there are data.
 
+    A layer that was taken out gets those ranks that save the most, of all whose ratio is at most that of the
+    layers that are left, sum_i e_i^2 / sum_i sqrt(s_p s_m)_i. Where there are none it stays dense.
+
     Args:
         choices: the decisions of the rules, by the names of the layers.
         rules: what chose the ranks of each analysed layer.
+        candidates: the analysed layers, for other ranks. Layers without one, or without spectra, stay dense
+            where they are at risk.
+        limits: ``multiple_of`` and ``min_gain`` of other ranks.
 
     Returns:
         The choices that change.
@@ -52,7 +68,8 @@ def safeguard(choices: Mapping[str, Choice], rules: Mapping[str, Rule | Fixed | 
     }
     chosen = {name: choices[name] for name in spectral}
     losses = {name: _lost(choice) for name, choice in chosen.items()}
-    savings = _savings({name: choices[name] for name in rules}, chosen)
+    saved = _Saved([choices[name] for name in rules])
+    savings = {name: saved.by(choice) for name, choice in chosen.items()}
     replaced, changed = dict(chosen), {}
     by_ratio = sorted(chosen, key=lambda name: losses[name] / savings[name], reverse=True)
     for name in (name for name in by_ratio if losses[name] > NEGLIGIBLE_LOSS):
@@ -62,6 +79,18 @@ def safeguard(choices: Mapping[str, Choice], rules: Mapping[str, Rule | Fixed | 
             break
         choice = replaced.pop(name)
         changed[name] = replace(choice, at_risk=True) if spectral[name].pure else _dense(choice, spectral[name])
+    loss, saving = (sum(each[name] for name in replaced) for each in (losses, savings))
+    most = loss / saving if saving else 0.0
+    for name in [name for name, each in changed.items() if not each.ranks and name in candidates]:
+        candidate, rule = candidates[name], type(spectral[name]).__name__
+        if not candidate.spectra:
+            continue  # errors at other ranks are estimates, each of a fit
+        ranks = saved.most_saving(chosen[name], candidate.limited_grid(**limits), most)
+        raised = candidate.choose(ranks, changed[name].reason)
+        if ranks and 1 - (loss + _lost(raised)) / len(rules) >= LEAST_ENERGY:
+            loss += _lost(raised)
+            note = f"raised from rank {_written(chosen[name].ranks)} of {rule}, at risk there"
+            changed[name] = replace(raised, note="; ".join(filter(None, (note, raised.note))))
     left = {name: choice for name, choice in chosen.items() if name not in changed or changed[name].ranks}
     # What is left under rules that are not pure keeps the bounds: a warning of it would be about what they allow.
     pure = {name: choice for name, choice in left.items() if spectral[name].pure}
@@ -81,23 +110,39 @@ def _lost(choice: Choice) -> float:
     return min(error, 1.0) ** 2
 
 
-def _savings(analysed: Mapping[str, Choice], chosen: Mapping[str, Choice]) -> dict[str, float]:
-    """The geometric mean of the shares of all parameters and MACs that each layer saves.
+class _Saved:
+    """The geometric mean of the shares of all parameters and MACs that the factors of a layer save.
 
     Where sizes of inputs are not known, MACs are shares of each layer's own: all layers then count alike.
     """
-    totals = {kind: sum(each.costs[kind].before for each in analysed.values()) for kind in ("params", "macs")}
-    shares = {
-        name: [choice.saved(kind) / total for kind, total in totals.items() if total]
-        for name, choice in chosen.items()
-    }
-    return {name: max(sqrt(each[0] * each[-1]), 1e-300) for name, each in shares.items()}
+
+    def __init__(self, analysed: Sequence[Choice]) -> None:
+        totals = {kind: sum(choice.costs[kind].before for choice in analysed) for kind in ("params", "macs")}
+        self._totals = {kind: total for kind, total in totals.items() if total}
+
+    def by(self, choice: Choice) -> float:
+        """What the ranks of a choice save."""
+        return float(self._mean({kind: np.array(choice.saved(kind)) for kind in self._totals}))
+
+    def most_saving(self, choice: Choice, grid: Grid, most: float) -> Ranks:
+        """The ranks of a layer that save the most and lose at most so much for it; none where no ranks do."""
+        saved = {kind: (1 - grid.share(kind)).clip(min=0) * choice.costs[kind].before for kind in self._totals}
+        savings = np.where(grid.pays, self._mean(saved), 0.0)
+        savings[grid.error**2 > most * savings] = 0.0
+        best = int(savings.argmax()) if len(savings) else 0
+        return tuple(grid.ranks[best].tolist()) if savings[best : best + 1].any() else ()
+
+    def _mean(self, saved: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+        shares = [saved[kind] / total for kind, total in self._totals.items()]
+        return np.sqrt(shares[0] * shares[-1]).clip(min=1e-300)
+
+
+def _written(ranks: Ranks) -> str:
+    return " x ".join(map(str, ranks))
 
 
 def _dense(choice: Choice, rule: SpectralRule) -> Choice:
     kept = 100 * (1 - _lost(choice))
-    ranks = " x ".join(map(str, choice.ranks))
-    reason = (
-        f"at risk: rank {ranks} of {type(rule).__name__} keeps {kept:.0f} % of its energy (pure=True replaces it)"
-    )
+    at = f"rank {_written(choice.ranks)} of {type(rule).__name__}"
+    reason = f"at risk: {at} keeps {kept:.0f} % of its energy (pure=True replaces it)"
     return replace(choice.as_dense(reason), at_risk=True)
