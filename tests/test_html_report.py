@@ -61,7 +61,7 @@ def test_the_plan_in_the_report_rebuilds_the_structure(net, tmp_path):
     plan = decomp.Plan.from_json(b64decode(data).decode())
     assert json.loads(plan.to_json()) == json.loads(small.decomp_plan.to_json())
     assert plan.build(net).first.ranks == (8,)
-    assert "1 of 3 layers were replaced, by method: svd 1." in text
+    assert "1 of 3 layers were replaced: 1 by svd." in text
     assert "2 layers stay dense: no glob of ranks= matches it." in text
 
 

@@ -9,6 +9,7 @@ from decomp._util.tables import Cell, Column, Row, Table
 
 # JupyterLab's colours, then those of VS Code, then those of a page that has neither. The class is written twice to
 # outweigh JupyterLab's own rules for tables, whose columns are as wide as each other and cut off what is longer.
+# A page sets --decomp-height, --decomp-pad, --decomp-remark and --decomp-wrap on what is around its tables.
 STYLE = """
 .decomp-table {
   --decomp-text: var(--jp-content-font-color1, var(--vscode-editor-foreground, #1b1b1b));
@@ -24,15 +25,16 @@ STYLE = """
     --decomp-line: var(--jp-border-color2, var(--vscode-widget-border, #4d4d4d));
   }
 }
-BOX .decomp-scroll {overflow: auto; max-height: 32em; border: 1px solid var(--decomp-line)}
+BOX .decomp-scroll {overflow: auto; max-height: var(--decomp-height, 32em); border: 1px solid var(--decomp-line)}
 BOX table {border-collapse: separate; border-spacing: 0; margin: 0; width: 100%; color: inherit;
   background: var(--decomp-page); font-size: inherit; table-layout: auto}
-BOX th, BOX td {padding: 3px 10px; text-align: left; white-space: nowrap; color: inherit;
+BOX th, BOX td {padding: 3px var(--decomp-pad, 10px); text-align: left; white-space: nowrap; color: inherit;
   border: 0; border-bottom: 1px solid var(--decomp-line); vertical-align: top; max-width: none}
 BOX .decomp-value {text-align: right; font-variant-numeric: tabular-nums}
 BOX td[style] {background-repeat: no-repeat; background-size: 100% 3px; background-position: left bottom;
   background-image: linear-gradient(to right, var(--decomp-bar) var(--decomp-share), transparent 0)}
-BOX td.decomp-remark {white-space: normal; min-width: 16em}
+BOX td.decomp-remark {white-space: normal; min-width: var(--decomp-remark, 16em)}
+BOX thead th, BOX table:not(:has(.decomp-remark)) td:not(.decomp-value) {white-space: var(--decomp-wrap, nowrap)}
 BOX thead th {position: sticky; top: 0; z-index: 2; background: var(--decomp-page); font-weight: 600}
 BOX tfoot td {position: sticky; bottom: 0; background: var(--decomp-page); font-weight: 600;
   border-top: 1px solid var(--decomp-line)}
@@ -43,6 +45,7 @@ BOX thead button:focus-visible {outline: 2px solid #4a90d9; outline-offset: 2px}
 BOX thead th[aria-sort=ascending] button::after {content: " \\25B2"}
 BOX thead th[aria-sort=descending] button::after {content: " \\25BC"}
 BOX p {margin: 6px 0; white-space: pre-wrap; max-width: 100em}
+@media print {BOX .decomp-scroll {max-height: none; overflow: visible}}
 """.replace("BOX", ".decomp-table.decomp-table")
 
 # Runs where a page runs scripts; elsewhere the headings are plain text and the rows stay in their order.

@@ -32,13 +32,9 @@ body {font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 24px auto
 svg {display: block; max-width: 100%; height: auto; margin: 12px 0}
 pre {padding: 8px 12px; border: 1px solid rgba(127, 127, 127, .5); overflow-x: auto}
 h2 {margin-top: 1.6em; border-bottom: 1px solid rgba(127, 127, 127, .4)}
-body .decomp-table.decomp-table .decomp-scroll {max-height: 60em}
-@media (max-width: 1100px) {
-  body .decomp-table.decomp-table th, body .decomp-table.decomp-table td {padding: 3px 5px}
-  body .decomp-table.decomp-table th {white-space: normal}
-  body .decomp-table.decomp-table td.decomp-remark {min-width: 8em}
-}
-@media print {body .decomp-table.decomp-table .decomp-scroll {max-height: none; overflow: visible}}
+body {--decomp-height: 60em}
+@media (max-width: 1100px) {body {--decomp-pad: 5px; --decomp-remark: 8em; --decomp-wrap: normal}}
+@media (max-width: 960px) {body {--decomp-pad: 4px}}
 """
 HOW_TO_LOAD = """import decomp
 
@@ -133,8 +129,8 @@ def _sections(small: nn.Module, dense: nn.Module, plan: Plan, comparison: Compar
 def _decision(plan: Plan) -> Iterator[str]:
     """Sentences about how the ranks were chosen, and why layers stay dense."""
     methods = Counter(choice.method for choice in plan.values() if choice.ranks)
-    listed = ", ".join(f"{method} {count}" for method, count in methods.most_common())
-    yield f"{methods.total()} of {len(plan)} layers were replaced, by method: {listed or 'none'}."
+    listed = ", ".join(f"{count} by {method}" for method, count in methods.most_common())
+    yield f"{methods.total()} of {len(plan)} layers were replaced{listed and f': {listed}'}."
     request = plan.request
     if request.budget is None:
         yield "The ranks were chosen layer by layer; no budget of the whole network was given."
