@@ -121,7 +121,7 @@ class Explorer:
 
     @property
     def tried(self) -> list[Trial]:
-        """The plans that were evaluated: each with ``plan``, ``totals`` and ``score``."""
+        """The plans that were evaluated, each with ``plan``, ``totals`` and ``score``."""
         return list(self._state.tried)
 
     def set_budget(self, **shares: Unpack[Bounds]) -> None:
@@ -394,9 +394,9 @@ class Explorer:
         """The state of the panel for pages that run nothing; images, because styles may be taken out there."""
         drawings = "".join(map(svg.as_image, self._draw_charts()))
         cards = f'<div style="display: flex; flex-wrap: wrap; gap: 24px">{"".join(self._draw_cards())}</div>'
-        say = "As of the last Evaluate or Apply; run this cell in Jupyter to move the sliders."
+        say = "As of the last Evaluate or Apply."
         html = f'<div id="{self._name}">{cards}{drawings}{self.plan._repr_html_()}<p>{say}</p></div>'
-        return {"text/html": html, "text/plain": f"{self.plan}\n\nRun this cell in Jupyter to move the sliders."}
+        return {"text/html": html, "text/plain": f"{self.plan}\n\n{say}"}
 
     def _update_static(self) -> None:
         if self._static is not None:
