@@ -39,6 +39,7 @@ copybutton_prompt_is_regexp = True
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
+autodoc_inherit_docstrings = False  # those of torch say what nn.Module does
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 90
 add_module_names = False

@@ -22,7 +22,7 @@ class ExpertLinear(nn.Module):
 
     Args:
         experts: the number of experts E.
-        in_features: S.
+        in_features: S of each expert.
         out_features: T of each expert.
         device: where the weight is.
         dtype: of the weight.

@@ -186,7 +186,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
 
     @property
     def seconds(self) -> Change | None:
-        """Seconds of one pass: measured before, predicted after; None for a plan made without ``seconds=``."""
+        """Seconds of one pass, measured before, predicted after; None for a plan made without ``seconds=``."""
         return self.cost("seconds")
 
     def _predicted_seconds(self) -> Change | None:

@@ -20,7 +20,10 @@ RUNTIMES: dict[str, Runtime] = {
         openvino("int8"),
     )
 }
-"""The built-in runtimes by name; the argument ``runtime=`` of a call takes a name or a record."""
+"""The built-in runtimes by name; the argument ``runtime=`` of a call takes a name or a record.
+
+:meta hide-value:
+"""
 
 __all__ = [
     "RUNTIMES",

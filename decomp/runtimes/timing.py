@@ -41,7 +41,7 @@ class Ratio:
 
     @property
     def is_decided(self) -> bool:
-        """Whether the interval leaves 1 out: else the machine is too noisy to tell which of both is faster."""
+        """Whether the interval leaves 1 out; else the machine is too noisy to tell which of both is faster."""
         return not self.low <= 1 <= self.high
 
     def __str__(self) -> str:
