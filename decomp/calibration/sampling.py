@@ -62,6 +62,10 @@ class Sampling:
             return math.inf
         return max(POSITIONS_PER_CHANNEL * channels, CHEAP_PRODUCTS // channels**2)
 
+    def least(self, channels: int) -> float:
+        """How many rows a fit of so many channels needs, however cheap more of them are; infinity for all."""
+        return POSITIONS_PER_CHANNEL * channels if self.positions == "auto" else self.enough(channels)
+
     def of(self, numbers: Iterable[int]) -> "Sampling":
         """The same for the batches with these numbers alone: as many rows, from fewer batches."""
         chosen = tuple(sorted(numbers))

@@ -39,8 +39,18 @@ class OutputSizeMismatch(Exception):
 def rows_to_fit(last: nn.Module, sampling: Sampling) -> float:
     """How many rows of all data the last factor of a layer, or the weight of a dense one, is fitted to."""
     columns = math.prod(group_kernels(last).shape[2:])
-    most = 2.0 * _largest_sample(columns) if columns > LARGEST_NORMAL_EQUATIONS else math.inf
-    return min(most, sampling.enough(columns))
+    return min(_most_rows(columns), sampling.enough(columns))
+
+
+def rows_needed(last: nn.Module, sampling: Sampling) -> float:
+    """How many of these rows are worth passes over more batches."""
+    columns = math.prod(group_kernels(last).shape[2:])
+    return min(_most_rows(columns), sampling.least(columns))
+
+
+def _most_rows(columns: int) -> float:
+    """Fitted and held-out ones, where there are too many columns for normal equations."""
+    return 2.0 * _largest_sample(columns) if columns > LARGEST_NORMAL_EQUATIONS else math.inf
 
 
 def _largest_sample(columns: int) -> int:

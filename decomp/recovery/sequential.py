@@ -37,7 +37,7 @@ from decomp.planning.build import (
 from decomp.planning.choice import Choice
 from decomp.planning.plan import CompressedModule, Plan
 from decomp.recovery.batch_norm_shift import BatchNormShift, batch_norm_shifts
-from decomp.recovery.least_squares import OutputSizeMismatch, Refit, rows_to_fit
+from decomp.recovery.least_squares import OutputSizeMismatch, Refit, rows_needed
 
 CACHE_BYTES = 2**30  # for the passes that are held
 KEEP_BYTES = 2**28  # for the batches that layers use
@@ -128,7 +128,7 @@ def batches_needed(
     for example in examples:
         target = example.targets[0]
         rows += count_rows(target if axes else unpadded(target, example.mask), axes)
-    wanted = rows_to_fit(layer, sampling) * batches / rows if rows else math.inf
+    wanted = rows_needed(layer, sampling) * batches / rows if rows else math.inf
     return split.dividing(order, max(LEAST_BATCHES, math.ceil(min(wanted, len(order)))))
 
 
