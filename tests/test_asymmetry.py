@@ -107,6 +107,7 @@ def test_the_plan_on_the_model_says_how_well_each_layer_does_on_what_it_gets(net
 
 def test_means_are_those_of_the_dense_network(net, data):
     """Into the bias where there is one, into the BatchNorm where there is none."""
+    data = data[:8]  # these narrow layers use no more batches
     small = decomp.tucker(net, ranks=6, data=data, sequential=True, progress=False)
     with torch.no_grad():
         x = torch.cat(data)

@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import TypeAliasType
 
 POSITIONS_PER_CHANNEL = 10
-CHEAP_PRODUCTS = 2**30  # multiply-adds that take a few hundredths of a second
+ROWS_PER_CHANNEL_TO_SEE = 40  # of which they are chosen: more of one batch say less than as many of another
+CHEAP_PRODUCTS = 2**33  # multiply-adds that take a few tenths of a second
 
 ROWS_PER_UNKNOWN = 4  # with n rows and p unknowns the noise adds about p / (n - p) to the squared error: a third
 
@@ -36,7 +37,7 @@ class Sampling:
     """How many positions of a layer its statistics are summed over.
 
     ``positions`` is a number, "all", or "auto": ten for each of the n channels of the rows x that are summed,
-    and more of them, up to 2^30 / n^2, where the sum of x x^T costs little. The positions of images and of texts
+    and more of them, up to 2^33 / n^2, where the sum of x x^T costs little. The positions of images and of texts
     are correlated, so that more of them say little that is new (Zhang et al. 2016 take ten per image).
     ``batches`` is the number of batches in a pass, None if it is not known; ``numbers`` are those of the batches,
     ascending, where only some of the data are used.
@@ -63,8 +64,8 @@ class Sampling:
         return max(POSITIONS_PER_CHANNEL * channels, CHEAP_PRODUCTS // channels**2)
 
     def least(self, channels: int) -> float:
-        """How many rows a fit of so many channels needs, however cheap more of them are; infinity for all."""
-        return POSITIONS_PER_CHANNEL * channels if self.positions == "auto" else self.enough(channels)
+        """How many rows of so many channels a fit should choose from; infinity for all."""
+        return ROWS_PER_CHANNEL_TO_SEE * channels if self.positions == "auto" else self.enough(channels)
 
     def of(self, numbers: Iterable[int]) -> "Sampling":
         """The same for the batches with these numbers alone: as many rows, from fewer batches."""

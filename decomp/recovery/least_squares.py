@@ -43,7 +43,7 @@ def rows_to_fit(last: nn.Module, sampling: Sampling) -> float:
 
 
 def rows_needed(last: nn.Module, sampling: Sampling) -> float:
-    """How many of these rows are worth passes over more batches."""
+    """How many rows the batches should have together that these are chosen from."""
     columns = math.prod(group_kernels(last).shape[2:])
     return min(_most_rows(columns), sampling.least(columns))
 
@@ -163,6 +163,8 @@ class Refit:
         return max(1, EQUATION_CHUNK_ELEMENTS // self._weight.shape[2])
 
     def _input_of_last(self, received: Tensor) -> Tensor:
+        if self._last is self._layer:
+            return received
         inputs: list[Tensor] = []
         with hooked(before=[(self._last, lambda module, args, kwargs: inputs.append(args[0]))]):
             self._layer(received)
