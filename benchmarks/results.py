@@ -13,8 +13,10 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        written = path.read_text() if path.exists() else ""
+        self._is_cut = bool(written) and not written.endswith("\n")
         self.rows: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in written.splitlines():
             try:
                 self.rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -27,8 +29,7 @@ class Results:
     def add(self, row: dict[str, Any]) -> None:
         """Append a row to the file, and print it."""
         self.rows.append(row)
-        written = self._path.read_text() if self._path.exists() else ""
-        cut = bool(written) and not written.endswith("\n")
         with self._path.open("a") as file:
-            file.write(("\n" if cut else "") + json.dumps(row) + "\n")
+            file.write(("\n" if self._is_cut else "") + json.dumps(row) + "\n")
+        self._is_cut = False
         print(*row.values(), sep="  ", flush=True)

@@ -138,7 +138,7 @@ def main() -> None:
             show(
                 name,
                 batch,
-                [row for row in results.rows if all(row[part] == each for part, each in shown.items())],
+                [row for row in results.rows if all(row.get(part) == each for part, each in shown.items())],
             )
 
 

@@ -425,9 +425,8 @@ def _why_not_sequential(arguments: CallArguments) -> str:
         return "and data= is other statistics: give them to decomp.plan instead"
     if arguments["inplace"]:
         return "and inplace=True keeps no dense model for data= to compare with: leave one of them out"
-    return (
-        "and data= can be gone through only once: give a list or a DataLoader, or give it to decomp.plan instead"
-    )
+    require_passes(arguments["data"])
+    return "and data= are not used: give them to decomp.plan instead"
 
 
 def _require_batches(arguments: CallArguments | CompressArguments) -> None:

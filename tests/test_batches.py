@@ -124,3 +124,48 @@ def test_a_share_holds_out_the_middle_of_every_k_batches_of_a_process(share, eve
         held_out = every is not None and index // size % every == every // 2
         assert own.held_out(index) == held_out != own.train(index)
         assert not any(split.held_out(index) or split.train(index) for split in splits if split is not own)
+
+
+class Epochs:
+    """Data whose order depends on how often they were gone through to the end."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        order = torch.randperm(6, generator=torch.Generator().manual_seed(self.epoch))
+        yield from (torch.full((1, 2), float(number)) for number in order)
+        self.epoch += 1
+
+
+@pytest.mark.parametrize("part", [None, lambda index: index % 2 == 0])
+def test_passes_whose_order_may_change_go_on_to_their_end(part):
+    """Else processes that take other batches would shuffle differently from then on."""
+    data = Epochs()
+    batches = Batches(data)
+    for epoch in range(3):
+        assert data.epoch == epoch
+        list(batches.numbered(part=part))
+
+
+def test_what_is_kept_is_a_copy_and_is_not_fetched_again():
+    buffer, fetched = torch.zeros(1, 2), []
+
+    class Refilled:
+        def __iter__(self):
+            for number in range(5):
+                fetched.append(number)
+                yield buffer.fill_(number)
+
+    batches = Batches.in_fixed_order(Refilled(), None, keep_bytes=8 * 3)
+    chosen = {0, 2, 3}.__contains__
+    for _ in range(3):
+        found = [(index, float(batch[0, 0])) for index, batch in batches.numbered(part=chosen)]
+        assert found == [(0, 0.0), (2, 2.0), (3, 3.0)]
+    assert fetched == [0, 1, 2, 3, 4]
+    more = {0, 1, 2, 3}.__contains__
+    assert [index for index, _ in batches.numbered(part=more)] == [0, 1, 2, 3]
+    assert fetched == [0, 1, 2, 3, 4, 0, 1]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import decomp
-from decomp.calibration.sampling import little_data
+from decomp.calibration.sampling import Sampling, little_data
 from decomp.data.batches import Batches, FitSplit
 from decomp.recovery import least_squares
 from decomp.recovery.least_squares import NormalEquations, Refit, RowEquations
@@ -248,3 +248,16 @@ def test_without_anything_held_out_nothing_is_judged_and_a_single_row_changes_no
     small = decomp.svd(model, ranks=8, data=[torch.randn(1, 64)], sequential=True, **QUIET)
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(small.state_dict()[name], value)
+
+
+def test_batches_with_many_rows_make_up_for_those_with_few():
+    layer = nn.Linear(8, 8)
+    sampling = Sampling(400, batches=10)
+    refit = Refit(layer, FitSplit(10), sampling=sampling)
+    with torch.no_grad():
+        for _ in range(2):  # the rows are the same in every pass
+            taken = []
+            for batch in range(10):
+                x = torch.randn(8 if batch % 2 == 0 else 200, 8)
+                taken.append(sum(z.shape[1] for z, *_ in refit.rows(x, layer(x), batch)))
+            assert taken == [8, 72, 8, 72, 8, 72, 8, 72, 8, 72]

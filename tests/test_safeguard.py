@@ -221,3 +221,18 @@ def test_what_a_rule_may_do_is_no_reason_for_a_warning():
     assert 0 < len(replaced) < len(plan), "half of the layers had to stay dense"
     assert all(1 - choice.error**2 < 0.6 for choice in replaced)
     assert not any(choice.at_risk for choice in replaced)
+
+
+def test_no_layer_gets_ranks_that_lose_more_than_those_of_the_rule():
+    """Of a flat spectrum the loss per saving is least at rank 1."""
+    torch.manual_seed(0)
+    low = [decaying(nn.Linear(64, 64), 0.5) for _ in range(14)]
+    flat = nn.Linear(128, 128)
+    flat.weight.data = torch.linalg.qr(torch.randn(128, 128)).Q
+    model = nn.Sequential(*low, nn.Linear(64, 128), flat)
+    plan = decomp.plan(model, ranks=decomp.ranks.energy(0.4), example_inputs=torch.zeros(1, 64))
+    pure = decomp.plan(model, ranks=decomp.ranks.energy(0.4, pure=True), example_inputs=torch.zeros(1, 64))
+    raised = {name: choice for name, choice in plan.items() if "raised" in choice.note}
+    assert all(choice.error < pure[name].error for name, choice in raised.items())
+    assert pure["15"].ranks
+    assert not plan["15"].ranks

@@ -428,7 +428,8 @@ def test_a_layer_whose_rows_differ_in_number_is_decomposed_by_itself():
     assert small.decomp_plan["b"].note == "routed differently: decomposed by itself"
 
 
-def test_layers_are_fitted_to_data_from_all_over_the_data():
+def test_layers_are_fitted_to_data_from_all_over_the_data(monkeypatch):
+    monkeypatch.setattr("decomp.calibration.sampling.ROWS_PER_CHANNEL_TO_SEE", 10)  # eight of forty batches
     torch.manual_seed(0)
     model = plant_spectra(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval(), decay=0.5)
     bases = torch.linalg.qr(torch.randn(64, 64)).Q.split(16)  # of four classes, which come one after the other

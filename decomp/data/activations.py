@@ -3,7 +3,6 @@
 Inputs are those that the layer gets in the compressed network, targets are outputs of the dense one.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from decomp.data.batches import Batches, Part, naming_batch
+from decomp.data.batches import Batches, Part, copied, naming_batch
 from decomp.layers import routes_rows
 from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
 from decomp.network.tracing import Tail, tails
@@ -68,7 +67,7 @@ class Example:
             narrow = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.itemsize < wide.itemsize
             return leaf.to(wide) if narrow else leaf
 
-        args, kwargs = tree_map(widened, _copied((self.args, self.kwargs)))
+        args, kwargs = tree_map(widened, copied((self.args, self.kwargs)))
         results = floating(module(*args, **kwargs))
         return [tail(given.to(target.dtype)) for given, target in zip(results, self.targets, strict=True)]
 
@@ -175,14 +174,14 @@ def _calls(model: nn.Module, layer: nn.Module, batch: Any, count: int) -> list[C
     ended: list[Call] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        begun.append(_copied((args, kwargs)))
+        begun.append(copied((args, kwargs)))
 
     def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         ended.append(Call(*begun.pop(), [tensor.detach().clone() for tensor in floating(result)]))
         if len(ended) == count:
             raise _LastCall
 
-    batch = to_device_of(model, batch)
+    batch = copied(to_device_of(model, batch))  # the other network gets it as well
     kind = next((tensor.device.type for tensor in tree_leaves(batch) if isinstance(tensor, Tensor)), "cpu")
     try:
         # Steps may be taken in mixed precision; targets never are, in whichever window they lie.
@@ -191,20 +190,6 @@ def _calls(model: nn.Module, layer: nn.Module, batch: Any, count: int) -> list[C
     except _LastCall:
         pass
     return ended
-
-
-def _copied(arguments: Any) -> Any:
-    """A copy of arguments that the model cannot change later, also of objects such as a key-value cache."""
-
-    def copy_of(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.detach().clone()
-        try:
-            return copy.deepcopy(leaf)
-        except (TypeError, RuntimeError):  # a lock, a generator: no copy can be made
-            return leaf
-
-    return tree_map(copy_of, arguments)
 
 
 def reached_tails(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:

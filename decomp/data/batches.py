@@ -1,8 +1,9 @@
 """The user's data: numbered and checked batches, which of them are held out, and passes whose order repeats."""
 
+import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,8 +69,9 @@ class Batches:
         self._data = data
         self._inputs = inputs or (lambda batch: batch)
         self._mask = mask
-        self._least = 0  # batches that were seen in one pass
+        self._seen = 0  # the most batches of a pass so far
         self._total: int | None = None  # batches of a whole pass
+        self._is_ordered = isinstance(data, list | tuple) or getattr(data, "same_order", False)
         self._room = keep_bytes
         self._kept: dict[int, tuple[Any, Tensor | None]] = {}
 
@@ -96,7 +98,7 @@ class Batches:
         """How many batches a pass has, as ``len`` says; None where that is not known."""
         try:
             return len(self._data)  # type: ignore[arg-type]
-        except TypeError:
+        except (TypeError, NotImplementedError):
             return None
 
     def __iter__(self) -> Iterator[Any]:
@@ -106,10 +108,7 @@ class Batches:
         """How many batches a pass has: what ``len`` says, or else counted in one pass."""
         if self._total is None and self.length is None:
             list(self.numbered(part=lambda index: False))
-        return self._known_count() or 0
-
-    def _known_count(self) -> int | None:
-        return self.length if self._total is None else self._total
+        return (self.length or 0) if self._total is None else self._total
 
     def fit_split(self) -> "FitSplit":
         """How the rows of these batches are split for closed forms; see :class:`FitSplit`.
@@ -140,22 +139,23 @@ class Batches:
     def masked(self, start: int = 0, part: Part | None = None) -> Iterator[tuple[int, Any, Tensor | None]]:
         """As :meth:`numbered`, each batch with its mask, True at what counts; None where all of it does.
 
-        Batches after the last one that ``part`` accepts are not fetched where their number is known.
+        Where all passes have one order, and their length was seen, batches after the last one that ``part``
+        accepts are not fetched. Elsewhere each pass goes on to its end: the next one may depend on it.
 
         Raises:
             TypeError: a batch holds no tensor.
             ValueError: a batch is empty, or holds NaN or infinity; or a pass is shorter than the one before.
         """
-        count, last = self._known_count(), math.inf
-        if part is not None and count is not None:
-            wanted = [index for index in range(start, count) if part(index)]
-            if all(index in self._kept for index in wanted):
+        last = math.inf
+        if part is not None and self._total is not None and self._is_ordered:
+            wanted = [index for index in range(start, self._total) if part(index)]
+            last = max((index for index in wanted if index not in self._kept), default=-1)
+            if last < 0:
                 yield from ((index, *self._kept[index]) for index in wanted)
                 return
-            last = wanted[-1]
         index = -1
         for index, batch in enumerate(self._data):
-            self._least = max(self._least, index + 1)
+            self._seen = max(self._seen, index + 1)
             if index >= start and (part is None or part(index)):
                 with naming_batch(index, batch):
                     given = self._inputs(batch)
@@ -166,11 +166,12 @@ class Batches:
                     self._keep(index, given, mask)
                 yield index, given, mask
             if index >= last:
+                yield from ((later, *self._kept[later]) for later in wanted if later > last)
                 return
-        if index + 1 < self._least:
+        if index + 1 < self._seen:
             ended = f"ended before batch {index + 1}" if index >= 0 else "came out empty"
             raise ValueError(
-                f"data {ended} on a later pass, and gave {self._least} batches before: "
+                f"data {ended} on a later pass, and gave {self._seen} batches before: "
                 "give what can be gone through again, a DataLoader or a list"
             )
         self._total = index + 1
@@ -178,8 +179,22 @@ class Batches:
     def _keep(self, index: int, given: Any, mask: Tensor | None) -> None:
         size = size_of((given, mask))
         if index not in self._kept and size <= self._room:
-            self._kept[index] = given, mask
+            self._kept[index] = copied(given), mask  # a loader may fill the same tensors again
             self._room -= size
+
+
+def copied(arguments: Any) -> Any:
+    """A copy of arguments that a model cannot change later, also of objects such as a key-value cache."""
+
+    def copy_of(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().clone()
+        try:
+            return copy.deepcopy(leaf)
+        except (TypeError, RuntimeError):  # a lock, a generator: no copy can be made
+            return leaf
+
+    return tree_map(copy_of, arguments)
 
 
 def size_of(batch: Any) -> int:
@@ -389,6 +404,10 @@ class FitSplit:
         counts = (n for n, out in enumerate(held_out) if n >= least and (self.by_rows or 0 < out < n))
         return next(counts, len(order))
 
+    def divides(self, batches: Collection[int]) -> bool:
+        """Whether some rows of these batches are held out, and some are not."""
+        return self.by_rows or 0 < sum(map(self._is_held_out, batches)) < len(batches)
+
     def _is_held_out(self, batch: int) -> bool:
         number = batch if self.numbers is None else self.numbers[batch]
         return not self.by_rows and CLOSED_FORM_SPLIT.held_out(number)
@@ -492,7 +511,7 @@ class OwnRandomness:
     """
 
     def __init__(self, data: Iterable[Any], state: dict[str, Any], *, same_order: bool) -> None:
-        self.given, self._first, self._same_order = data, state, same_order
+        self.given, self._first, self.same_order = data, state, same_order
         self.next_pass = state
         self.this_pass = state
 
@@ -500,7 +519,7 @@ class OwnRandomness:
         return len(self.given)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        self.this_pass = state = self._first if self._same_order else self.next_pass
+        self.this_pass = state = self._first if self.same_order else self.next_pass
         iterator: Iterator[Any] | None = None
         while True:
             with _RANDOM:

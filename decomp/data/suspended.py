@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from decomp.data.activations import Activations, Call, Example, RoutedDifferently, Window, routed_alike
-from decomp.data.batches import Batches, Part, naming_batch, size_of
+from decomp.data.batches import Batches, Part, copied, naming_batch, size_of
 from decomp.layers import routes_rows
 from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
 from decomp.network.tracing import Tail
 
 Needed = Callable[[Iterable[Example], int], int]
-"""How many batches a layer needs, from the examples that so many of them give."""
+"""How many batches a layer needs, from the examples of the first few, and the number of these batches."""
 
 SECONDS_TO_WAIT = 60.0  # and twenty times what a pass takes: no pass that runs needs as long
 PASSES_TO_WAIT = 20
@@ -106,7 +106,7 @@ class SuspendedPass:
         try:
             self._gates.passes[get_ident()] = self
             model = self._gates.model
-            batch = to_device_of(model, self._batch)
+            batch = copied(to_device_of(model, self._batch))  # the other network gets it as well
             kind = next((leaf.device.type for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), "cpu")
             with ExitStack() as stack:
                 # All of these belong to a thread, which begins without them.
@@ -353,7 +353,9 @@ class HeldExamples:
             if len(numbers) <= len(examples.numbers):
                 break
             held = self._hold(name, numbers, held)
-            examples = self._examples(name, held, numbers, examples.kept)
+            examples = self._examples(name, held, numbers, examples)
+            if len(numbers) == len(self._preferred):
+                break
         return examples.of(numbers)
 
     def activations(self, name: str) -> "Activations | HeldActivations":
@@ -388,12 +390,12 @@ class HeldExamples:
         return Activations(self._small, self._dense, *self._pairs[name], tail, self._batches, cache_bytes)
 
     def _examples(
-        self, name: str, held: list[Example], numbers: Sequence[int], kept: Sequence[Example] = ()
+        self, name: str, held: list[Example], numbers: Sequence[int], earlier: "LayerExamples | None" = None
     ) -> "LayerExamples":
-        """The examples of these batches: of those that are held or kept, and from passes over the others."""
-        left = max(0.0, self._room_left(name) - sum(each.nbytes for each in kept))
-        done = {each.index for each in self._held} | {each.batch for each in kept}
-        return LayerExamples([*held, *kept], done, self._rest(name, int(left)), int(left), numbers)
+        """The examples of these batches: of those that are held or in memory, and from passes over the others."""
+        left = int(max(0, self._room_left(name) - (0 if earlier is None else earlier.kept_bytes)))
+        batches = {each.index for each in self._held}
+        return LayerExamples(held, batches, self._rest(name, left), left, numbers, earlier)
 
     def _room(self, name: str, size: int) -> float:
         """The bytes that the two passes of a batch of this size hold at a layer."""
@@ -514,44 +516,54 @@ class HeldActivations:
 
 
 class LayerExamples:
-    """The examples of some batches, in their order; those that were not given stay in memory if they fit.
+    """The examples of some batches, in their order; those that are not held stay in memory if they fit.
 
     Args:
-        given: examples that are there.
-        done: the numbers of the batches that gave them.
+        held: the examples of held passes.
+        held_batches: the numbers of the batches whose passes are held, whether they gave examples or not.
         rest: makes the examples of the others.
         cache_bytes: memory for these.
         numbers: those of the batches whose examples are wanted.
+        earlier: examples of the same layer, of which those in memory are used again.
     """
 
     def __init__(
         self,
-        given: Iterable[Example],
-        done: set[int],
+        held: Sequence[Example],
+        held_batches: set[int],
         rest: Activations,
         cache_bytes: int,
         numbers: Iterable[int],
+        earlier: "LayerExamples | None" = None,
     ) -> None:
         self.numbers = tuple(sorted(numbers))
-        self.kept: list[Example] = []
-        self.reached: set[int] = (
-            set()
-        )  # the numbers of the batches that gave any, as far as they were gone through
-        wanted = set(self.numbers)
-        self._given = sorted((each for each in given if each.batch in wanted), key=_batch_of)
-        self._done, self._rest, self._cache_bytes = done, rest, cache_bytes
+        #: The numbers of the batches that gave any, as far as they were gone through.
+        self.reached: set[int] = set()
+        self._held, self._held_batches, self._rest, self._cache_bytes = held, held_batches, rest, cache_bytes
+        self._kept: list[Example] = []
+        self._made: set[int] = set()  # the batches that gave those that are kept, or none
+        if earlier is not None:
+            self._made = earlier._made - held_batches
+            self._kept = [each for each in earlier._kept if each.batch in self._made]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of the examples that are in memory and not held."""
+        return sum(each.nbytes for each in self._kept)
 
     def of(self, numbers: Iterable[int]) -> "LayerExamples":
         """The examples of some of these batches."""
-        return LayerExamples([*self._given, *self.kept], self._done, self._rest, self._cache_bytes, numbers)
+        return LayerExamples(self._held, self._held_batches, self._rest, self._cache_bytes, numbers, self)
 
     def __iter__(self) -> Iterator[Example]:
-        missing = set(self.numbers) - self._done
-        for example in heapq.merge(self._given, self._made(missing) if missing else self.kept, key=_batch_of):
+        wanted = set(self.numbers)
+        there = sorted((each for each in (*self._held, *self._kept) if each.batch in wanted), key=_batch_of)
+        missing = wanted - self._held_batches - self._made
+        for example in heapq.merge(there, self._from_passes(missing) if missing else (), key=_batch_of):
             self.reached.add(example.batch)
             yield example
 
-    def _made(self, missing: set[int]) -> Iterator[Example]:
+    def _from_passes(self, missing: set[int]) -> Iterator[Example]:
         kept: list[Example] = []
         size = 0
         for window in self._rest.windows(part=missing.__contains__):
@@ -562,8 +574,8 @@ class LayerExamples:
                 yield example
             del window
         if size <= self._cache_bytes:
-            self.kept = kept
-            self._done = self._done | missing
+            self._kept, self._made = [*self._kept, *kept], self._made | missing
+            self._cache_bytes -= size
 
 
 def _batch_of(example: Example) -> int:

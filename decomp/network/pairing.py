@@ -96,8 +96,8 @@ def repeated_blocks(model: nn.Module, layers: Sequence[str]) -> list[str]:
     """The outermost modules of a class that occurs several times in the model, and that hold two of the layers.
 
     These are the residual blocks of a ResNet, the layers of a transformer, the stages of a U-Net. A module that
-    holds nothing but a list of such blocks is none itself: the encoder and the decoder of a transformer. Classes
-    of ``torch.nn`` itself are left out, but for the layers of its transformers.
+    holds a list of such blocks and at most one other layer is none: the encoder and the decoder of a transformer.
+    Classes of ``torch.nn`` itself are left out, but for the layers of its transformers.
 
     >>> class Block(nn.Module):
     ...     def __init__(self):
@@ -111,33 +111,36 @@ def repeated_blocks(model: nn.Module, layers: Sequence[str]) -> list[str]:
     >>> repeated_blocks(model, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
     ['0.layers.0', '0.layers.1', '2.layers.0', '2.layers.1']
     """
-    held = {name: {layer for layer in layers if _inside(layer, name)} for name, _ in model.named_modules() if name}
-    known = {
-        name: module
-        for name, module in model.named_modules()
-        if name and _may_be_block(module) and len(held[name]) > 1
-    }
+    held: dict[str, set[str]] = {}
+    for layer in layers:
+        parts = layer.split(".")
+        for end in range(1, len(parts) + 1):
+            held.setdefault(".".join(parts[:end]), set()).add(layer)
+    known = {name: module for name, module in model.named_modules() if name and _may_be_block(module)}
     counts = Counter(type(module) for module in known.values())
-    in_lists = _equal_members(model, known)
-    found: list[str] = []
-    for name, module in known.items():  # a module comes before those inside of it
-        inside_another = any(_inside(name, other) for other in found)
-        within = set().union(*(held[each] for each in in_lists if each != name and _inside(each, name)))
-        is_list = bool(within) and len(held[name] - within) < 2
-        if counts[type(module)] > 1 and not inside_another and not is_list:
-            found.append(name)
-    return found
+    holding = {name: module for name, module in known.items() if len(held.get(name, ())) > 1}
+    members = _equal_members(model, holding)
+    found: set[str] = set()
+    for name, module in holding.items():  # a module comes before those inside of it
+        parts = name.split(".")
+        inside_another = any(".".join(parts[:end]) in found for end in range(1, len(parts)))
+        if counts[type(module)] == 1 or inside_another:
+            continue
+        within = [held[each] for each in members if each.startswith(f"{name}.")]
+        if not within or len(held[name].difference(*within)) > 1:
+            found.add(name)
+    return [name for name in holding if name in found]
 
 
-def _equal_members(model: nn.Module, known: Mapping[str, nn.Module]) -> list[str]:
-    """Those of the known modules that lie in a list, or a sequence, with another one of their class."""
-    found: list[str] = []
+def _equal_members(model: nn.Module, holding: Mapping[str, nn.Module]) -> set[str]:
+    """Those of these modules that lie in a list, or a sequence, with another one of their class."""
+    found: set[str] = set()
     for place, holder in model.named_modules():
         if not isinstance(holder, nn.ModuleList | nn.Sequential | nn.ModuleDict):
             continue
         members = [f"{place}.{name}" if place else name for name, _ in holder.named_children()]
-        counts = Counter(type(known[each]) for each in members if each in known)
-        found += [each for each in members if each in known and counts[type(known[each])] > 1]
+        counts = Counter(type(holding[each]) for each in members if each in holding)
+        found.update(each for each in members if each in holding and counts[type(holding[each])] > 1)
     return found
 
 

@@ -106,9 +106,7 @@ def make_plan(
         {name: request_of(name) for name in candidates},
         {name: each[0] for name, each in candidates.items()},
     )
-    for name, choice in safeguard(choices, rules, firsts, **limits).items():
-        choices[name] = choice
-        candidates[name][0].keep(choice.ranks)
+    choices |= safeguard(choices, rules, firsts, **limits)
     return Plan(
         {name: choices[name] for name in surveyed.layers},
         surveyed.cost,

@@ -51,8 +51,9 @@ def safeguard(
     for n analysed layers, and e_l^2 > 0.02. The layer with the largest ratio on the left is taken out first.
     Errors are those of outputs where there are data.
 
-    A layer that was taken out gets those ranks that save the most, of all whose ratio is at most that of the
-    layers that are left, sum_i e_i^2 / sum_i sqrt(s_p s_m)_i. Where there are none it stays dense.
+    A layer that was taken out gets those ranks that save the most, of all that lose less than the rule's and whose
+    ratio is at most that of the layers that are left, sum_i e_i^2 / sum_i sqrt(s_p s_m)_i. Where there are none it
+    stays dense.
 
     Args:
         choices: the decisions of the rules, by the names of the layers.
@@ -126,10 +127,12 @@ class _Saved:
         return float(self._mean({kind: np.array(choice.saved(kind)) for kind in self._totals}))
 
     def most_saving(self, choice: Choice, grid: Grid, most: float) -> Ranks:
-        """The ranks of a layer that save the most and lose at most so much for it; none where no ranks do."""
+        """The ranks of a layer that save the most, of those that lose less and at most so much for what
+        they save; none where no ranks do."""
         saved = {kind: (1 - grid.share(kind)).clip(min=0) * choice.costs[kind].before for kind in self._totals}
         savings = np.where(grid.pays, self._mean(saved), 0.0)
-        savings[grid.error**2 > most * savings] = 0.0
+        # Of a flat spectrum the ratio is least at rank 1: higher ranks are those that lose less.
+        savings[(grid.error**2 > most * savings) | (grid.error**2 >= _lost(choice))] = 0.0
         best = int(savings.argmax()) if len(savings) else 0
         return tuple(grid.ranks[best].tolist()) if savings[best : best + 1].any() else ()
 

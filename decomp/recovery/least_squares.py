@@ -83,7 +83,9 @@ class Refit:
         self.is_wide = columns > LARGEST_NORMAL_EQUATIONS
         sampling = sampling or Sampling("all")
         most = _largest_sample(columns)
-        self._rows_per_batch = rows_to_fit(self._last, sampling) / max(1, sampling.batches or 1)
+        self._rows, self._sampling = rows_to_fit(self._last, sampling), sampling
+        self._wanted_of: dict[int, float] = {}
+        self._taken = 0
         self.equations: NormalEquations | RowEquations = NormalEquations()
         self._held_out: NormalEquations | RowEquations = NormalEquations()
         if self.is_wide:
@@ -138,7 +140,7 @@ class Refit:
             received, target = received[None], target[None]
         total = count_rows(target, axes)
         first = self._split.fitted_rows(batch, total, len(target))
-        wanted = self._rows_per_batch
+        wanted = self._wanted(batch, total)
         if wanted >= total and first in (0, total):
             per_chunk = max(1, EQUATION_CHUNK_ELEMENTS // max(1, target[0].numel() * self._weight.shape[2]))
             for x, y in zip(received.split(per_chunk), target.split(per_chunk), strict=True):
@@ -157,6 +159,16 @@ class Refit:
                 z = some_rows(x, 0, groups, part) if self._patches is None else self._patches.rows(x, part)
                 y = some_rows(target, axes, groups, part)
                 yield z.to(torch.float64), y.to(torch.float64), here / count, held_out
+
+    def _wanted(self, batch: int, total: int) -> float:
+        """How many rows of a batch are used, in every pass: those that earlier ones lacked are made up for."""
+        if batch not in self._wanted_of:
+            batches = max(1, self._sampling.batches or 1)
+            due = self._rows * min(batches, self._sampling.place(batch) + 1) / batches
+            wanted = due if math.isinf(due) else max(due - self._taken, self._rows / batches)
+            self._wanted_of[batch] = wanted
+            self._taken += int(min(total, wanted))
+        return self._wanted_of[batch]
 
     @property
     def _rows_per_chunk(self) -> int:

@@ -116,23 +116,26 @@ def batches_needed(
     split: FitSplit,
     order: Sequence[int],
     examples: Iterable[Example],
-    batches: int,
+    seen: int,
 ) -> int:
     """How many batches, as they come in ``order``, have the rows that a layer is fitted to.
 
-    So many ``batches`` gave these examples; the others are taken to have as many rows on average. There are at
-    least eight, of which some are held out.
+    The examples are those of the first ``seen`` of them; the others are taken to have as many rows on average.
+    There are at least eight, of which some are held out: where the examples are all or none of them, all are used.
     """
     axes = len(getattr(layer, "kernel_size", ()))
-    rows = 0
+    rows, reached = 0, set[int]()
     for example in examples:
         target = example.targets[0]
         rows += count_rows(target if axes else unpadded(target, example.mask), axes)
-    wanted = rows_needed(layer, sampling) * batches / rows if rows else math.inf
+        reached.add(example.batch)
+    if not split.divides(reached):
+        return len(order)
+    wanted = rows_needed(layer, sampling) * seen / rows if rows else math.inf
     return split.dividing(order, max(LEAST_BATCHES, math.ceil(min(wanted, len(order)))))
 
 
-def no_batches(examples: Iterable[Example], batches: int) -> int:
+def no_batches(examples: Iterable[Example], seen: int) -> int:
     """For a layer that is decomposed by itself."""
     return 0
 

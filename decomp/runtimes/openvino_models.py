@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,9 @@ def openvino(precision: str = "f32", *, threads: int | None = None) -> Runtime:
     return Runtime(name, prepare, precision, threads, precision == "int8")
 
 
-@cache
+_MAKING = Lock()
+
+
 def core() -> Any:
     """OpenVINO's core, one for the whole process.
 
@@ -53,6 +56,12 @@ def core() -> Any:
     Two of them that do not end in the reverse order leave a stack behind that is gone: the next signal that Python
     handles, a Ctrl-C for example, crashes the process.
     """
+    with _MAKING:
+        return _made()
+
+
+@cache
+def _made() -> Any:
     import openvino as ov
 
     return ov.Core()

@@ -247,7 +247,8 @@ class _NeededBatches:
 
     split: BatchSplit
     most: int
-    _trained: list[int] = field(default_factory=lambda: [0])  # how many of the first batches are trained on
+    #: How many of the first batches are trained on.
+    _trained: list[int] = field(default_factory=lambda: [0], init=False)
 
     def __call__(self, index: int) -> bool:
         """Whether the batch of this number is needed."""
