@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
+
+import numpy as np
 
 from decomp._util import tables
 from decomp._util.optional import needing
@@ -21,6 +24,7 @@ DOTS_PER_INCH = 110
 WIDTH = 8.6  # inches: at 110 dots what a notebook shows in a window of 1366 pixels
 INCHES_PER_ROW, MAX_INCHES = 0.26, 40.0
 LONGEST_NAME = 30
+PIXELS_BETWEEN = 12  # points of a line that labels keep away from
 MUTED = "0.55"  # legible on white and on black
 UNITS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
@@ -110,9 +114,34 @@ def label_points(
     ]
     ax.figure.draw_without_rendering()  # the axes then have the place that they will have
     x, y = zip(*points, strict=True)
-    lines = {"arrowstyle": "-", "color": MUTED, "lw": 0.6}
-    # A limit of iterations, not of time: the same figure in every run.
-    adjust_text(texts, x=x, y=y, ax=ax, iter_lim=1500, expand=(1.2, 1.6), force_text=(0.2, 0.4), arrowprops=lines)
+    avoided_x, avoided_y = zip(*points, *_along_lines(ax), strict=True)
+    style_of_leader = {"arrowstyle": "-", "color": MUTED, "lw": 0.6}
+    adjust_text(
+        texts,
+        x=avoided_x,
+        y=avoided_y,
+        target_x=x,
+        target_y=y,
+        ax=ax,
+        iter_lim=1500,  # no limit of time: the same figure in every run
+        expand=(1.2, 1.6),
+        force_text=(0.2, 0.4),
+        arrowprops=style_of_leader,
+    )
+
+
+def _along_lines(ax: Any) -> list[tuple[float, float]]:
+    """Points of the lines that are drawn in an axes, close enough together that no label fits between them."""
+    found: list[tuple[float, float]] = []
+    for line in ax.lines:
+        if line.get_transform() != ax.transData or line.get_linestyle() == "None":
+            continue
+        places = ax.transData.transform(np.column_stack(line.get_data()))
+        for start, end in pairwise(places[np.isfinite(places).all(1)]):
+            count = int(np.hypot(*(end - start)) / PIXELS_BETWEEN) + 1
+            steps = start + np.linspace(0, 1, count, endpoint=False)[:, None] * (end - start)
+            found += [tuple(each) for each in ax.transData.inverted().transform(steps)]
+    return found
 
 
 def _readable(color: Any) -> Any:
