@@ -22,9 +22,13 @@ class Results:
             except json.JSONDecodeError:
                 continue
 
+    def all(self, **key: Any) -> list[dict[str, Any]]:
+        """The rows with these values."""
+        return [row for row in self.rows if all(row.get(part) == each for part, each in key.items())]
+
     def of(self, **key: Any) -> dict[str, Any] | None:
-        """The row with these values, if there is one."""
-        return next((row for row in self.rows if all(row.get(part) == each for part, each in key.items())), None)
+        """The first row with these values, if there is one."""
+        return next(iter(self.all(**key)), None)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row to the file, and print it."""

@@ -124,8 +124,8 @@ def main() -> None:
             for budget in budgets:
                 small = None
                 for runtime in arguments.runtimes:
-                    key = {"network": name, "batch": batch, "budget": budget, "runtime": runtime}
-                    key["quick"] = arguments.quick
+                    key: dict[str, Any] = {"network": name, "batch": batch, "quick": arguments.quick}
+                    key |= {"budget": budget, "runtime": runtime}
                     if results.of(**key) is not None:
                         continue
                     try:
@@ -134,12 +134,7 @@ def main() -> None:
                         results.add(key | measured(network, small, batch, runtime))
                     except decomp.OutOfReach as error:
                         results.add(key | {"milliseconds": None, "note": str(error)})
-            shown = {"network": name, "batch": batch, "quick": arguments.quick}
-            show(
-                name,
-                batch,
-                [row for row in results.rows if all(row.get(part) == each for part, each in shown.items())],
-            )
+            show(name, batch, results.all(network=name, batch=batch, quick=arguments.quick))
 
 
 def show(name: str, batch: int, rows: list[dict[str, Any]]) -> None:

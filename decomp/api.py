@@ -423,10 +423,8 @@ def _why_not_sequential(arguments: CallArguments) -> str:
         )
     if isinstance(arguments["data"], Statistics):
         return "and data= is other statistics: give them to decomp.plan instead"
-    if arguments["inplace"]:
-        return "and inplace=True keeps no dense model for data= to compare with: leave one of them out"
     require_passes(arguments["data"])
-    return "and data= are not used: give them to decomp.plan instead"
+    return "and inplace=True keeps no dense model for data= to compare with: leave one of them out"
 
 
 def _require_batches(arguments: CallArguments | CompressArguments) -> None:

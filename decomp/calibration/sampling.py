@@ -76,6 +76,18 @@ class Sampling:
         """How many of the batches that are used come before this one."""
         return batch if self.numbers is None else bisect_left(self.numbers, batch)
 
+    def wanted(self, enough: float, batch: int, taken: int) -> float:
+        """How many rows of a batch are taken, where ``taken`` of the ``enough`` rows of all data are there.
+
+        By batch b of B a share (b + 1) / B of the rows should have been taken: a layer that only some batches
+        reach makes up for the others. Where B is not known, a share 1 + ln(b + 1) should have been taken: one
+        batch is enough, and many cost little.
+        """
+        number = self.place(batch) + 1
+        least = enough / (self.batches or number)
+        due = least * number if self.batches else enough * (1 + math.log(number))
+        return max(due - taken, least)
+
     def share(self, channels: int) -> float:
         """How many rows are taken of one batch if every batch gives the same number."""
         return self.enough(channels) / max(1, self.batches or 1)
@@ -84,10 +96,8 @@ class Sampling:
 class Sampler:
     """Draws the rows that are summed from each call of a layer, in the order of the batches.
 
-    By batch b of B a share (b + 1) / B of the rows should have been taken: a layer that only some batches reach
-    makes up for the others. Where B is not known, a share 1 + ln(b + 1) should have been taken: one batch is
-    enough, and many cost little. A call that gives n of its N rows counts with weight N / n, which makes the sums
-    unbiased whatever was taken of the other calls.
+    How many are :meth:`Sampling.wanted`. A call that gives n of its N rows counts with weight N / n, which makes
+    the sums unbiased whatever was taken of the other calls.
 
     >>> sampler = Sampler(Sampling(8, batches=2), channels=3)
     >>> rows, weight = sampler.draw(100, batch=0)
@@ -98,17 +108,13 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, channels: int) -> None:
-        self._enough, self._batches = sampling.enough(channels), sampling.batches
-        self._place = sampling.place
+        self._sampling, self._enough = sampling, sampling.enough(channels)
         self.taken = 0
         self.seen = 0
 
     def draw(self, total: int, batch: int) -> tuple[Tensor | None, float]:
         """Draw from ``total`` rows; return the indices, None for all, and the weight of each."""
-        number = self._place(batch) + 1
-        least = self._enough / (self._batches or number)
-        due = least * number if self._batches else self._enough * (1 + math.log(number))
-        wanted = max(due - self.taken, least)
+        wanted = self._sampling.wanted(self._enough, batch, self.taken)
         self.seen += total
         if wanted >= total:
             self.taken += total

@@ -102,10 +102,8 @@ def make_plan(
         if earlier is not None and name in earlier and not choices[name].ranks:
             dense = choices[name].as_dense(earlier[name].reason or choices[name].reason)
             choices[name] = replace(dense, kept_dense=earlier[name].kept_dense)
-    rules, firsts = (
-        {name: request_of(name) for name in candidates},
-        {name: each[0] for name, each in candidates.items()},
-    )
+    rules = {name: request_of(name) for name in candidates}
+    firsts = {name: each[0] for name, each in candidates.items()}
     choices |= safeguard(choices, rules, firsts, **limits)
     return Plan(
         {name: choices[name] for name in surveyed.layers},

@@ -163,11 +163,8 @@ class Refit:
     def _wanted(self, batch: int, total: int) -> float:
         """How many rows of a batch are used, in every pass: those that earlier ones lacked are made up for."""
         if batch not in self._wanted_of:
-            batches = max(1, self._sampling.batches or 1)
-            due = self._rows * min(batches, self._sampling.place(batch) + 1) / batches
-            wanted = due if math.isinf(due) else max(due - self._taken, self._rows / batches)
-            self._wanted_of[batch] = wanted
-            self._taken += int(min(total, wanted))
+            self._wanted_of[batch] = self._sampling.wanted(self._rows, batch, self._taken)
+            self._taken += int(min(total, self._wanted_of[batch]))
         return self._wanted_of[batch]
 
     @property

@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from decomp._util.optional import needing
+from decomp.network.restoring import lock
 from decomp.runtimes.program import Program, export_program, quiet
 from decomp.runtimes.record import Runtime
 
@@ -46,7 +46,7 @@ def openvino(precision: str = "f32", *, threads: int | None = None) -> Runtime:
     return Runtime(name, prepare, precision, threads, precision == "int8")
 
 
-_MAKING = Lock()
+_MAKING = lock()
 
 
 def core() -> Any:
