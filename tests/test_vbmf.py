@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from decomp.ranks.spectral import _noise_variance, evbmf_rank, evbmf_threshold
+from decomp.ranks.spectral import _may_turn, _noise_variance, evbmf_rank, evbmf_threshold
 
 
 def rank_of(matrix):
@@ -123,3 +123,39 @@ def test_a_long_unfolding_is_judged_from_its_few_singular_values():
     """No M x M matrix is made: with M = 100,000 it would take 80 GB."""
     values = np.arange(1, 513) ** -0.5
     assert 0 < evbmf_rank(values, 512, 100_000) < 512
+
+
+def spectrum(kind, rng, rows, columns):
+    match kind:
+        case "planted":
+            matrix = planted(rng, rows, columns, 1 + rows // 3, rng.uniform(0.2, 2))
+            return np.linalg.svd(matrix, compute_uv=False)
+        case "power law":
+            return np.arange(1, rows + 1.0) ** -rng.uniform(0.1, 3)
+        case "repeated":
+            return np.sort(np.repeat(rng.exponential(size=rows), 3)[:rows])[::-1]
+        case "exponential":
+            return np.sort(rng.exponential(size=rows))[::-1]
+
+
+@pytest.mark.parametrize("kind", ["planted", "power law", "repeated", "exponential"])
+def test_bounds_of_the_slope_leave_out_no_minimum(kind, monkeypatch):
+    rng = np.random.default_rng(7)
+    left_out = 0
+    for _ in range(40):
+        rows, columns = sorted(int(n) for n in rng.integers(2, 120, 2))
+        alpha = rows / columns
+        values = spectrum(kind, rng, rows, columns)
+        energies = values**2 / (values**2).sum() * rows
+        threshold = evbmf_threshold(alpha)
+        found = _noise_variance(energies, alpha, threshold)
+        with monkeypatch.context() as patch:
+
+            def everywhere(energies, alpha, ranks, edges):
+                nonlocal left_out
+                left_out += int((~_may_turn(energies, alpha, ranks, edges)).sum())
+                return np.ones(len(ranks), bool)
+
+            patch.setattr("decomp.ranks.spectral._may_turn", everywhere)
+            assert _noise_variance(energies, alpha, threshold) == found
+    assert left_out > 100

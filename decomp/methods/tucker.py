@@ -101,14 +101,15 @@ def factors(kernels: Tensor, ranks: Ranks, bases: Sequence[Tensor] = ()) -> tupl
         # Where eigenvectors are computed in each sweep, the first takes U from those of K x2 V^T.
         by_steps = tensor.dtype != torch.float64
         left = start(1) if any(full) or by_steps else None
-        if not any(full):
-            left, right = _swept(tensor, ranks, left, right)
-        core = _core(tensor, cast(Tensor, left), right)
+        if any(full):
+            core = _core(tensor, cast(Tensor, left), right)
+        else:
+            core, left, right = _swept(tensor, ranks, left, right)
     return core.double(), [cast(Tensor, left).double(), right.double()]
 
 
-def _swept(tensor: Tensor, ranks: Ranks, left: Tensor | None, right: Tensor) -> tuple[Tensor, Tensor]:
-    energy, captured = float(squared_norms(tensor.flatten(2)).sum()), 0.0
+def _swept(tensor: Tensor, ranks: Ranks, left: Tensor | None, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    energy, captured, core = float(squared_norms(tensor.flatten(2)).sum()), 0.0, tensor
     for _ in range(MAX_SWEEPS):
         left = _improved(_project_in(tensor, right), 1, ranks[0], left)
         projected = _project_out(tensor, left)
@@ -117,7 +118,7 @@ def _swept(tensor: Tensor, ranks: Ranks, left: Tensor | None, right: Tensor) -> 
         before, captured = captured, float(core.double().square().sum())
         if captured - before <= RELATIVE_GAIN * (energy - captured):
             break
-    return cast(Tensor, left), right
+    return core, cast(Tensor, left), right
 
 
 def _improved(projected: Tensor, mode: int, rank: int, basis: Tensor | None) -> Tensor:

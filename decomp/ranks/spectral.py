@@ -12,7 +12,6 @@ more than they save (``decomp/planning/safeguard.py``); with ``pure=True`` all r
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache
-from itertools import pairwise
 from math import ceil, cos, log, log1p, pi, sin, sqrt
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from decomp.ranks.rule import CandidateLike, Ranks, Values, require_share
 
 ZERO_OF_PHI = 2.512862417252339
 PROBES_PER_INTERVAL = 10
+EDGES_AT_ONCE = 64
 ROUNDING = 4 * float(np.finfo(np.float64).eps)
 
 
@@ -262,12 +262,34 @@ def _noise_variance(energies: Values, alpha: float, threshold: float) -> float:
     lower = min(upper, max(energies[most] / threshold, energies[most:].mean()))
     kinks = energies / threshold
     edges = np.unique(np.concatenate([[lower, upper], kinks[(kinks > lower) & (kinks < upper)]]))
+    ranks = (kinks > (edges[:-1, None] + edges[1:, None]) / 2).sum(1)
     candidates = [upper, lower]
-    for left, right in pairwise(edges):
-        rank = int((kinks > (left + right) / 2).sum())
-        candidates += _stationary_points(energies, alpha, rank, log(left), log(right))
+    for place in np.flatnonzero(_may_turn(energies, alpha, ranks, edges)):
+        left, right = log(edges[place]), log(edges[place + 1])
+        candidates += _stationary_points(energies, alpha, int(ranks[place]), left, right)
     variance: float = min(candidates, key=lambda variance: _free_energy(energies, alpha, threshold, variance))
     return variance
+
+
+def _may_turn(energies: Values, alpha: float, ranks: Any, edges: Values) -> Any:
+    """Whether the derivative of :func:`_stationary_points` may change its sign between two neighbouring edges.
+
+    The noise makes it rise with the variance and the signal makes it fall, so that each at its own edge bounds it.
+    """
+    signal = np.empty((2, len(ranks)))  # of each interval, at its left and its right edge
+    for begin in range(0, len(ranks), EDGES_AT_ONCE):
+        end = min(begin + EDGES_AT_ONCE, len(ranks))
+        sums = np.zeros((end + 1 - begin, ranks[begin] + 1))
+        tau = _tau(energies[: ranks[begin]] / edges[begin : end + 1, None], alpha)
+        np.cumsum(1 + 1 / tau, axis=1, out=sums[:, 1:])
+        places = np.arange(end - begin)
+        signal[:, begin:end] = sums[places, ranks[begin:end]], sums[places + 1, ranks[begin:end]]
+    noise = np.concatenate([energies[::-1].cumsum()[::-1], [0.0]])[ranks]
+    count = len(energies) - ranks
+    most = count - noise / edges[1:] - alpha * signal[0]
+    least = count - noise / edges[:-1] - alpha * signal[1]
+    rounding = ROUNDING * len(energies) ** 2
+    return (most >= -rounding) & (least <= rounding)
 
 
 def _stationary_points(energies: Values, alpha: float, rank: int, left: float, right: float) -> list[float]:
