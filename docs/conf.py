@@ -22,6 +22,7 @@ extensions = [
     "docstrings",
     "mathml",
     "methods",
+    "spaces",
 ]
 exclude_patterns = ["method_notes", "methods/_table.md", "_ext"]
 html_theme = "furo"
