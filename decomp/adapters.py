@@ -33,8 +33,10 @@ def accept_factorized(config: Any) -> Any:
 
     >>> import decomp
     >>> from peft import LoraConfig, get_peft_model
-    >>> small = decomp.svd(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), ranks=4, layers="0")
-    >>> adapted = get_peft_model(small, accept_factorized(LoraConfig(target_modules=["0"], r=2)))
+    >>> dense = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    >>> small = decomp.svd(dense, ranks=4, layers="0")
+    >>> config = accept_factorized(LoraConfig(target_modules=["0"], r=2))
+    >>> adapted = get_peft_model(small, config)
     >>> adapted.merge_and_unload()[0].ranks
     (6,)
     """

@@ -204,7 +204,8 @@ def separable(
 
     Source: Jaderberg, Vedaldi and Zisserman 2014, section 2; Guo et al. 2018; Rigamonti et al. 2013.
 
-    >>> small = separable(nn.Sequential(nn.Conv2d(32, 64, 3)), ranks=2, scheme="depthwise_pointwise")
+    >>> model = nn.Sequential(nn.Conv2d(32, 64, 3))
+    >>> small = separable(model, ranks=2, scheme="depthwise_pointwise")
     >>> [tuple(factor.weight.shape) for factor in small[0].children()]
     [(64, 1, 3, 3), (64, 64, 1, 1)]
     """
@@ -349,7 +350,8 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Source: Gusak et al. 2019 (MUSCO), multi-stage compression.
 
     >>> import torch
-    >>> small = plan(nn.Sequential(nn.Linear(64, 64)), ranks=8).apply(nn.Sequential(nn.Linear(64, 64)))
+    >>> model = nn.Sequential(nn.Linear(64, 64))
+    >>> small = plan(model, ranks=8).apply(model)
     >>> densify(small)[0]
     Linear(in_features=64, out_features=64, bias=True)
     """

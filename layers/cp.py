@@ -83,8 +83,8 @@ class CP4Conv(CPConv):
     K[t, s, i, j] = sum_r A[t, r] B[s, r] H[i, r] W[j, r]. Source: Lebedev et al. 2015.
 
     >>> layer = CP4Conv.like(nn.Conv2d(64, 128, 3, stride=(2, 1)), (32,))
-    >>> [(role, tuple(factor.weight.shape)) for role, factor in layer.named_children()][1:3]
-    [('axis0', (32, 1, 3, 1)), ('axis1', (32, 1, 1, 3))]
+    >>> tuple(layer.axis0.weight.shape), tuple(layer.axis1.weight.shape)
+    ((32, 1, 3, 1), (32, 1, 1, 3))
     """
 
     method = "cp4"

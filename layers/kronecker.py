@@ -38,8 +38,8 @@ class KroneckerLinear(Factorized):
     Factors are (A, B) of shapes (r, t1, s1) and (r, t2, s2). Source: Van Loan and Pitsianis 1993.
 
     >>> layer = KroneckerLinear.like(nn.Linear(64, 48), (3,))
-    >>> [(role, tuple(next(factor.parameters()).shape)) for role, factor in layer.named_children()]
-    [('reduce', (6, 32)), ('expand', (24, 6)), ('shift', (48,))]
+    >>> layer.reduce.weight.shape, layer.expand.weight.shape
+    (torch.Size([6, 32]), torch.Size([24, 6]))
     """
 
     method = "kronecker"

@@ -175,7 +175,8 @@ class InputSVDRNN(Factorized):
     Source: Prabhavalkar et al. 2016 (On the compression of recurrent neural networks), who let the recurrent
     weights and the input weights of the next layer share A.
 
-    >>> layer = InputSVDRNN.like(nn.LSTM(64, 32, num_layers=2, bidirectional=True), (8, 64))
+    >>> dense = nn.LSTM(64, 32, num_layers=2, bidirectional=True)
+    >>> layer = InputSVDRNN.like(dense, (8, 64))
     >>> [name for name, child in layer.named_children()], layer.layer_l0
     (['reduce_l0', 'layer_l0', 'layer_l1'], LSTM(8, 32, bidirectional=True))
     """

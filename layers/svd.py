@@ -40,8 +40,10 @@ class SVDLinear(SVDMatrix):
     Source: Denton et al. 2014, section 3.2; Girshick 2015, section 3.1.
 
     >>> layer = SVDLinear.like(nn.Linear(100, 50), (8,))
-    >>> layer.reduce, layer.expand
-    (Linear(in_features=100, out_features=8, bias=False), Linear(in_features=8, out_features=50, bias=True))
+    >>> layer.reduce
+    Linear(in_features=100, out_features=8, bias=False)
+    >>> layer.expand
+    Linear(in_features=8, out_features=50, bias=True)
     """
 
     def build(self, dense: nn.Linear, device: Any) -> None:

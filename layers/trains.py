@@ -28,8 +28,12 @@ class TensorTrainConv(Factorized):
     where there is no 1x1. Source: Oseledets 2011 (Tensor-train decomposition).
 
     >>> layer = TensorTrainConv.like(nn.Conv2d(64, 128, 3, stride=(2, 1)), (16, 24, 32))
-    >>> [f"{role} {tuple(factor.weight.shape)}" for role, factor in layer.named_children()]
-    ['reduce (16, 64, 1, 1)', 'first (24, 16, 3, 1)', 'second (32, 24, 1, 3)', 'expand (128, 32, 1, 1)']
+    >>> for role, factor in layer.named_children():
+    ...     print(role, tuple(factor.weight.shape))
+    reduce (16, 64, 1, 1)
+    first (24, 16, 3, 1)
+    second (32, 24, 1, 3)
+    expand (128, 32, 1, 1)
     """
 
     method = "tensor_train"

@@ -59,7 +59,8 @@ def spectrum(plan: Plan, layer: str, energy: float = 0.9) -> "Figure":
 
     >>> import decomp
     >>> from torch import nn
-    >>> figure = spectrum(decomp.plan(nn.Sequential(nn.Conv2d(32, 64, 3)), ranks=(16, 8)), "0")
+    >>> decided = decomp.plan(nn.Sequential(nn.Conv2d(32, 64, 3)), ranks=(16, 8))
+    >>> figure = spectrum(decided, "0")
     >>> [axes.get_xlabel() for axes in figure.axes]
     ['component of out', 'component of in']
     """
@@ -95,8 +96,10 @@ def costs(plan: Plan) -> "Figure":
     >>> import decomp
     >>> from torch import nn
     >>> figure = costs(decomp.plan(nn.Sequential(nn.Linear(64, 64)), ranks=8))
-    >>> [(axes.get_xlabel(), [float(bar.get_width()) for bar in axes.patches]) for axes in figure.axes[:2]]
-    [('parameters (thousands)', [4160.0, 1088.0]), ('MACs (share, large input)', [1.0, 0.25])]
+    >>> for axes in figure.axes[:2]:
+    ...     print(axes.get_xlabel(), [float(bar.get_width()) for bar in axes.patches])
+    parameters (thousands) [4160.0, 1088.0]
+    MACs (share, large input) [1.0, 0.25]
     """
     rows = {name: (choice.params, choice.macs) for name, choice in plan.items()}
     macs = "MACs (share, large input)" if plan.macs is None else "MACs"
@@ -164,7 +167,8 @@ def sensitivity(
 
     >>> import decomp
     >>> from torch import nn
-    >>> figure = sensitivity(decomp.plan(nn.Sequential(nn.Linear(64, 64)), ranks=8), budgets=(0.5, 0.25))
+    >>> decided = decomp.plan(nn.Sequential(nn.Linear(64, 64)), ranks=8)
+    >>> figure = sensitivity(decided, budgets=(0.5, 0.25))
     >>> [text.get_text() for text in figure.axes[0].get_xticklabels()]
     ['50%', '25%']
     """
@@ -241,7 +245,8 @@ def before_and_after(
     Raises:
         ImportError: matplotlib is not installed.
 
-    >>> figure = before_and_after(("parameters",), {"conv1": [(100, 25)], "conv2": [(200, 40)]})
+    >>> rows = {"conv1": [(100, 25)], "conv2": [(200, 40)]}
+    >>> figure = before_and_after(("parameters",), rows)
     >>> [float(bar.get_width()) for bar in figure.axes[0].patches]
     [100.0, 200.0, 25.0, 40.0]
     """
@@ -336,7 +341,8 @@ def tradeoffs(
     Raises:
         ImportError: matplotlib is not installed.
 
-    >>> figure = tradeoffs({"svd": [(50, 0.9), (25, 0.7)]}, ("MACs (%)", "accuracy"), (100, 0.95))
+    >>> lines, dense = {"svd": [(50, 0.9), (25, 0.7)]}, (100, 0.95)
+    >>> figure = tradeoffs(lines, ("MACs (%)", "accuracy"), dense)
     >>> [line.get_label() for line in figure.axes[0].get_lines()]
     ['Pareto front', 'svd', 'dense']
     """

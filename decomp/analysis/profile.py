@@ -115,8 +115,9 @@ def profile(model: nn.Module, example_inputs: Any) -> Profile:
         TypeError: ``example_inputs`` is no batch, or the model cannot be called with it.
 
     >>> import torch
-    >>> report = profile(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), torch.zeros(1, 64))
-    >>> {name: (usage.layer, usage.params, usage.macs) for name, usage in report.rows.items()}
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    >>> report = profile(model, torch.zeros(1, 64))
+    >>> {name: (row.layer, row.params, row.macs) for name, row in report.rows.items()}
     {'0': ('Linear 64>32', 2080, 2048), '2': ('Linear 32>10', 330, 320)}
     >>> report.total.params, report.total.macs, report.total.bytes
     (2410, 2368, 9640)

@@ -301,7 +301,7 @@ def tradeoff(
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     >>> curve = tradeoff(model, torch.randn(8, 64), budgets=(0.75, 0.5), progress=False)
-    >>> [(point.line, point.label, round(curve.share(point), 1)) for point in curve.points]
+    >>> [(each.line, each.label, round(curve.share(each), 1)) for each in curve.points]
     [('auto', 'macs=0.75', 0.8), ('auto', 'macs=0.5', 0.5)]
     >>> curve.best(max_drop=1.0).macs.after < 0.51 * curve.dense.macs
     True

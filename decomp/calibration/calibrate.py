@@ -112,7 +112,8 @@ def calibrate(
     the change of an output f is ||J dy||^2, and E[J^T v v^T J] = J^T J for random v (Gauss-Newton).
 
     >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
-    >>> statistics = calibrate(model, [torch.randn(16, 32) for _ in range(4)], progress=False)
+    >>> data = [torch.randn(16, 32) for _ in range(4)]
+    >>> statistics = calibrate(model, data, progress=False)
     >>> statistics["2"].samples, statistics["2"].outputs.shape
     (64, torch.Size([1, 8, 8]))
     """

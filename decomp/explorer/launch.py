@@ -58,7 +58,8 @@ def explore(
         ValueError: ``inputs`` is given without ``data``, or ``layers`` or ``exclude`` matches nothing.
 
     >>> import torch
-    >>> explorer = explore(nn.Sequential(nn.Linear(64, 64)), torch.zeros(1, 64), timed=False, progress=False)
+    >>> model, x = nn.Sequential(nn.Linear(64, 64)), torch.zeros(1, 64)
+    >>> explorer = explore(model, x, timed=False, progress=False)
     >>> explorer.set_ranks("0", (8,))
     >>> explorer.plan["0"].ranks, explorer.apply()[0].ranks
     ((8,), (8,))

@@ -84,7 +84,8 @@ class Explorer:
     >>> explorer = decomp.explore(model, torch.ones(1, 64), timed=False, progress=False)
     >>> explorer.set_ranks("1", (8,))
     >>> explorer.set_budget(params=0.5)
-    >>> explorer.plan["1"].ranks, explorer.plan.params.after < 0.5 * explorer.plan.params.before
+    >>> params = explorer.plan.params
+    >>> explorer.plan["1"].ranks, params.after < 0.5 * params.before
     ((8,), True)
     """
 

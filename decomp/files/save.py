@@ -44,7 +44,8 @@ def save(
 
     >>> import tempfile, torch
     >>> from decomp import load, svd
-    >>> small, path = svd(nn.Sequential(nn.Linear(64, 64)), ranks=8), f"{tempfile.mkdtemp()}/small.safetensors"
+    >>> path = f"{tempfile.mkdtemp()}/small.safetensors"
+    >>> small = svd(nn.Sequential(nn.Linear(64, 64)), ranks=8)
     >>> save(small, path)
     >>> again = load(path, nn.Sequential(nn.Linear(64, 64)))
     >>> torch.equal(again[0].expand.weight, small[0].expand.weight)

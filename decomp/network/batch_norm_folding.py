@@ -65,7 +65,8 @@ def fold_batch_norm(
 
     Source: Jacob et al. 2018, section 3.2; ``torch.nn.utils.fusion``.
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    >>> conv = nn.Conv2d(3, 8, 3, bias=False)
+    >>> model = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU()).eval()
     >>> image = torch.randn(1, 3, 6, 6)
     >>> folded = fold_batch_norm(model, image)
     >>> type(folded[1]).__name__, torch.allclose(folded(image), model(image), atol=1e-5)

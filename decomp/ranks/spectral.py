@@ -29,8 +29,8 @@ ROUNDING = 4 * float(np.finfo(np.float64).eps)
 class SpectralRule:
     """A rule that chooses ranks from singular values alone.
 
-    With ``pure`` the ranks of every layer are those of the formula, as in the papers. Without it layers stay dense
-    whose factors would cost the network more than they save.
+    With ``pure`` the ranks of every layer are those of the formula, as in the papers. Without it layers whose
+    factors would cost the network more than they save get higher ranks, or stay dense.
     """
 
     pure: bool = field(default=False, kw_only=True)

@@ -97,7 +97,8 @@ def export(
         ImportError: a package of the format is not installed.
 
     >>> import tempfile
-    >>> done = export(nn.Linear(4, 2), f"{tempfile.mkdtemp()}/small.pt2", torch.zeros(1, 4))
+    >>> path = f"{tempfile.mkdtemp()}/small.pt2"
+    >>> done = export(nn.Linear(4, 2), path, torch.zeros(1, 4))
     >>> done.format, done.inputs, done.outputs, done.error
     ('torch.export', ('input',), ('output',), 0.0)
     """

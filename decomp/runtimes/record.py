@@ -27,7 +27,7 @@ class Runtime:
         threads: how many threads it runs with; by default as many as torch has.
         needs_data: whether ``prepare`` needs ``data``.
 
-    >>> plain = Runtime("plain", prepare=lambda model, example_inputs, data, threads: model)
+    >>> plain = Runtime("plain", lambda model, example_inputs, data, threads: model)
     >>> ready(plain, nn.Linear(4, 2), torch.zeros(1, 4))(torch.zeros(3, 4)).shape
     torch.Size([3, 2])
     """

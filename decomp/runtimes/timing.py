@@ -57,7 +57,8 @@ def time_in_turn(
     Each is warmed up first. A round calls each as often as fills 2 ms, and there are rounds until ``seconds`` per
     function have passed, at least ``rounds`` and at most 101. The garbage collector waits.
 
-    >>> first, second = time_in_turn([lambda: sum(range(100)), lambda: sum(range(10000))], seconds=0.01)
+    >>> calls = [lambda: sum(range(100)), lambda: sum(range(10000))]
+    >>> first, second = time_in_turn(calls, seconds=0.01)
     >>> first.seconds < second.seconds
     True
     """

@@ -96,7 +96,7 @@ def finetune(
         loss: a function (model, batch) -> scalar tensor, of the batch as it comes, on the device of the model; one
             of :mod:`decomp.losses`, or your own. A checkpoint knows it by its name.
         teacher: the dense model.
-        steps: steps of the optimizer; or else
+        steps: steps of the optimizer, in place of ``epochs``.
         epochs: passes through the data; 3 where neither is given.
         lr: learning rate at the start.
         inputs: with ``teacher``, what both are called with, from a batch: ``lambda batch: batch[0]`` where labels
@@ -121,7 +121,8 @@ def finetune(
     >>> import decomp
     >>> dense = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> small = decomp.tucker(dense, ranks=4)
-    >>> report = decomp.finetune(small, [torch.randn(16, 32) for _ in range(5)], teacher=dense, steps=40, lr=1e-2)
+    >>> data = [torch.randn(16, 32) for _ in range(5)]
+    >>> report = decomp.finetune(small, data, teacher=dense, steps=40, lr=1e-2)
     >>> report.loss_after < report.loss_before
     True
 

@@ -182,7 +182,8 @@ def finetune_layerwise(
     >>> import decomp
     >>> dense = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
     >>> small = decomp.tucker(dense, ranks=4)
-    >>> report = decomp.finetune_layerwise(small, dense, [torch.randn(16, 32) for _ in range(5)], steps=20)
+    >>> data = [torch.randn(16, 32) for _ in range(5)]
+    >>> report = decomp.finetune_layerwise(small, dense, data, steps=20)
     >>> list(report), report["0"].error_after <= report["0"].error_before
     (['0', '2'], True)
 

@@ -20,7 +20,8 @@ Loss = Callable[[nn.Module, Any], Tensor]
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """-log softmax(model(inputs))[labels], the mean over a batch of (inputs, labels).
 
-    >>> float(cross_entropy(nn.Identity(), (torch.zeros(2, 4), torch.tensor([0, 3]))).exp())
+    >>> batch = (torch.zeros(2, 4), torch.tensor([0, 3]))
+    >>> float(cross_entropy(nn.Identity(), batch).exp())
     4.0
 
     Raises:
@@ -110,7 +111,8 @@ class Distillation:
         inputs: what the models are called with, from a batch: ``lambda batch: batch[0]`` where labels come along.
 
     >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).eval()
-    >>> loss = Distillation(net, hints={"0": 0.1}, hard=1.0, inputs=lambda batch: batch[0])
+    >>> settings = {"hints": {"0": 0.1}, "hard": 1.0}
+    >>> loss = Distillation(net, **settings, inputs=lambda batch: batch[0])
     >>> batch = (torch.randn(2, 4), torch.tensor([0, 2]))
     >>> torch.allclose(loss(net, batch), cross_entropy(net, batch))
     True
