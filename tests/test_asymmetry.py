@@ -90,6 +90,7 @@ def test_the_network_comes_closer_than_with_every_layer_by_itself(net, data, cal
 
 
 def test_the_plan_on_the_model_says_how_well_each_layer_does_on_what_it_gets(net, data):
+    data = data[:8]  # of more batches a layer may use some
     small = decomp.tucker(net, ranks=8, data=data, sequential=True, progress=False)
     seen = {}
     for key, model in (("ours", small), ("theirs", net)):
@@ -102,7 +103,7 @@ def test_the_plan_on_the_model_says_how_well_each_layer_does_on_what_it_gets(net
     lost = sum(float(((a - b) / scale).square().sum()) for a, b in zip(seen["ours"], seen["theirs"], strict=True))
     with torch.no_grad():
         energy = sum(float(net.conv1(x).square().sum()) for x in data)
-    assert small.decomp_plan["conv1"].output_error == pytest.approx((lost / energy) ** 0.5, rel=1e-3)
+    assert small.decomp_plan["conv1"].output_error == pytest.approx((lost / energy) ** 0.5, rel=1e-5)
 
 
 def test_means_are_those_of_the_dense_network(net, data, monkeypatch):

@@ -214,6 +214,32 @@ def test_wide_layers_are_refitted_from_a_sample_of_rows(monkeypatch):
         assert float((layer(x) - dense(x)).norm() / dense(x).norm()) < 0.2 * before
 
 
+def test_rows_that_a_fit_was_judged_on_are_fitted_to_at_the_end():
+    """Oracle: ridge regression towards the given weight, by torch.linalg.lstsq over all rows."""
+    layer = nn.Linear(5, 3, dtype=torch.float64)
+    given = layer.weight.detach().clone()
+    x = torch.randn(8, 40, 5, dtype=torch.float64)
+    y = x @ torch.randn(5, 3, dtype=torch.float64) + 0.1 * torch.randn(8, 40, 3, dtype=torch.float64) + 1
+    refit, unfitted = Refit(layer, FitSplit(8)), Refit(nn.Linear(5, 3), FitSplit(8))
+    with torch.no_grad():
+        for index in range(8):
+            refit.add(x[index], y[index], batch=index)
+            unfitted.add(x[index].float(), y[index].float(), batch=index)
+        refit.apply()
+        assert refit.equations.rows == 240
+        assert refit.use_held_out()
+        assert not unfitted.use_held_out(), "a fit that was not made is not made at the end either"
+    assert refit.equations.rows == 320
+    assert not refit.use_held_out(), "nothing is held out any more"
+    rows, targets = x.flatten(0, 1), y.flatten(0, 1)
+    rows, targets = rows - rows.mean(0), targets - targets.mean(0)
+    rho = (refit.ridge * rows.square().mean() * len(rows)) ** 0.5
+    rows, targets = torch.cat([rows, rho * torch.eye(5, dtype=torch.float64)]), torch.cat([targets, rho * given.T])
+    expected = torch.linalg.lstsq(rows, targets).solution.T
+    torch.testing.assert_close(layer.weight.detach(), expected)
+    torch.testing.assert_close(layer.bias.detach(), y.flatten(0, 1).mean(0) - expected @ x.flatten(0, 1).mean(0))
+
+
 def test_rows_of_large_batches_count_as_often_as_they_are(monkeypatch):
     """Oracle: least squares over all rows, while ten of each batch are taken."""
     from decomp.calibration.sampling import Sampling

@@ -418,7 +418,7 @@ def moments_of(
     received: Iterable[tuple[Tensor, int, Tensor | None]],
     calibrated: Moments | None,
     sampling: Sampling,
-    split: FitSplit,
+    split: FitSplit | None,
     *,
     centred: bool,
     patches: Tensor | None = None,
@@ -430,7 +430,7 @@ def moments_of(
         received: its inputs, each with the number of its batch and its mask.
         calibrated: earlier moments of the layer, of which the row metric and the importance are used again.
         sampling: how many positions are used.
-        split: which rows are held out.
+        split: which rows are held out; None for none.
         centred: whether a shift of the outputs will be absorbed even if the layer has no bias.
         patches: the moments of the patches, where they are known already.
     """
@@ -470,6 +470,12 @@ class Products:
         product = (x.mT @ (torch.cat(pairs, 1) if pairs else x)).to(torch.float64)
         self._total = product if self._total is None else self._total + product
         self._waiting, self._rows = [], 0
+
+    def joined(self, other: "Products") -> "Products":
+        """The sum over the rows of both."""
+        new = Products()
+        new._total = self.total + other.total
+        return new
 
     @property
     def total(self) -> Any:

@@ -65,7 +65,8 @@ class Sampling:
 
     def least(self, channels: int) -> float:
         """How many rows of so many channels a fit should choose from; infinity for all."""
-        return ROWS_PER_CHANNEL_TO_SEE * channels if self.positions == "auto" else self.enough(channels)
+        enough = self.enough(channels)
+        return max(ROWS_PER_CHANNEL_TO_SEE * channels, enough) if self.positions == "auto" else enough
 
     def of(self, numbers: Iterable[int]) -> "Sampling":
         """The same for the batches with these numbers alone: as many rows, from fewer batches."""

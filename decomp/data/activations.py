@@ -129,8 +129,8 @@ class Activations:
 
     @torch.no_grad()
     def _examples(self, index: int, batch: Any) -> list[Example]:
-        ours = _calls(self._small, self._layer, batch, self._tail.calls)
-        theirs = _calls(self._dense, self._twin, batch, self._tail.calls)
+        ours = _calls(self._small, self._layer, batch, self._tail)
+        theirs = _calls(self._dense, self._twin, batch, self._tail)
         shapes = ([[each.shape for each in made.results] for made in calls] for calls in (ours, theirs))
         if next(shapes) != next(shapes):
             raise RoutedDifferently
@@ -138,7 +138,7 @@ class Activations:
         if routes_rows(self._layer):
             pairs = [routed_alike(*pair) for pair in pairs]
         return [
-            Example(index, our.args, our.kwargs, [self._tail(result) for result in their.results])
+            Example(index, our.args, our.kwargs, targets(self._tail, our, their))
             for our, their in pairs
             if any(result.numel() for result in their.results)
         ]
@@ -146,11 +146,20 @@ class Activations:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer: what it was given, and the tensors that it returned."""
+    """One call of a layer: what it was given, the tensors that it returned, and what will be added to them."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: list[Tensor]
+    skip: Any = None
+
+
+def targets(tail: Tail, our: Call, their: Call) -> list[Tensor]:
+    """The outputs that the dense layer has after its tail, corrected by what is added to them."""
+    results = their.results
+    if tail.skip is not None:
+        results = [tail.skip.corrected(result, their.skip, our.skip) for result in results]
+    return [tail(result) for result in results]
 
 
 def routed_alike(our: Call, their: Call) -> tuple[Call, Call]:
@@ -168,24 +177,28 @@ class _LastCall(BaseException):
     """Ends a pass after the last call of the layer. No ``Exception``, which the forward of a model may catch."""
 
 
-def _calls(model: nn.Module, layer: nn.Module, batch: Any, count: int) -> list[Call]:
-    """Run ``model`` until ``layer`` was called ``count`` times, and return these calls."""
+def _calls(model: nn.Module, layer: nn.Module, batch: Any, tail: Tail) -> list[Call]:
+    """Run ``model`` until ``layer`` was called as often as its tail says, and return these calls."""
     begun: list[tuple[Any, Any]] = []
     ended: list[Call] = []
+    added: list[Any] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         begun.append(copied((args, kwargs)))
 
     def after(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        ended.append(Call(*begun.pop(), [tensor.detach().clone() for tensor in floating(result)]))
-        if len(ended) == count:
+        skip = added[-1].detach().clone() if added and isinstance(added[-1], Tensor) else None
+        ended.append(Call(*begun.pop(), [tensor.detach().clone() for tensor in floating(result)], skip))
+        if len(ended) == tail.calls:
             raise _LastCall
 
+    earlier, later = ([], []) if tail.skip is None else tail.skip.watch(model, added.append)
+    hooks = [*earlier, (layer, before)], [*later, (layer, after)]
     batch = copied(to_device_of(model, batch))  # the other network gets it as well
     kind = next((tensor.device.type for tensor in tree_leaves(batch) if isinstance(tensor, Tensor)), "cpu")
     try:
         # Steps may be taken in mixed precision; targets never are, in whichever window they lie.
-        with hooked([(layer, before)], [(layer, after)]), Unfused(), torch.autocast(kind, enabled=False):
+        with hooked(*hooks), Unfused(), torch.autocast(kind, enabled=False):
             call(model, batch)
     except _LastCall:
         pass

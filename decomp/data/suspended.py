@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from threading import Semaphore, Thread, get_ident
 from typing import Any
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from decomp.data.activations import Activations, Call, Example, RoutedDifferently, Window, routed_alike
+from decomp.data.activations import Activations, Call, Example, RoutedDifferently, Window, routed_alike, targets
 from decomp.data.batches import Batches, Part, copied, naming_batch, size_of
 from decomp.layers import routes_rows
 from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
-from decomp.network.tracing import Tail
+from decomp.network.tracing import Skip, Tail
 
 Needed = Callable[[Iterable[Example], int], int]
 """How many batches a layer needs, from the examples of the first few, and the number of these batches."""
@@ -47,6 +47,7 @@ class Arrival:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = None
+    skip: Any = None  # what will be added to the output
 
 
 class SuspendedPass:
@@ -60,6 +61,7 @@ class SuspendedPass:
         self._is_abandoned = False
         self.output: Any = None
         self.finished = False
+        self.skips: dict[str, Any] = {}
         context = contextvars.copy_context()
         self._thread = Thread(target=context.run, args=(self._run,), daemon=True, name="decomp-pass")
 
@@ -130,12 +132,14 @@ class SuspendedPass:
 class Gates:
     """Hooks that hold the passes of a model at the calls of its layers, before or ``after`` they have run.
 
-    ``replaced`` are layers that passes are no longer held at, with the modules whose output they give instead.
+    ``skips`` are what is added to outputs of layers, ``replaced`` the layers that passes are no longer held at,
+    with the modules whose output they give instead.
     """
 
     model: nn.Module
     layers: Mapping[str, nn.Module]
     after: bool
+    skips: Mapping[str, Skip] = field(default_factory=dict)
     passes: dict[int, SuspendedPass] = field(default_factory=dict)
     replaced: dict[str, nn.Module | None] = field(default_factory=dict)
     device: Any = field(default_factory=nullcontext)
@@ -149,6 +153,9 @@ class Gates:
             self.device = torch.get_default_device()
         before = [(layer, self._before(name)) for name, layer in self.layers.items()]
         after = [(layer, self._after(name)) for name, layer in self.layers.items()]
+        for name, skip in self.skips.items():
+            earlier, later = skip.watch(self.model, partial(self._keep, name))
+            before, after = [*earlier, *before], [*later, *after]
         with hooked(before, after, in_all_threads=True), ExitStack() as stack:
             stack.callback(_end, started)
             yield self
@@ -163,12 +170,18 @@ class Gates:
         """Let go of the passes that have ended."""
         self._started[:] = [each for each in self._started if not each.finished]
 
+    def _keep(self, name: str, value: Any) -> None:
+        """Keep what will be added to the output of a layer, until the pass is held there."""
+        here = self.passes.get(get_ident())
+        if here is not None and name not in self.replaced:
+            here.skips[name] = value
+
     def _before(self, name: str) -> Any:
         def hook(*given: Any) -> None:
             here = self.passes.get(get_ident())
             if here is not None and not self.after and name not in self.replaced:
                 _, args, kwargs = given
-                here.hold(Arrival(name, args, kwargs))
+                here.hold(Arrival(name, args, kwargs, skip=here.skips.pop(name, None)))
 
         return hook
 
@@ -179,7 +192,7 @@ class Gates:
                 return None
             _, args, kwargs, output = given
             if self.after and name not in self.replaced:
-                here.hold(Arrival(name, args, kwargs, output))
+                here.hold(Arrival(name, args, kwargs, output, here.skips.pop(name, None)))
             instead = self.replaced.get(name)
             return None if instead is None else instead(*args, **kwargs)
 
@@ -433,9 +446,10 @@ class HeldExamples:
             return examples
         if not self._gates:
             layers = [{name: self._pairs[name][place] for name in self._waiting} for place in (0, 1)]
+            skips = {name: tail.skip for name in self._waiting if (tail := self._order[name]).skip is not None}
             self._gates = (
-                self._open.enter_context(Gates(self._small, layers[0], after=False).installed()),
-                self._open.enter_context(Gates(self._dense, layers[1], after=True).installed()),
+                self._open.enter_context(Gates(self._small, layers[0], False, skips).installed()),
+                self._open.enter_context(Gates(self._dense, layers[1], True, skips).installed()),
             )
         self._next_size, examples = None, list(examples)
         for index, batch, mask in self._batches.masked(part=missing.__contains__):
@@ -463,14 +477,14 @@ class HeldExamples:
         shapes = ([leaf.shape for leaf in floating((a.args, a.kwargs))] for a in (ours, theirs))
         if next(shapes) != next(shapes):
             raise OutOfOrder  # the passes of their own say what it means
-        our = Call(ours.args, ours.kwargs, [])
-        their = Call(theirs.args, theirs.kwargs, floating(theirs.output))
+        our = Call(ours.args, ours.kwargs, [], ours.skip)
+        their = Call(theirs.args, theirs.kwargs, floating(theirs.output), theirs.skip)
         if routes_rows(self._pairs[name][0]):
             our, their = routed_alike(our, their)
-        targets = [self._order[name](output) for output in their.results]
-        if not any(target.numel() for target in targets):
+        wanted = targets(self._order[name], our, their)
+        if not any(target.numel() for target in wanted):
             return []
-        return [Example(each.index, our.args, our.kwargs, targets, each.mask)]
+        return [Example(each.index, our.args, our.kwargs, wanted, each.mask)]
 
     def _give_up(self, place: int) -> None:
         """Abandon the passes from this place on: there is no room for them."""

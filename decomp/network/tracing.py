@@ -1,8 +1,11 @@
-"""The normalization and activation that follow each layer, traced in one forward pass of any model."""
+"""What follows each layer, traced in one forward pass of any model: normalization, activation, skip connection."""
 
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import operator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from decomp.network.forward import call, evaluating, floating, hooked, norms_with_running_stats, to_device_of
+from decomp.network.forward import (
+    call,
+    evaluating,
+    floating,
+    hooked,
+    norm_scale,
+    norms_with_running_stats,
+    to_device_of,
+)
 
 _NORMALIZATIONS = {
     getattr(functional, name)
@@ -26,6 +37,12 @@ _ACTIVATIONS = {
     )
     if hasattr(home, name)
 }
+_SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, operator.add}
+_IDENTITIES_IN_EVAL = {
+    getattr(functional, name)
+    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+}
+LEAST_SCALE = 0.25  # of a channel that makes up for its skip connection, relative to the root mean square
 
 
 @dataclass(frozen=True)
@@ -49,14 +66,65 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """A skip connection: a tensor that is added to the output of a layer, or to its BatchNorm's.
+
+    It is the input or the output of a ``module`` that was called before the layer ended; ``place`` is that of a
+    positional or keyword argument, None for the output. ``scale`` is that of the channels in the BatchNorm.
+    """
+
+    module: str
+    place: int | str | None
+    scale: Tensor | None = None
+
+    def watch(self, model: nn.Module, keep: Callable[[Any], None]) -> tuple[list[Any], list[Any]]:
+        """Hooks, before and after the module, that ``keep`` the tensor in every pass of a model."""
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            keep(
+                dict(enumerate(args)).get(self.place)
+                if isinstance(self.place, int)
+                else kwargs.get(self.place or "")
+            )
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            keep(output)
+
+        module = model.get_submodule(self.module)
+        return ([], [(module, after)]) if self.place is None else ([(module, before)], [])
+
+    def corrected(self, output: Tensor, dense: Any, small: Any) -> Tensor:
+        """The output that a layer needs for the sum that the dense network has.
+
+        y + (r - r^) / s, with r and r^ what is added in the dense and in the compressed network, and s the scale
+        of the BatchNorm. Channels that it scales to next to nothing keep y.
+
+        Source: He et al. 2017 (Channel pruning), section 3.3, for residual blocks.
+        """
+        if not isinstance(dense, Tensor) or not isinstance(small, Tensor):
+            return output
+        if not output.shape == dense.shape == small.shape:
+            return output
+        missing = dense - small
+        if self.scale is not None:
+            weight = self.scale.to(missing)
+            least = LEAST_SCALE * weight.square().mean().sqrt()
+            inverse = torch.where(weight.abs() > least, 1 / torch.where(weight == 0, 1.0, weight), 0.0)
+            missing = missing * inverse.reshape(-1, *(1,) * (missing.dim() - 2))
+        return output + missing
+
+
+@dataclass(frozen=True)
 class Tail:
     """The functions applied to the output of a layer: a normalization, activations, or neither.
 
-    ``calls`` is how often the layer was called in the traced pass.
+    ``calls`` is how often the layer was called in the traced pass; ``skip`` is what is added to its output, or to
+    that of its BatchNorm.
     """
 
     steps: tuple[Step, ...] = ()
     calls: int = 1
+    skip: Skip | None = None
 
     def __call__(self, tensor: Tensor) -> Tensor:
         for step in self.steps:
@@ -65,18 +133,23 @@ class Tail:
 
 
 def tails(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict[str, Tail]:
-    """Return the functions that are applied to the output of each layer.
+    """Return the functions that are applied to the output of each layer, and what is added to it.
 
     A tail ends where a tensor has a second consumer, so that the rest of the network depends only on the output of
     the tail. It is empty for a layer that is called several times, or does not return a single tensor. Layers that
     are not called are left out. The model runs in eval mode, without gradients.
     """
     watch = _Watch()
-    hooks = [(module, watch.begin(name)) for name, module in layers.items()]
-    with hooked(after=hooks), evaluating(model), torch.no_grad(), watch:
+    inside = {id(part) for layer in layers.values() for part in layer.modules()}
+    others = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+    before = [(module, watch.given(name)) for name, module in others]
+    after = [(module, watch.returned(name)) for name, module in others]
+    after += [(module, watch.begin(name)) for name, module in layers.items()]
+    with hooked(before, after), evaluating(model), torch.no_grad(), watch:
         watch.end(call(model, to_device_of(model, batch)))
     return {
-        name: Tail(tuple(Step(*step) for step in path.steps), path.calls) for name, path in watch.paths.items()
+        name: Tail(tuple(Step(*step) for step in path.steps), path.calls, watch.skip_of(path))
+        for name, path in watch.paths.items()
     }
 
 
@@ -114,8 +187,15 @@ class _Path:
         self.tensors = [] if self.closed else [output]
         self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self.calls = 1
+        self.begun = 0  # how many inputs and outputs of modules were seen before
+        self.added: list[Skip] = []
 
-    def record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def record(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, origins: "_Origins"
+    ) -> None:
+        """Take note of a function that was called, if it was called with one of the tensors."""
+        if func in _IDENTITIES_IN_EVAL and args and result is args[0]:
+            return
         # An in-place activation returns its argument, which then stands at two positions: the later one is right.
         latest = {id(tensor): place for place, tensor in enumerate(self.tensors)}
         given = (*args, *kwargs.values())
@@ -128,8 +208,27 @@ class _Path:
             self.steps.append((func, args[1:], kwargs))
             self.tensors.append(result)
         else:
+            self.added = []
+            if is_last and not self.closed and func in _SUMS and len(args) == 2 and not kwargs:
+                other = args[1] if args[0] is self.tensors[-1] else args[0]
+                self.added = self._skips(other, origins.of(other, self.begun, changes=int(result is other)))
             del self.steps[position:], self.tensors[position + 1 :]
+            if self.added and result is self.tensors[-1]:
+                del self.tensors[-1]  # it is the sum now, which may be used as often as it likes
             self.closed = True
+
+    def _skips(self, other: Any, found: list[Skip]) -> list[Skip]:
+        """What is added to the last tensor, the output of the layer or of its BatchNorm, as far as it can be."""
+        if not found or other is self.tensors[-1] or other.shape != self.tensors[-1].shape:
+            return []
+        steps = [Step(*step) for step in self.steps]
+        if not steps:
+            return found
+        given = steps[0].arguments() if steps[0].func is functional.batch_norm else {}
+        if len(steps) > 1 or given.get("training", True) or given["running_var"] is None:
+            return []
+        scale = norm_scale(given["running_var"], given["eps"], given["weight"])
+        return [replace(skip, scale=scale) for skip in found]
 
     def end(self, leaves: Iterable[Any]) -> None:
         """Cut the path at tensors that the model returns: the caller is another consumer of them."""
@@ -137,10 +236,12 @@ class _Path:
         given = [place for place in latest.values() if _among(self.tensors[place], leaves)]
         if given:
             del self.steps[min(given) :], self.tensors[min(given) + 1 :]
+            self.added = []
 
     def called_again(self) -> None:
         """Close the path: another call may be followed by other functions."""
         self.calls += 1
+        self.added = []
         self.steps.clear()
         del self.tensors[1:]
         self.closed = True
@@ -151,12 +252,65 @@ class _Path:
         return func in _ACTIVATIONS and all(step[0] in _NORMALIZATIONS for step in self.steps)
 
 
+class _Origins:
+    """Which modules each tensor was given to, or came from; tensors that were changed since are unknown."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Any, int, list[tuple[int, Skip]]]] = {}
+        self.calls: Counter[str] = Counter()
+        self.count = 0
+
+    def add(self, value: Any, module: str, place: int | str | None) -> None:
+        """Take note of an input or an output of a module."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return
+        self.count += 1
+        if not self.of(value, self.count):
+            self._found[id(value)] = weakref.ref(value), _version(value), []
+        self._found[id(value)][2].append((self.count, Skip(module, place)))
+
+    def of(self, value: Any, begun: int, changes: int = 0) -> list[Skip]:
+        """Where a tensor was seen, as far as that is among the first ``begun`` ones, before so many changes."""
+        reference, version, places = self._found.get(id(value), (None, 0, []))
+        if reference is None or reference() is not value or version + changes != _version(value):
+            return []
+        return [skip for number, skip in places if number <= begun]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; an inference tensor does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Watch(TorchFunctionMode):
     """Follows the outputs of layers through every torch function that is called with them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.paths: dict[str, _Path] = {}
+        self._origins = _Origins()
+
+    def given(self, name: str) -> Any:
+        """A hook that takes note of the inputs of a module."""
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._origins.calls[name] += 1
+            for place, value in (*enumerate(args), *kwargs.items()):
+                self._origins.add(value, name, place)
+
+        return hook
+
+    def returned(self, name: str) -> Any:
+        """A hook that takes note of the output of a module."""
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._origins.add(output, name, None)
+
+        return hook
+
+    def skip_of(self, path: "_Path") -> Skip | None:
+        """What is added to the output of a layer, if a pass has it once."""
+        return next((skip for skip in path.added if self._origins.calls[skip.module] == 1), None)
 
     def begin(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -164,6 +318,7 @@ class _Watch(TorchFunctionMode):
                 self.paths[name].called_again()
             else:
                 self.paths[name] = _Path(output)
+                self.paths[name].begun = self._origins.count
 
         return hook
 
@@ -177,7 +332,7 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         for path in self.paths.values():
-            path.record(func, args, kwargs, result)
+            path.record(func, args, kwargs, result, self._origins)
         return result
 
 

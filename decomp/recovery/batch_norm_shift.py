@@ -16,13 +16,14 @@ class BatchNormShift:
 
     t = (s_d (y - mean_d) + beta_d - beta) / s + mean with s = gamma / sqrt(var + eps), channel by channel. t =
     y where both BatchNorms are equal, and in channels with gamma = 0. The BatchNorm can also stand in for the
-    bias of a layer without one: :meth:`absorb`.
+    bias of a layer without one: :meth:`absorb`. ``scale`` is |s|: errors of t count with it after the BatchNorm.
     """
 
     def __init__(self, norm: Any, norm_of_dense: Any) -> None:
         self._mean = norm.running_mean
         scale, beta = _affine(norm)
         scale_of_dense, beta_of_dense = _affine(norm_of_dense)
+        self.scale = scale.abs()
         self._original_mean = self._mean.detach().to(torch.float64).clone()
         is_constant = scale == 0
         ratio = scale_of_dense / torch.where(is_constant, 1.0, scale)

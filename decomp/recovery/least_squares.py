@@ -91,10 +91,12 @@ class Refit:
         if self.is_wide:
             self.equations, self._held_out = RowEquations(most), RowEquations(max(1, most // 4))
         self.ridge = RIDGES[0]
+        self._is_fitted = False
         self._norm_shift = norm_shift
         self._bias: Tensor | None = None if norm_shift is None else torch.zeros_like(self._weight[:, :, 0])
         if getattr(self._last, "bias", None) is not None:
             self._bias = self._last.bias.detach().to(torch.float64).reshape(self._weight.shape[:2]).clone()
+        self._given = self._weight
 
     def patch_moments(self, *, centred: bool) -> Tensor | None:
         """Second moments of the rows z of a spatial layer, from the sums of the equations; None without them."""
@@ -226,7 +228,23 @@ class Refit:
                 best, best_state, self.ridge = error, state, ridge
         if best_state is not None:
             self.set_state(best_state())
+            self._is_fitted = True
         return best
+
+    @torch.no_grad()
+    def use_held_out(self) -> bool:
+        """Solve once more with the ridge that was chosen, for the held-out rows too; whether that was possible.
+
+        Nothing is left to measure the solution on.
+        """
+        fitted, held_out = self.equations, self._held_out
+        if not isinstance(fitted, NormalEquations) or not isinstance(held_out, NormalEquations):
+            return False
+        if not held_out.count or not self._is_fitted:
+            return False
+        self.equations, self._held_out = fitted.joined(held_out), NormalEquations()
+        self.set_state(next(self.equations.solutions(self._given, (self.ridge,), centred=self._bias is not None)))
+        return True
 
     def set_state(self, state: State) -> None:
         """Copy a last factor and its bias into the layer; without a bias, into the BatchNorm that follows."""
@@ -273,6 +291,14 @@ class NormalEquations:
         """A copy with the sums over the inputs alone."""
         new = NormalEquations()
         new._zz, new._z, new.count, new.rows = self._zz, self._z, self.count, self.rows
+        return new
+
+    def joined(self, other: "NormalEquations") -> "NormalEquations":
+        """The sums of both."""
+        new = NormalEquations()
+        new._zz, new._yz = self._zz.joined(other._zz), self._yz.joined(other._yz)
+        new._z, new._y, new._yy = self._z + other._z, self._y + other._y, self._yy + other._yy
+        new.count, new.rows = self.count + other.count, self.rows + other.rows
         return new
 
     def input_moments(self, *, centred: bool) -> Tensor:

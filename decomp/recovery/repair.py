@@ -156,7 +156,7 @@ def repair(
         before = _output_error(small, dense, batches, split)
         order = reached_tails(small, batches, {name: pair[0] for name, pair in pairs.items()})
         norm_shifts = batch_norm_shifts(small, dense, batches, pairs)
-        of_dense = reached_tails(dense, batches, {n: pair[1] for n, pair in pairs.items()}) if nonlinear else {}
+        of_dense = reached_tails(dense, batches, {n: pair[1] for n, pair in pairs.items()})
         for name, tail in bar(progress, "repair", order.items()):
             if pairs[name][0].absorbs_outputs == "nothing":
                 reports[name] = LayerRepair(math.nan, math.nan, "its last factor mixes no outputs: not refitted")
@@ -164,11 +164,12 @@ def repair(
             if routes_rows(pairs[name][0]):
                 reports[name] = LayerRepair(math.nan, math.nan, "each expert has weights of its own: not refitted")
                 continue
-            activations = Activations(small, dense, *pairs[name], replace(tail, steps=()), batches, cache_bytes)
+            dense_tail = of_dense.get(name, Tail())
+            plain = Tail((), tail.calls, dense_tail.skip)
+            activations = Activations(small, dense, *pairs[name], plain, batches, cache_bytes)
             with naming(name):
-                dense_tail = of_dense.get(name, Tail())
                 refit = Refit(pairs[name][0], split, norm_shifts.get(name), sampling)
-                relu = rectifier(tail, dense_tail)
+                relu = rectifier(tail, dense_tail) if nonlinear else None
                 reports[name] = _refit(pairs[name][0], refit, activations, relu, dense_tail)
                 amounts[name] = _Amount(refit.equations.rows, refit.unknowns)
         after, note = _output_error(small, dense, batches, split), ""

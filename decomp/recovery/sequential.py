@@ -66,13 +66,16 @@ def apply_sequentially(
     decomposed for the moments of x^, and the remaining error of the mean of y is added to the bias, or to the
     BatchNorm that follows. These factors, those of the plan's statistics and those of the weight alone are
     compared by the error of the output on rows that nothing was fitted to, and the best are taken; so is a refit
-    of the last factor, and the correction of the mean. ``after_each(small, name)`` is called after each layer,
+    of the last factor, and the correction of the mean. Where the fitted ones are, they are fitted once more, to
+    these rows as well. Where a tensor r is added to the output, by a skip connection, the target is y + r - r^
+    with r^ that of the compressed network. ``after_each(small, name)`` is called after each layer,
     before the next one is decomposed. A layer uses as many batches as have the rows that it is fitted to, and at
     least eight, spread over the data. One pass of each batch through both networks serves all layers, held at
     each until that is decomposed; batches beyond the memory, and models for which that does not work, take a pass
     per layer.
 
-    Source: Zhang et al. 2016, section 3.3 (asymmetric reconstruction).
+    Source: Zhang et al. 2016, section 3.3 (asymmetric reconstruction); He et al. 2017 (channel pruning), section
+    3.3, for skip connections.
     """
     model = unpacked(model, plan.replaced)
     replaced = layers_to_replace(model, plan, plan.method_of, needs_values=True)
@@ -193,20 +196,31 @@ class _LayerStep:
             best = min(best, self._judge(from_weight(self.dense, method, ranks, candidate)), key=_error_of)
         if math.isnan(best.held_out):
             return best, "all of its data is held out, or none: decomposed by itself"
-        patches, rows, unknowns = self._refit()
-        note = little_data(rows, unknowns)
-        received = ((example.received, example.batch, example.mask) for example in self.examples)
-        centred = self.norm_shift is not None
-        calibrated = cast(Moments | None, plan.statistics.get(name))
-        moments = moments_of(
-            self.own, received, calibrated, self._used, self.split, centred=centred, patches=patches
-        )
+        refit = self._refit(self.own)
+        note = "" if refit is None else little_data(refit.equations.rows, refit.unknowns)
+        moments = self._moments(name, plan, refit, self.split)
         fitted = self._judge(by_moments(self.own, method, ranks, moments))
         is_exact = fitted.held_out <= best.held_out and (moments.patches is not None or not self._is_spatial)
         best = min(fitted, best, key=_error_of)
         if best is not fitted:
             note = "; ".join(filter(None, ("not fitted to its inputs: no better on held-out data", note)))
-        return best if is_exact else min(best, self._with_last_factor(best.layer), key=_error_of), note
+        if not is_exact:
+            return min(best, self._with_last_factor(best.layer), key=_error_of), note
+        if refit is not None and refit.use_held_out():  # the choice is made: nothing is measured on them any more
+            moments = replace(self._moments(name, plan, refit, None), shrinkage=moments.shrinkage)
+            best = self._judge(by_moments(self.own, method, ranks, moments))
+        return best, note
+
+    def _moments(self, name: str, plan: Plan, refit: Refit | None, split: FitSplit | None) -> Moments:
+        """The moments of the inputs that the layer receives; those of the patches are in the sums of the fit."""
+        absorbs = self.norm_shift is not None or getattr(self.own, "bias", None) is not None
+        patches = None
+        if self._is_spatial and refit is not None:
+            patches = refit.patch_moments(centred=absorbs)
+        received = ((example.received, example.batch, example.mask) for example in self.examples)
+        calibrated = cast(Moments | None, plan.statistics.get(name))
+        centred = self.norm_shift is not None
+        return moments_of(self.own, received, calibrated, self._used, split, centred=centred, patches=patches)
 
     def _alone(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """Decompose the layer as :meth:`Plan.apply` would, without the examples."""
@@ -239,46 +253,40 @@ class _LayerStep:
     def _is_spatial(self) -> bool:
         return math.prod(getattr(self.own, "kernel_size", ())) > 1
 
-    def _refit(self) -> tuple[Tensor | None, int, int]:
-        """Fit the weight of the layer, and its bias, to the targets on the inputs that it receives.
+    def _refit(self, layer: nn.Module) -> Refit | None:
+        """Fit the last factor of a layer, or the weight of a dense one, and its bias, to the targets.
 
-        Returns the second moments of the patches, if the sums of the fit hold them, the rows that it was fitted
-        to, and the unknowns of each output.
+        None where the inputs are no numbers, or the outputs have another size than the options of the layer imply.
         """
-        refit = Refit(self.own, self.split, self.norm_shift, self._used)
+        refit = Refit(layer, self.split, self.norm_shift, self._used)
         try:
             for example in self.examples:
                 if not example.received.is_floating_point():
-                    return None, 0, 0
+                    return None
                 refit.add(example.received, example.targets[0], batch=example.batch, mask=example.mask)
         except OutputSizeMismatch:
-            return None, 0, 0
+            return None
         refit.apply()
-        absorbs = self.norm_shift is not None or getattr(self.own, "bias", None) is not None
-        patches = refit.patch_moments(centred=absorbs) if self._is_spatial else None
-        return patches, refit.equations.rows, refit.unknowns
+        return refit
 
     def _with_last_factor(self, layer: Factorized) -> _Judged:
         """A copy of the layer whose last factor is fitted to the targets on the inputs that it receives."""
         refitted = copy.deepcopy(layer)
-        if layer.absorbs_outputs != "full":
-            return self._judge(refitted)
-        refit = Refit(refitted, self.split, self.norm_shift, self._used)
-        try:
-            for example in self.examples:
-                if example.received.is_floating_point():
-                    refit.add(example.received, example.targets[0], batch=example.batch, mask=example.mask)
-        except OutputSizeMismatch:
-            return self._judge(refitted)
-        refit.apply()
+        if layer.absorbs_outputs == "full":
+            self._refit(refitted)
         return self._judge(refitted)
 
     def _judge(self, layer: Factorized) -> _Judged:
-        """Measure a layer where nothing was fitted, with its mean corrected by the other rows if that helps."""
+        """Measure a layer where nothing was fitted, with its mean corrected by the other rows if that helps.
+
+        On the held-out rows errors count with the scale of the BatchNorm that follows.
+        """
         axes = len(getattr(layer, "kernel_size", ()))
         absorbs = layer.bias is not None or self.norm_shift is not None
+        weight = 1.0 if self.norm_shift is None or not self.norm_shift.scale.any() else self.norm_shift.scale
         sums: list[Any] = [0.0, 0.0]  # of the differences, of rows to fit to and of those held out
-        squares, energies, counts = [0.0, 0.0], [0.0, 0.0], [0, 0]
+        counts = [0, 0]
+        held_out = energy_held_out = squares = energy = 0.0
         for example in self.examples:
             target, output = example.targets[0], example.run(layer, NO_TAIL)[0]
             if not axes:
@@ -289,22 +297,23 @@ class _LayerStep:
             samples = len(target) if target.dim() > axes + 1 else 1
             wanted, given = rows_of(target, axes, 1)[0], rows_of(output, axes, 1)[0]
             first = self.split.fitted_rows(example.batch, len(wanted), samples)
-            for place, part in enumerate((slice(None, first), slice(first, None))):
-                lost = wanted[part] - given[part]
-                sums[place] = sums[place] + lost.sum(0)
-                squares[place] += float(lost.square().sum())
-                energies[place] += float(wanted[part].square().sum())
-                counts[place] += len(lost)
+            lost = wanted - given
+            for place, part in enumerate((lost[:first], lost[first:])):
+                sums[place] = sums[place] + part.sum(0)
+                counts[place] += len(part)
+            squares, energy = squares + float(lost.square().sum()), energy + float(wanted.square().sum())
+            held_out += float((weight * lost[first:]).square().sum())
+            energy_held_out += float((weight * wanted[first:]).square().sum())
         if not all(counts):
-            return _Judged(layer, math.nan, _relative(sum(squares), sum(energies)), None)
-        held_out, shift = squares[1], None
+            return _Judged(layer, math.nan, _relative(squares, energy), None)
+        shift = None
         if absorbs:
             by_others = sums[0] / counts[0]
-            corrected = squares[1] - float((2 * by_others * sums[1] - counts[1] * by_others.square()).sum())
-            if corrected < held_out:
-                held_out, shift = corrected, (sums[0] + sums[1]) / sum(counts)
-        overall = sum(squares) - (0.0 if shift is None else sum(counts) * float(shift.square().sum()))
-        return _Judged(layer, _relative(held_out, energies[1]), _relative(overall, sum(energies)), shift)
+            gained = float((weight * weight * by_others * (2 * sums[1] - counts[1] * by_others)).sum())
+            if gained > 0:
+                held_out, shift = held_out - gained, (sums[0] + sums[1]) / sum(counts)
+        squares -= 0.0 if shift is None else sum(counts) * float(shift.square().sum())
+        return _Judged(layer, _relative(held_out, energy_held_out), _relative(squares, energy), shift)
 
 
 def _error_of(judged: _Judged) -> float:
