@@ -375,7 +375,7 @@ def test_without_widgets_the_plan_is_shown_and_without_ipywidgets_the_way_to_get
     bundle = explorer._repr_mimebundle_()
     assert "whole model" in bundle["text/plain"]
     assert bundle["text/html"].count("<img ") == 2
-    assert all(f"<td>{name}</td>" in bundle["text/html"] for name in explorer.plan)
+    assert all(f"<td>{name.replace('.', '.<wbr>')}</td>" in bundle["text/html"] for name in explorer.plan)
     assert "application/vnd.jupyter.widget-view+json" in bundle
     real = builtins.__import__
 

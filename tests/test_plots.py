@@ -210,8 +210,8 @@ def test_errors_are_ordered_the_largest_first(net):
     assert widths == sorted(widths, reverse=True)
 
 
-def test_without_adjusttext_labels_are_still_drawn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "adjustText", None)
+def test_without_textalloc_labels_are_still_drawn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "textalloc", None)
     figure = tradeoffs({"svd": [(50, 0.9)]}, ("x", "y"), (100, 0.95), marks=Marks(names={"svd": ["macs 0.5"]}))
     assert {text.get_text() for text in figure.axes[0].texts} == {"macs 0.5", "dense"}
 

@@ -118,7 +118,10 @@ def _cell(column: Column, cell: Cell) -> str:
     if cell.share is not None and isfinite(cell.share):
         end = f"{100 * min(max(cell.share, 0.0), 1.0):.1f}%"
         bar = f' style="--decomp-share: {end}"'
-    return f"<td{_class(column)}{value}{bar}>{escape(cell.text)}</td>"
+    text = escape(cell.text)
+    if column.role == "name":
+        text = text.replace(".", ".<wbr>")  # where a name may go on in the next line
+    return f"<td{_class(column)}{value}{bar}>{text}</td>"
 
 
 def _class(column: Column) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
@@ -24,7 +23,12 @@ DOTS_PER_INCH = 110
 WIDTH = 8.6  # inches: at 110 dots what a notebook shows in a window of 1366 pixels
 INCHES_PER_ROW, MAX_INCHES = 0.26, 40.0
 LONGEST_NAME = 30
-PIXELS_BETWEEN = 12  # points of a line that labels keep away from
+MARGIN, NEAREST, FARTHEST = (
+    0.007,
+    0.015,
+    0.3,
+)  # of labels: to what they must not cover, to their points; of the axes
+CANDIDATES = 2000  # places that are tried for each label
 MUTED = "0.55"  # legible on white and on black
 UNITS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
@@ -83,9 +87,9 @@ def colours() -> list[Any]:
 def label_points(
     ax: Any, points: Sequence[tuple[float, float]], labels: Sequence[str], colors: Sequence[Any], size: float = 8
 ) -> None:
-    """Write a label beside each point where it covers neither points nor other labels.
+    """Write a label beside each point where it covers neither points nor lines nor other labels.
 
-    adjustText places them; where it is not installed they stand above and below their points in turn.
+    textalloc places them; where it is not installed they stand above and below their points in turn.
 
     Args:
         ax: the axes, with everything else drawn and their limits set.
@@ -96,9 +100,9 @@ def label_points(
     """
     colors = [_readable(color) for color in colors]
     try:
-        from adjustText import adjust_text
+        from textalloc import allocate
     except ModuleNotFoundError as error:
-        if error.name != "adjustText":
+        if error.name != "textalloc":
             raise
         for index, (point, label, color) in enumerate(zip(points, labels, colors, strict=True)):
             offset = (5, 5) if index % 2 == 0 else (5, -11)
@@ -106,41 +110,40 @@ def label_points(
         return
     from matplotlib.patheffects import withStroke
 
-    # An edge in the colour of the background: a line that a label has to cross does not make it illegible.
-    edge = [withStroke(linewidth=2.5, foreground=style("axes.facecolor"))]
-    texts = [
-        ax.text(x, y, label, fontsize=size, color=color, path_effects=edge)
-        for (x, y), label, color in zip(points, labels, colors, strict=True)
-    ]
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # lines to the labels change no limits
     ax.figure.draw_without_rendering()  # the axes then have the place that they will have
     x, y = zip(*points, strict=True)
-    avoided_x, avoided_y = zip(*points, *_along_lines(ax), strict=True)
-    style_of_leader = {"arrowstyle": "-", "color": MUTED, "lw": 0.6}
-    adjust_text(
-        texts,
-        x=avoided_x,
-        y=avoided_y,
-        target_x=x,
-        target_y=y,
-        ax=ax,
-        iter_lim=1500,  # no limit of time: the same figure in every run
-        expand=(1.2, 1.6),
-        force_text=(0.2, 0.4),
-        arrowprops=style_of_leader,
+    lines = _drawn_lines(ax)
+    allocate(
+        ax,
+        x,
+        y,
+        list(labels),
+        x_scatter=x,
+        y_scatter=y,
+        x_lines=[line[:, 0] for line in lines],
+        y_lines=[line[:, 1] for line in lines],
+        textsize=size,
+        textcolor=colors,
+        linecolor=MUTED,
+        linewidth=0.6,
+        margin=MARGIN,
+        min_distance=NEAREST,
+        max_distance=FARTHEST,
+        nbr_candidates=CANDIDATES,
+        avoid_label_lines_overlap=True,
+        # An edge in the colour of the background: a line that a label has to cross does not make it illegible.
+        path_effects=[withStroke(linewidth=2.5, foreground=style("axes.facecolor"))],
     )
 
 
-def _along_lines(ax: Any) -> list[tuple[float, float]]:
-    """Points of the lines that are drawn in an axes, close enough together that no label fits between them."""
-    found: list[tuple[float, float]] = []
+def _drawn_lines(ax: Any) -> list[Any]:
+    """The lines that are drawn in an axes, as points (n, 2) in its coordinates: also those that span it."""
+    found = []
     for line in ax.lines:
-        if line.get_transform() != ax.transData or line.get_linestyle() == "None":
-            continue
-        places = ax.transData.transform(np.column_stack(line.get_data()))
-        for start, end in pairwise(places[np.isfinite(places).all(1)]):
-            count = int(np.hypot(*(end - start)) / PIXELS_BETWEEN) + 1
-            steps = start + np.linspace(0, 1, count, endpoint=False)[:, None] * (end - start)
-            found += [tuple(each) for each in ax.transData.inverted().transform(steps)]
+        if line.get_linestyle() != "None":
+            places = line.get_transform().transform(np.column_stack(line.get_data()).astype(float))
+            found.append(ax.transData.inverted().transform(places[np.isfinite(places).all(1)]))
     return found
 
 

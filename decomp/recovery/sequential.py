@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp.calibration.moments import Moments, moments_of
+from decomp.calibration.recurrent import AnyMoments
 from decomp.calibration.sampling import Positions, Sampling, little_data
 from decomp.calibration.unfold import count_rows, rows_of
 from decomp.data.activations import Example, RoutedDifferently, reached_tails
@@ -96,7 +97,8 @@ def apply_sequentially(
                     refitted = plan.method_of(name).affine and not routes_rows(replaced[name])
                     needed = partial(batches_needed, pairs[name][0], sampling, split, preferred)
                     examples = held.of(name, LEAST_BATCHES, needed) if refitted else held.of(name, 0, no_batches)
-                    step = _LayerStep(*pairs[name], examples, norm_shifts.get(name), sampling, split)
+                    metric = metric_of(plan.statistics.get(name), norm_shifts.get(name))
+                    step = _LayerStep(*pairs[name], examples, norm_shifts.get(name), sampling, split, metric)
                     layer, final[name] = step.decompose(name, plan)
                 del step, examples  # gone before the next ones are made
                 small = surgery.swap(small, {name: layer}, inplace=bool(name))
@@ -138,6 +140,15 @@ def batches_needed(
     return split.dividing(order, max(LEAST_BATCHES, math.ceil(min(wanted, len(order)))))
 
 
+def metric_of(moments: AnyMoments | None, norm_shift: BatchNormShift | None) -> Tensor | None:
+    """How errors of the outputs of a layer count: by gradients, or by the scale of the BatchNorm that follows."""
+    if isinstance(moments, Moments) and moments.row_metric is not None:
+        return moments.row_metric
+    if norm_shift is None or not norm_shift.scale.any():
+        return None
+    return norm_shift.scale[None]
+
+
 def no_batches(examples: Iterable[Example], seen: int) -> int:
     """For a layer that is decomposed by itself."""
     return 0
@@ -166,6 +177,7 @@ class _LayerStep:
     norm_shift: BatchNormShift | None
     sampling: Sampling
     split: FitSplit
+    metric: Tensor | None = None  # of the outputs, see Moments.row_metric
 
     def decompose(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
@@ -276,14 +288,22 @@ class _LayerStep:
             self._refit(refitted)
         return self._judge(refitted)
 
+    def _weighted(self, rows: Tensor) -> Tensor:
+        """Differences of the output (rows, T) as they count: D dy."""
+        if self.metric is None:
+            return rows
+        metric = self.metric.to(rows)
+        parts = rows.unflatten(1, metric.shape[:2])
+        weighted = parts * metric if metric.dim() == 2 else torch.einsum("nga,gba->ngb", parts, metric)
+        return weighted.flatten(1)
+
     def _judge(self, layer: Factorized) -> _Judged:
         """Measure a layer where nothing was fitted, with its mean corrected by the other rows if that helps.
 
-        On the held-out rows errors count with the scale of the BatchNorm that follows.
+        On the held-out rows errors count as the row metric says.
         """
         axes = len(getattr(layer, "kernel_size", ()))
         absorbs = layer.bias is not None or self.norm_shift is not None
-        weight = 1.0 if self.norm_shift is None or not self.norm_shift.scale.any() else self.norm_shift.scale
         sums: list[Any] = [0.0, 0.0]  # of the differences, of rows to fit to and of those held out
         counts = [0, 0]
         held_out = energy_held_out = squares = energy = 0.0
@@ -302,14 +322,15 @@ class _LayerStep:
                 sums[place] = sums[place] + part.sum(0)
                 counts[place] += len(part)
             squares, energy = squares + float(lost.square().sum()), energy + float(wanted.square().sum())
-            held_out += float((weight * lost[first:]).square().sum())
-            energy_held_out += float((weight * wanted[first:]).square().sum())
+            held_out += float(self._weighted(lost[first:]).square().sum())
+            energy_held_out += float(self._weighted(wanted[first:]).square().sum())
         if not all(counts):
             return _Judged(layer, math.nan, _relative(squares, energy), None)
         shift = None
         if absorbs:
             by_others = sums[0] / counts[0]
-            gained = float((weight * weight * by_others * (2 * sums[1] - counts[1] * by_others)).sum())
+            weighted, rest = self._weighted(torch.stack([by_others, 2 * sums[1] - counts[1] * by_others]))
+            gained = float((weighted * rest).sum())
             if gained > 0:
                 held_out, shift = held_out - gained, (sums[0] + sums[1]) / sum(counts)
         squares -= 0.0 if shift is None else sum(counts) * float(shift.square().sum())
