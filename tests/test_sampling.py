@@ -36,6 +36,10 @@ def test_a_draw_is_repeatable_and_leaves_the_random_state_alone():
 
 def test_ten_positions_for_each_channel_and_more_where_they_are_cheap():
     assert [Sampling().enough(channels) for channels in (2304, 512, 64, 8)] == [23040, 2**15, 2**21, 2**27]
+    # A fit takes 40 rows per channel where they cost no more than 2^37 multiply-adds.
+    assert [Sampling().to_fit(channels) for channels in (4096, 2304, 1536, 512)] == [40960, 25890, 58254, 2**15]
+    assert all(Sampling().least(channels) >= Sampling().to_fit(channels) for channels in (4096, 2304, 1536, 64))
+    assert (Sampling(7).to_fit(64), Sampling("all").least(64)) == (7, math.inf)
     assert (Sampling(7).enough(64), Sampling("all").enough(64)) == (7, math.inf)
     assert Sampling(batches=10).share(2304) == 2304
 

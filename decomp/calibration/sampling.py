@@ -13,6 +13,7 @@ from typing_extensions import TypeAliasType
 POSITIONS_PER_CHANNEL = 10
 ROWS_PER_CHANNEL_TO_SEE = 40  # of which they are chosen: more of one batch say less than as many of another
 CHEAP_PRODUCTS = 2**33  # multiply-adds that take a few tenths of a second
+FIT_PRODUCTS = 2**37  # that take a few seconds
 
 ROWS_PER_UNKNOWN = 4  # with n rows and p unknowns the noise adds about p / (n - p) to the squared error: a third
 
@@ -63,10 +64,21 @@ class Sampling:
             return math.inf
         return max(POSITIONS_PER_CHANNEL * channels, CHEAP_PRODUCTS // channels**2)
 
+    def to_fit(self, channels: int) -> float:
+        """How many rows a fit of so many coefficients takes; infinity for all.
+
+        Up to four times as many as moments take: what these lack is noise in the metric, what a fit lacks is noise
+        in its coefficients.
+        """
+        if self.positions != "auto":
+            return self.enough(channels)
+        affordable = min(ROWS_PER_CHANNEL_TO_SEE * channels, FIT_PRODUCTS // channels**2)
+        return max(self.enough(channels), affordable)
+
     def least(self, channels: int) -> float:
         """How many rows of so many channels a fit should choose from; infinity for all."""
-        enough = self.enough(channels)
-        return max(ROWS_PER_CHANNEL_TO_SEE * channels, enough) if self.positions == "auto" else enough
+        to_fit = self.to_fit(channels)
+        return max(ROWS_PER_CHANNEL_TO_SEE * channels, to_fit) if self.positions == "auto" else to_fit
 
     def of(self, numbers: Iterable[int]) -> "Sampling":
         """The same for the batches with these numbers alone: as many rows, from fewer batches."""

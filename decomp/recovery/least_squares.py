@@ -39,7 +39,7 @@ class OutputSizeMismatch(Exception):
 def rows_to_fit(last: nn.Module, sampling: Sampling) -> float:
     """How many rows of all data the last factor of a layer, or the weight of a dense one, is fitted to."""
     columns = math.prod(group_kernels(last).shape[2:])
-    return min(_most_rows(columns), sampling.enough(columns))
+    return min(_most_rows(columns), sampling.to_fit(columns))
 
 
 def rows_needed(last: nn.Module, sampling: Sampling) -> float:
