@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -14,8 +14,8 @@ from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp.calibration.moments import Moments, moments_of
 from decomp.calibration.recurrent import AnyMoments
-from decomp.calibration.sampling import Positions, Sampling, little_data
-from decomp.calibration.unfold import count_rows, rows_of
+from decomp.calibration.sampling import Positions, Sampling, little_data, stratified
+from decomp.calibration.unfold import count_rows, some_rows
 from decomp.data.activations import Example, RoutedDifferently, reached_tails
 from decomp.data.batches import Batches, FitSplit, Mask, unpadded
 from decomp.data.suspended import HeldExamples, LayerExamples
@@ -43,6 +43,7 @@ from decomp.recovery.least_squares import OutputSizeMismatch, Refit, rows_needed
 CACHE_BYTES = 2**30  # for the passes that are held
 KEEP_BYTES = 2**28  # for the batches that layers use
 LEAST_BATCHES = 8
+JUDGED_ROWS = 2**16  # of all batches; candidates are compared on the same ones
 NO_TAIL = Tail()
 
 AfterEach = Callable[[nn.Module, str], None]
@@ -288,6 +289,31 @@ class _LayerStep:
             self._refit(refitted)
         return self._judge(refitted)
 
+    def _rows(self, example: Example, output: Tensor) -> Iterator[tuple[Tensor, Tensor, float, int]]:
+        """Rows (n, T) of the targets and of an output, and their weight; those to fit to are part 0, others 1.
+
+        Of many rows they are a sample, the same for every output.
+        """
+        target, axes = example.targets[0], len(getattr(self.own, "kernel_size", ()))
+        if not axes:
+            target, output = (unpadded(each, example.mask) for each in (target, output))
+        elif target.dim() == axes + 1:
+            target, output = target[None], output[None]
+        if not target.numel():
+            return
+        total = count_rows(target, axes)
+        samples = len(target) if target.dim() > axes + 1 else 1
+        first = self.split.fitted_rows(example.batch, total, samples)
+        share = min(1.0, JUDGED_ROWS / len(self.examples.numbers) / total)
+        for place, (begin, end) in enumerate(((0, first), (first, total))):
+            if begin == end:
+                continue
+            count = math.ceil(share * (end - begin))
+            indices = None if count == total else begin + stratified(end - begin, count, example.batch)
+            wanted, given = (some_rows(each, axes, 1, indices) for each in (target, output))
+            wanted = wanted if self.norm_shift is None else self.norm_shift.target_rows(wanted)
+            yield wanted[0], given[0], (end - begin) / count, place
+
     def _weighted(self, rows: Tensor) -> Tensor:
         """Differences of the output (rows, T) as they count: D dy."""
         if self.metric is None:
@@ -302,28 +328,20 @@ class _LayerStep:
 
         On the held-out rows errors count as the row metric says.
         """
-        axes = len(getattr(layer, "kernel_size", ()))
         absorbs = layer.bias is not None or self.norm_shift is not None
         sums: list[Any] = [0.0, 0.0]  # of the differences, of rows to fit to and of those held out
-        counts = [0, 0]
+        counts = [0.0, 0.0]
         held_out = energy_held_out = squares = energy = 0.0
         for example in self.examples:
-            target, output = example.targets[0], example.run(layer, NO_TAIL)[0]
-            if not axes:
-                target, output = (unpadded(each, example.mask) for each in (target, output))
-            if not target.numel():
-                continue
-            target = target if self.norm_shift is None else self.norm_shift.target(target)
-            samples = len(target) if target.dim() > axes + 1 else 1
-            wanted, given = rows_of(target, axes, 1)[0], rows_of(output, axes, 1)[0]
-            first = self.split.fitted_rows(example.batch, len(wanted), samples)
-            lost = wanted - given
-            for place, part in enumerate((lost[:first], lost[first:])):
-                sums[place] = sums[place] + part.sum(0)
-                counts[place] += len(part)
-            squares, energy = squares + float(lost.square().sum()), energy + float(wanted.square().sum())
-            held_out += float(self._weighted(lost[first:]).square().sum())
-            energy_held_out += float(self._weighted(wanted[first:]).square().sum())
+            for wanted, given, weight, place in self._rows(example, example.run(layer, NO_TAIL)[0]):
+                lost = wanted - given
+                sums[place] = sums[place] + weight * lost.sum(0)
+                counts[place] += weight * len(lost)
+                squares += weight * float(lost.square().sum())
+                energy += weight * float(wanted.square().sum())
+                if place:
+                    held_out += weight * float(self._weighted(lost).square().sum())
+                    energy_held_out += weight * float(self._weighted(wanted).square().sum())
         if not all(counts):
             return _Judged(layer, math.nan, _relative(squares, energy), None)
         shift = None
