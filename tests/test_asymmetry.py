@@ -9,6 +9,7 @@ from torch import nn
 
 import decomp
 from decomp.recovery.batch_norm_shift import BatchNormShift
+from decomp.recovery.least_squares import Refit
 
 
 class Net(nn.Module):
@@ -205,3 +206,50 @@ def test_shuffled_data_and_a_small_cache_change_nothing(net, data, monkeypatch):
         )
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_is_fitted_uses_the_rows_that_it_was_judged_on_at_the_end(monkeypatch):
+    ratios = []
+    for seed in range(8):
+        errors = []
+        for used in (Refit.use_held_out, lambda refit: False):
+            torch.manual_seed(seed)
+            dense = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 80)).double().requires_grad_(False)
+            mix = torch.randn(12, 12, dtype=torch.float64) ** 3
+            data, unseen = ((torch.randn(8, n, 12, dtype=torch.float64) @ mix) for n in (10, 200))
+            with monkeypatch.context() as patch:
+                patch.setattr(Refit, "use_held_out", used)
+                small = decomp.svd(dense, {"0": 5, "2": 8}, data=list(data), sequential=True, progress=False)
+            errors.append(float((small(unseen) - dense(unseen)).norm()))
+        ratios.append(errors[0] / errors[1])
+    assert sum(ratios) / len(ratios) < 0.995
+    assert max(ratios) < 1.002
+
+
+def test_the_last_factor_alone_is_fitted_where_data_is_little():
+    """Two rows for each of the unknowns of a full fit, for the last factor many."""
+    errors = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        dense = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24)).double().requires_grad_(False)
+        dense = plant_spectra(dense, decay=0.7)
+        batches = [torch.randn(8, 24, dtype=torch.float64) for _ in range(8)]
+        unseen = torch.randn(2000, 24, dtype=torch.float64)
+        small = decomp.svd(dense, ranks=3, data=batches, sequential=True, progress=False)
+        plain = decomp.svd(dense, ranks=3, data=batches, sequential=False, progress=False)
+        errors.append(float((small(unseen) - dense(unseen)).norm() / (plain(unseen) - dense(unseen)).norm()))
+    assert sum(errors) / len(errors) < 1
+
+
+def test_errors_count_with_the_scale_of_the_batch_norm_that_follows():
+    from decomp.recovery.batch_norm_shift import BatchNormShift
+    from decomp.recovery.sequential import metric_of
+
+    norm = nn.BatchNorm2d(3)
+    norm.weight.data = torch.tensor([2.0, -1.0, 0.5])
+    norm.running_var.copy_(torch.tensor([4.0, 1.0, 0.25]) - norm.eps)
+    shift = BatchNormShift(norm, norm)
+    torch.testing.assert_close(metric_of(None, shift), torch.ones(1, 3, dtype=torch.float64))
+    assert metric_of(None, None) is None
+    norm.weight.data.zero_()
+    assert metric_of(None, BatchNormShift(norm, norm)) is None, "nothing would count"

@@ -81,6 +81,24 @@ def changed_since(block, x):
     return z + block.layer(block.norm(x))
 
 
+def normalized_and_activated(block, x):
+    return x + block.act(nn.functional.layer_norm(block.layer(block.norm(x)), (6,)))
+
+
+def another_normalization(block, x):
+    return x + nn.functional.layer_norm(block.layer(block.norm(x)), (6,))
+
+
+def returned_too(block, x):
+    y = block.layer(block.norm(x))
+    return y, x + y
+
+
+def called_again(block, x):
+    y = block.layer(block.norm(x)) + x
+    return y + block.layer(y)
+
+
 def to_itself(block, x):
     y = block.layer(block.norm(x))
     return y + y
@@ -91,14 +109,17 @@ def broadcast(block, x):
 
 
 FOUND = {
-    plus: ("", 0),
-    plus_dropped: ("", 0),
-    in_place: ("", 0),
-    into_the_skip: ("drop", 0),
-    added: ("", 0),
+    plus: ("norm", 0),
+    plus_dropped: ("norm", 0),
+    in_place: ("norm", 0),
+    into_the_skip: ("norm", 0),
+    added: ("norm", 0),
     made_before: ("other", None),
 }
-NOT_FOUND = (scaled, activated, used_twice, made_later, changed_since, to_itself, broadcast)
+NOT_FOUND = (
+    *(scaled, activated, normalized_and_activated, another_normalization, used_twice, returned_too),
+    *(called_again, made_later, changed_since, to_itself, broadcast),
+)
 
 
 @pytest.mark.parametrize("join", [*FOUND, *NOT_FOUND], ids=lambda join: join.__name__)
@@ -112,11 +133,51 @@ def test_the_module_of_a_skip_is_called_once_and_is_no_part_of_a_layer():
     model = nn.Sequential(Branch(plus), Branch(plus)).eval()
     x = torch.randn(3, 6)
     found = tails(model, x, {"0.layer": model[0].layer, "1.layer": model[1].layer})
-    assert (found["1.layer"].skip.module, found["1.layer"].skip.place) == ("0", None)
-    twice = nn.Sequential(model[0], model[0], model[1])
-    assert tails(twice, x, {"2.layer": twice[2].layer})["2.layer"].skip.module == "2"
-    whole = tails(model, x, {"0": model[0], "1.layer": model[1].layer})
-    assert whole["1.layer"].skip.module == "1", "a layer is another module once it is replaced"
+    assert (found["1.layer"].skip.module, found["1.layer"].skip.place) == ("1.norm", 0)
+    model[1].norm = model[0].norm
+    twice = tails(model, x, {"1.layer": model[1].layer})["1.layer"].skip
+    assert (twice.module, twice.place) == ("1", 0), "the norm is called twice in a pass"
+    parts = {"0": model[0], "0.norm": model[0].norm, "1.layer": model[1].layer}
+    assert tails(model, x, parts)["1.layer"].skip.module == "1", "a layer is another module once it is replaced"
+
+
+def test_tensors_that_do_not_count_their_changes_are_not_trusted():
+    model = Branch(changed_since).eval()
+    model.forward = torch.inference_mode()(model.forward)
+    assert tails(model, torch.randn(3, 6), {"layer": model.layer})["layer"].skip is None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_networks_that_differ_elsewhere_and_scripted_parts_are_recovered_as_before():
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) * 1.0
+
+    class Model(nn.Module):
+        def __init__(self, stem):
+            super().__init__()
+            self.stem, self.layer = stem, nn.Linear(16, 16)
+
+        def forward(self, x):
+            h = self.stem(x)
+            return h + self.layer(h)
+
+    for stem, other in (
+        (Wrapped(nn.Linear(16, 16)), nn.Linear(16, 16)),
+        (torch.jit.script(nn.Linear(16, 16)), None),
+    ):
+        dense = Model(stem).eval()
+        plain = Model(nn.Linear(16, 16)).eval()
+        plain.layer = dense.layer
+        small = decomp.svd(plain, ranks=4, layers="layer", progress=False)
+        small.stem = stem if other is None else other
+        data = [torch.randn(32, 16) for _ in range(8)]
+        decomp.repair(small, dense, data, progress=False)
+        decomp.finetune_layerwise(small, dense, data, steps=20, lr=2e-3, progress=False)
 
 
 class Residual(nn.Module):
@@ -148,7 +209,7 @@ def residual():
 def test_the_correction_gives_the_sum_of_the_dense_network_whatever_the_batch_norm(residual):
     x = torch.randn(4, 8, 6, 6)
     skip = tails(residual, x, {"2.conv": residual[2].conv})["2.conv"].skip
-    assert (skip.module, skip.place) == ("1.act", None)
+    assert (skip.module, skip.place) == ("2", 0)
     r, other = torch.randn(2, 4, 8, 6, 6, dtype=torch.float64)
     y, bn = torch.randn(4, 8, 6, 6, dtype=torch.float64), copy.deepcopy(residual[2].bn).double()
     torch.testing.assert_close(bn(skip.corrected(y, r, other)) + other, bn(y) + r)
@@ -156,10 +217,14 @@ def test_the_correction_gives_the_sum_of_the_dense_network_whatever_the_batch_no
     assert skip.corrected(y, r, other[:, :, :3]) is y
 
 
-def test_channels_that_the_batch_norm_all_but_removes_are_not_corrected():
-    skip = Skip("", 0, torch.tensor([1.0, -2.0, 0.01, 0.0]))
-    y, r, other = torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1), torch.zeros(1, 4, 1, 1)
-    assert skip.corrected(y, r, other).flatten().tolist() == [1.0, -0.5, 0.0, 0.0]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("factor", [1.0, 1024.0])
+def test_channels_that_the_batch_norm_all_but_removes_are_not_corrected(dtype, factor):
+    skip = Skip("", 0, factor * torch.tensor([1.0, -2.0, 0.01, 0.0], dtype=torch.float64))
+    y, r = torch.zeros(1, 4, 1, 1, dtype=dtype), torch.ones(1, 4, 1, 1, dtype=dtype)
+    corrected = factor * skip.corrected(y, r, torch.zeros_like(y))
+    assert corrected.dtype == dtype
+    assert corrected.flatten().tolist() == [1.0, -0.5, 0.0, 0.0]
 
 
 def test_the_layer_before_the_sum_makes_up_for_the_error_of_the_skip():

@@ -125,6 +125,12 @@ def test_a_long_unfolding_is_judged_from_its_few_singular_values():
     assert 0 < evbmf_rank(values, 512, 100_000) < 512
 
 
+def test_components_at_the_edge_of_the_noise_give_no_warning():
+    energies = np.array([4, 2, 0.4, 0.4, 0.3, 0.3, 0.3, 0.3])
+    with np.errstate(all="raise"):
+        assert _noise_variance(energies, 1.0, evbmf_threshold(1.0)) > 0
+
+
 def spectrum(kind, rng, rows, columns):
     match kind:
         case "planted":

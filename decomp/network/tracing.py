@@ -69,8 +69,8 @@ class Step:
 class Skip:
     """A skip connection: a tensor that is added to the output of a layer, or to its BatchNorm's.
 
-    It is the input or the output of a ``module`` that was called before the layer ended; ``place`` is that of a
-    positional or keyword argument, None for the output. ``scale`` is that of the channels in the BatchNorm.
+    It is an input or the output of a ``module`` that was called before the layer ended. ``place`` says which: the
+    position or the name of an argument, None for the output. ``scale`` is that of the channels in the BatchNorm.
     """
 
     module: str
@@ -90,7 +90,9 @@ class Skip:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             keep(output)
 
-        module = model.get_submodule(self.module)
+        module = dict(model.named_modules()).get(self.module)
+        if module is None:  # the networks differ there: nothing is kept, and nothing corrected
+            return [], []
         return ([], [(module, after)]) if self.place is None else ([(module, before)], [])
 
     def corrected(self, output: Tensor, dense: Any, small: Any) -> Tensor:
@@ -107,10 +109,10 @@ class Skip:
             return output
         missing = dense - small
         if self.scale is not None:
-            weight = self.scale.to(missing)
-            least = LEAST_SCALE * weight.square().mean().sqrt()
-            inverse = torch.where(weight.abs() > least, 1 / torch.where(weight == 0, 1.0, weight), 0.0)
-            missing = missing * inverse.reshape(-1, *(1,) * (missing.dim() - 2))
+            least = LEAST_SCALE * self.scale.square().mean().sqrt()
+            divided = self.scale.abs() > least
+            inverse = torch.where(divided, 1 / torch.where(divided, self.scale, 1.0), 0.0)
+            missing = missing * inverse.to(missing).reshape(-1, *(1,) * (missing.dim() - 2))
         return output + missing
 
 
@@ -141,7 +143,11 @@ def tails(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> dict
     """
     watch = _Watch()
     inside = {id(part) for layer in layers.values() for part in layer.modules()}
-    others = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+    others = [
+        (name, module)
+        for name, module in model.named_modules()
+        if id(module) not in inside and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+    ]
     before = [(module, watch.given(name)) for name, module in others]
     after = [(module, watch.returned(name)) for name, module in others]
     after += [(module, watch.begin(name)) for name, module in layers.items()]
@@ -262,24 +268,19 @@ class _Origins:
 
     def add(self, value: Any, module: str, place: int | str | None) -> None:
         """Take note of an input or an output of a module."""
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_inference():
+            return  # an inference tensor does not know whether it was changed
         self.count += 1
         if not self.of(value, self.count):
-            self._found[id(value)] = weakref.ref(value), _version(value), []
+            self._found[id(value)] = weakref.ref(value), value._version, []
         self._found[id(value)][2].append((self.count, Skip(module, place)))
 
     def of(self, value: Any, begun: int, changes: int = 0) -> list[Skip]:
         """Where a tensor was seen, as far as that is among the first ``begun`` ones, before so many changes."""
         reference, version, places = self._found.get(id(value), (None, 0, []))
-        if reference is None or reference() is not value or version + changes != _version(value):
+        if reference is None or reference() is not value or version + changes != value._version:
             return []
         return [skip for number, skip in places if number <= begun]
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; an inference tensor does not count it."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Watch(TorchFunctionMode):
@@ -310,7 +311,8 @@ class _Watch(TorchFunctionMode):
 
     def skip_of(self, path: "_Path") -> Skip | None:
         """What is added to the output of a layer, if a pass has it once."""
-        return next((skip for skip in path.added if self._origins.calls[skip.module] == 1), None)
+        nearest_first = reversed(path.added)  # what a batch changes on its way is changed before the last module
+        return next((skip for skip in nearest_first if self._origins.calls[skip.module] == 1), None)
 
     def begin(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -44,8 +44,10 @@ class Choice:
     example inputs (ints) or a share of the dense layer's (floats). ``error`` is the planned relative error of the
     weight, and ``output_error`` that of the output about its mean, None without data. The plan of an applied model
     holds the measured errors instead; they differ for spatial kernels, whose output error is predicted by moments
-    of the channels and of each axis in place of those of patches. ``note`` describes adjustments, such as clamped
-    ranks. ``kept_dense`` means that the user asked for a dense layer, which budgets then do not change.
+    of the channels and of each axis in place of those of patches, and for layers that make up for a skip
+    connection, where the error is that against the output that the sum needs. ``note`` describes
+    adjustments, such as clamped ranks. ``kept_dense`` means that the user asked for a dense layer, which budgets
+    then do not change.
     ``at_risk`` means that the ranks of a rule would cost the network more than they save: the layer stays dense,
     or is replaced because the rule is ``pure``.
     """

@@ -281,7 +281,8 @@ def _may_turn(energies: Values, alpha: float, ranks: Any, edges: Values) -> Any:
         end = min(begin + EDGES_AT_ONCE, len(ranks))
         sums = np.zeros((end + 1 - begin, ranks[begin] + 1))
         tau = _tau(energies[: ranks[begin]] / edges[begin : end + 1, None], alpha)
-        np.cumsum(1 + 1 / tau, axis=1, out=sums[:, 1:])
+        with np.errstate(divide="ignore"):  # of components that are noise at an edge, which no sum there includes
+            np.cumsum(1 + 1 / tau, axis=1, out=sums[:, 1:])
         places = np.arange(end - begin)
         signal[:, begin:end] = sums[places, ranks[begin:end]], sums[places + 1, ranks[begin:end]]
     noise = np.concatenate([energies[::-1].cumsum()[::-1], [0.0]])[ranks]

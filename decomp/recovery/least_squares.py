@@ -242,8 +242,12 @@ class Refit:
             return False
         if not held_out.count or not self._is_fitted:
             return False
-        self.equations, self._held_out = fitted.joined(held_out), NormalEquations()
-        self.set_state(next(self.equations.solutions(self._given, (self.ridge,), centred=self._bias is not None)))
+        both = fitted.joined(held_out)
+        state = next(both.solutions(self._given, (self.ridge,), centred=self._bias is not None))
+        if not bool(torch.isfinite(state[0]).all()):
+            return False
+        self.equations, self._held_out = both, NormalEquations()
+        self.set_state(state)
         return True
 
     def set_state(self, state: State) -> None:
@@ -425,6 +429,9 @@ def _same(state: State) -> State:
 
 
 def _solve(symmetric: Tensor, right: Tensor) -> Tensor:
-    """Solve with positive definite matrices, which are singular to rounding at worst."""
+    """Solve with positive definite matrices; what is singular gives a solution that is not finite."""
     factor, info = torch.linalg.cholesky_ex(symmetric)
-    return torch.linalg.solve(symmetric, right) if bool(info.any()) else torch.cholesky_solve(right, factor)
+    if not bool(info.any()):
+        return torch.cholesky_solve(right, factor)
+    solution, singular = torch.linalg.solve_ex(symmetric, right)
+    return torch.where(singular[..., None, None] == 0, solution, torch.nan)

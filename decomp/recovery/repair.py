@@ -41,7 +41,9 @@ KEPT_WHOLE = "no gain in the output of the network: kept as it was"
 class LayerRepair:
     """Relative error of one layer's output on the held-out batches, before and after the refit.
 
-    The note says where the error is measured after the ReLU that follows the layer, and why a layer was kept.
+    It is that against the output of the dense layer; where a skip connection is added to it, against what the sum
+    of the dense network needs. The note says where the error is measured after the ReLU that follows the layer,
+    and why a layer was kept.
     """
 
     error_before: float

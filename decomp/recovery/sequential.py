@@ -44,6 +44,7 @@ CACHE_BYTES = 2**30  # for the passes that are held
 KEEP_BYTES = 2**28  # for the batches that layers use
 LEAST_BATCHES = 8
 JUDGED_ROWS = 2**16  # of all batches; candidates are compared on the same ones
+ROWS_FOR_ALL_COEFFICIENTS = 10  # per unknown: of fewer, a fit of the last factor alone may be better
 NO_TAIL = Tail()
 
 AfterEach = Callable[[nn.Module, str], None]
@@ -63,14 +64,14 @@ def apply_sequentially(
 ) -> CompressedModule:
     """Return ``model`` with the layers of ``plan`` replaced one after the other, in the order of execution.
 
-    For each layer, with x^ its input in the network compressed so far and y its output in the dense one: the
+    For each layer, with x^ its input in the network compressed so far and y its output in the dense one (plus
+    (r - r^) / s where a skip connection adds r, in the compressed network r^, after a BatchNorm of scale s): the
     weight is fitted to y ~= W^ x^ + b by least squares (ridge towards W, chosen on held-out rows), W^ is
     decomposed for the moments of x^, and the remaining error of the mean of y is added to the bias, or to the
     BatchNorm that follows. These factors, those of the plan's statistics and those of the weight alone are
     compared by the error of the output on rows that nothing was fitted to, and the best are taken; so is a refit
-    of the last factor, and the correction of the mean. Where the fitted ones are, they are fitted once more, to
-    these rows as well. Where a tensor r is added to the output, by a skip connection, the target is y + r - r^
-    with r^ that of the compressed network. ``after_each(small, name)`` is called after each layer,
+    of the last factor, and the correction of the mean. The fitted ones, where they are taken, are fitted once
+    more, to these rows as well. ``after_each(small, name)`` is called after each layer,
     before the next one is decomposed. A layer uses as many batches as have the rows that it is fitted to, and at
     least eight, spread over the data. One pass of each batch through both networks serves all layers, held at
     each until that is decomposed; batches beyond the memory, and models for which that does not work, take a pass
@@ -219,6 +220,10 @@ class _LayerStep:
             note = "; ".join(filter(None, ("not fitted to its inputs: no better on held-out data", note)))
         if not is_exact:
             return min(best, self._with_last_factor(best.layer), key=_error_of), note
+        if refit is not None and refit.equations.rows < ROWS_FOR_ALL_COEFFICIENTS * refit.unknowns:
+            other = self._with_last_factor(alone)
+            if other.held_out < best.held_out:
+                return other, "; ".join(filter(None, ("its last factor is fitted to its inputs", note)))
         if refit is not None and refit.use_held_out():  # the choice is made: nothing is measured on them any more
             moments = replace(self._moments(name, plan, refit, None), shrinkage=moments.shrinkage)
             best = self._judge(by_moments(self.own, method, ranks, moments))

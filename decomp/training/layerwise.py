@@ -65,7 +65,11 @@ ROUTED_DIFFERENTLY = "routed differently: not trained"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Relative error of one layer's output, after its normalization and activation, before and after training."""
+    """Relative error of one layer's output, after its normalization and activation, before and after training.
+
+    It is that against the output of the dense layer; where a skip connection is added to it, against what the sum
+    of the dense network needs.
+    """
 
     error_before: float
     error_after: float
