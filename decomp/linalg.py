@@ -211,9 +211,19 @@ def _still_to_gain(captured: list[Tensor]) -> Tensor:
 
 
 def project(matrices: Tensor, basis: Tensor) -> Tensor:
-    """U^T W (..., r, m) in float64, of products in the precision of W (..., n, m)."""
+    """U^T W (..., r, m) in float64, of products in the precision of W (..., n, m).
+
+    They are in float64 where U is in float64 and holds nearly all of W: the rounding errors of float32 would be
+    what is left.
+    """
     with full_precision(matrices):
-        return (basis.mT.to(matrices.dtype) @ matrices).double()
+        product = (basis.mT.to(matrices.dtype) @ matrices).double()
+        if basis.dtype != torch.float64 or matrices.dtype == torch.float64:
+            return product
+        energy, captured = squared_norms(matrices), product.square().sum((-2, -1))
+        if bool((energy - captured >= SINGLE_PRECISION_ERROR * energy).all()):
+            return product
+        return basis.mT @ matrices.double()
 
 
 def squared_norms(matrices: Tensor) -> Tensor:

@@ -343,7 +343,7 @@ def tradeoffs(
 
     >>> lines, dense = {"svd": [(50, 0.9), (25, 0.7)]}, (100, 0.95)
     >>> figure = tradeoffs(lines, ("MACs (%)", "accuracy"), dense)
-    >>> [line.get_label() for line in figure.axes[0].get_lines()]
+    >>> figure.axes[0].get_legend_handles_labels()[1]
     ['Pareto front', 'svd', 'dense']
     """
     marks = marks or Marks()

@@ -146,7 +146,7 @@ def stratified(total: int, count: int, seed: int) -> Tensor:
     >>> stratified(1000, 4, seed=0) // 250
     tensor([0, 1, 2, 3])
     """
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.rand(count, generator=generator, dtype=torch.float64)
-    places = (torch.arange(count, dtype=torch.float64) + offsets) * (total / count)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    offsets = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+    places = (torch.arange(count, dtype=torch.float64, device="cpu") + offsets) * (total / count)
     return places.long().clamp(max=total - 1)

@@ -314,7 +314,7 @@ class _LayerStep:
             if begin == end:
                 continue
             count = math.ceil(share * (end - begin))
-            indices = None if count == total else begin + stratified(end - begin, count, example.batch)
+            indices = begin + stratified(end - begin, count, example.batch) if count < total else None
             wanted, given = (some_rows(each, axes, 1, indices) for each in (target, output))
             wanted = wanted if self.norm_shift is None else self.norm_shift.target_rows(wanted)
             yield wanted[0], given[0], (end - begin) / count, place
