@@ -163,15 +163,17 @@ def draw(found: dict[str, list[tuple[int, float, float, float]]], folder: Path) 
         with rc_context(), pyplot.style.context(style), rc_context({"svg.hashsalt": "growth"}):
             figure, axes = new_figure(9.0, 8.4, 3, 2)
             for ax, (title, points) in zip(axes.flat, found.items(), strict=True):
-                unit, floor, *_ = PANELS[title]
+                unit = PANELS[title][0]
                 sizes, seconds, megabytes, floors = zip(*points, strict=True)
                 ax.loglog(sizes, seconds, "o-", label="seconds")
-                ax.loglog(sizes, floors, "s--", label=f"floor, seconds: {floor}")
+                ax.loglog(sizes, floors, "s--", label="seconds of the floor")
                 ax.loglog(sizes, [max(each, 1) / 1000 for each in megabytes], "^:", label="memory, GB")
                 ax.set(title=title, xlabel=unit)
                 ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+                ax.yaxis.set_major_formatter("{x:g}")
                 ax.minorticks_off()
-                ax.legend(fontsize=8)
+            lines, labels = axes[0, 0].get_legend_handles_labels()
+            figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False)
             figure.savefig(folder / f"growth-{name}.svg", transparent=True, metadata={"Date": None})
 
 
