@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decomposition_speed import gram_floor, tucker_floor
+from speed import one_pass
 from torch import Tensor, nn
 
 import decomp
@@ -32,6 +34,9 @@ LAYERS = (4, 8, 16, 32)
 BATCHES = (8, 16, 32, 64)
 BATCH = 8
 QUIET: dict[str, Any] = {"progress": False}
+
+
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 def seconds_and_megabytes(function: Callable[[], Any]) -> tuple[float, float]:
@@ -56,22 +61,18 @@ def power_law(*shape: int) -> Tensor:
     return ((left * torch.arange(1, rows + 1.0) ** -0.5) @ right.T).reshape(shape)
 
 
-def gram(weight: Tensor) -> None:
-    for mode in range(min(weight.dim(), 2)):
-        unfolded = weight.transpose(0, mode).flatten(1)
-        torch.linalg.eigh(unfolded @ unfolded.T)
-
-
-def svd(channels: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def svd(channels: int) -> Pair:
     model = nn.Sequential(nn.Linear(channels, channels))
     model[0].weight.data = power_law(channels, channels)
-    return lambda: decomp.svd(model, ranks=channels // 16, **QUIET), lambda: gram(model[0].weight.data)
+    return lambda: decomp.svd(model, ranks=channels // 16, **QUIET), lambda: gram_floor(
+        model[0].weight.data, channels // 16
+    )
 
 
-def tucker(channels: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def tucker(channels: int) -> Pair:
     model = nn.Sequential(nn.Conv2d(channels, channels, 3))
     model[0].weight.data = power_law(channels, channels, 3, 3)
-    return lambda: decomp.tucker(model, ranks=channels // 4, **QUIET), lambda: gram(model[0].weight.data)
+    return lambda: decomp.tucker(model, ranks=channels // 4, **QUIET), lambda: tucker_floor(model[0].weight.data)
 
 
 def perceptron(layers: int, width: int = 256) -> nn.Module:
@@ -85,15 +86,6 @@ def convolutions(channels: int = 64) -> nn.Module:
     layers = [nn.Conv2d(3, channels, 3, padding=1)]
     layers += [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
     return nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU()))).eval()
-
-
-def one_pass(model: nn.Module, data: list[Tensor]) -> None:
-    with torch.no_grad():
-        for batch in data:
-            model(batch)
-
-
-Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 def calibrate_deep(layers: int) -> Pair:
