@@ -23,11 +23,9 @@ DOTS_PER_INCH = 110
 WIDTH = 8.6  # inches: at 110 dots what a notebook shows in a window of 1366 pixels
 INCHES_PER_ROW, MAX_INCHES = 0.26, 40.0
 LONGEST_NAME = 30
-MARGIN, NEAREST, FARTHEST = (
-    0.007,
-    0.015,
-    0.3,
-)  # of labels: to what they must not cover, to their points; of the axes
+MARGIN = 0.007  # between a label and what it must not cover, as a share of the axes
+NEAREST = 0.015  # of a label to its point
+FARTHEST = 0.3
 CANDIDATES = 2000  # places that are tried for each label
 MUTED = "0.55"  # legible on white and on black
 UNITS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))

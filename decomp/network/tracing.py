@@ -81,11 +81,7 @@ class Skip:
         """Hooks, before and after the module, that ``keep`` the tensor in every pass of a model."""
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            keep(
-                dict(enumerate(args)).get(self.place)
-                if isinstance(self.place, int)
-                else kwargs.get(self.place or "")
-            )
+            keep({**dict(enumerate(args)), **kwargs}.get(self.place))
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             keep(output)
@@ -188,12 +184,12 @@ def following_norms(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module
 class _Path:
     """The output of a layer and the steps after it: ``steps[i]`` maps ``tensors[i]`` to ``tensors[i + 1]``."""
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output: Any, begun: int) -> None:
         self.closed = not isinstance(output, Tensor)
         self.tensors = [] if self.closed else [output]
         self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self.calls = 1
-        self.begun = 0  # how many inputs and outputs of modules were seen before
+        self._begun = begun  # how many inputs and outputs of modules were seen before
         self.added: list[Skip] = []
 
     def record(
@@ -217,7 +213,7 @@ class _Path:
             self.added = []
             if is_last and not self.closed and func in _SUMS and len(args) == 2 and not kwargs:
                 other = args[1] if args[0] is self.tensors[-1] else args[0]
-                self.added = self._skips(other, origins.of(other, self.begun, changes=int(result is other)))
+                self.added = self._skips(other, origins.of(other, self._begun, changes=int(result is other)))
             del self.steps[position:], self.tensors[position + 1 :]
             if self.added and result is self.tensors[-1]:
                 del self.tensors[-1]  # it is the sum now, which may be used as often as it likes
@@ -319,8 +315,7 @@ class _Watch(TorchFunctionMode):
             if name in self.paths:
                 self.paths[name].called_again()
             else:
-                self.paths[name] = _Path(output)
-                self.paths[name].begun = self._origins.count
+                self.paths[name] = _Path(output, self._origins.count)
 
         return hook
 

@@ -91,18 +91,20 @@ class Refit:
         if self.is_wide:
             self.equations, self._held_out = RowEquations(most), RowEquations(max(1, most // 4))
         self.ridge = RIDGES[0]
-        self._is_fitted = False
         self._norm_shift = norm_shift
         self._bias: Tensor | None = None if norm_shift is None else torch.zeros_like(self._weight[:, :, 0])
         if getattr(self._last, "bias", None) is not None:
             self._bias = self._last.bias.detach().to(torch.float64).reshape(self._weight.shape[:2]).clone()
         self._given = self._weight
 
-    def patch_moments(self, *, centred: bool) -> Tensor | None:
-        """Second moments of the rows z of a spatial layer, from the sums of the equations; None without them."""
+    def patch_moments(self) -> Tensor | None:
+        """Second moments of the rows z of a spatial layer, from the sums of the equations; None without them.
+
+        They are about the mean where a bias, or the BatchNorm that follows, absorbs a constant shift.
+        """
         if not isinstance(self.equations, NormalEquations) or not self.equations.count:
             return None
-        return self.equations.input_moments(centred=centred)
+        return self.equations.input_moments(centred=self._bias is not None)
 
     @property
     def axes(self) -> int:
@@ -228,7 +230,6 @@ class Refit:
                 best, best_state, self.ridge = error, state, ridge
         if best_state is not None:
             self.set_state(best_state())
-            self._is_fitted = True
         return best
 
     @torch.no_grad()
@@ -240,7 +241,7 @@ class Refit:
         fitted, held_out = self.equations, self._held_out
         if not isinstance(fitted, NormalEquations) or not isinstance(held_out, NormalEquations):
             return False
-        if not held_out.count or not self._is_fitted:
+        if not held_out.count or self._weight is self._given:
             return False
         both = fitted.joined(held_out)
         state = next(both.solutions(self._given, (self.ridge,), centred=self._bias is not None))

@@ -179,7 +179,7 @@ class _LayerStep:
     norm_shift: BatchNormShift | None
     sampling: Sampling
     split: FitSplit
-    metric: Tensor | None = None  # of the outputs, see Moments.row_metric
+    metric: Tensor | None  # of the outputs, see Moments.row_metric
 
     def decompose(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
         """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
@@ -231,10 +231,7 @@ class _LayerStep:
 
     def _moments(self, name: str, plan: Plan, refit: Refit | None, split: FitSplit | None) -> Moments:
         """The moments of the inputs that the layer receives; those of the patches are in the sums of the fit."""
-        absorbs = self.norm_shift is not None or getattr(self.own, "bias", None) is not None
-        patches = None
-        if self._is_spatial and refit is not None:
-            patches = refit.patch_moments(centred=absorbs)
+        patches = refit.patch_moments() if self._is_spatial and refit is not None else None
         received = ((example.received, example.batch, example.mask) for example in self.examples)
         calibrated = cast(Moments | None, plan.statistics.get(name))
         centred = self.norm_shift is not None
