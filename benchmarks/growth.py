@@ -62,11 +62,9 @@ def power_law(*shape: int) -> Tensor:
 
 
 def svd(channels: int) -> Pair:
-    model = nn.Sequential(nn.Linear(channels, channels))
-    model[0].weight.data = power_law(channels, channels)
-    return lambda: decomp.svd(model, ranks=channels // 16, **QUIET), lambda: gram_floor(
-        model[0].weight.data, channels // 16
-    )
+    model, rank = nn.Sequential(nn.Linear(channels, channels)), channels // 16
+    weight = model[0].weight.data = power_law(channels, channels)
+    return lambda: decomp.svd(model, ranks=rank, **QUIET), lambda: gram_floor(weight, rank)
 
 
 def tucker(channels: int) -> Pair:
