@@ -8,11 +8,12 @@ import pytest
 import torch
 from layer_cases import KINDS, SPATIAL
 from networks import plant_spectra
+from rows import rows_of
 from sklearn.covariance import oas
 from torch import nn
 
 import decomp
-from decomp.calibration.unfold import patches_like, rows_of
+from decomp.calibration.unfold import patches_like
 from decomp.calibration.whitening import output_error
 from decomp.layers import group_kernels
 from decomp.methods import METHODS

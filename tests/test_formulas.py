@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from rows import rows_of, target_of
 from sklearn.covariance import empirical_covariance, oas
 from torch import nn
 
 from decomp.calibration.moments import SHRINKAGES, chosen_shrinkage, oracle_shrinkage
 from decomp.calibration.reduced_rank import refitted
-from decomp.calibration.unfold import patches_like, rows_of
+from decomp.calibration.unfold import patches_like
 from decomp.calibration.whitening import _marginals, symmetric_power
 from decomp.layers import TuckerConv, group_kernels
 from decomp.linalg import as_float64, gram_eigenvalues, tail_sums
@@ -203,7 +204,7 @@ def test_a_moved_batch_norm_turns_its_target_into_what_the_dense_one_gave(kind, 
             ours.weight[2] = 0  # a constant whatever it gets: the output of the dense layer is as good as any
     y, live = torch.randn(shape, dtype=torch.float64), [0, 1, 3, 4]
     norm_shift = BatchNormShift(ours, theirs)
-    target = norm_shift.target(y)
+    target = target_of(norm_shift, y)
     torch.testing.assert_close(ours(target)[:, live], theirs(y)[:, live], rtol=0, atol=1e-12)
     if affine:
         assert torch.equal(target[:, 2], y[:, 2])

@@ -8,12 +8,13 @@ import pytest
 import torch
 from layer_cases import KINDS
 from networks import plant_spectra
+from rows import rows_of
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import decomp
 from decomp.calibration.sampling import Sampler, Sampling, stratified
-from decomp.calibration.unfold import Patches, patches_like, rows_of, some_rows
+from decomp.calibration.unfold import Patches, patches_like, some_rows
 from decomp.digits import load_digits, train
 
 

@@ -52,18 +52,16 @@ def rows_of_experts(rows: Tensor, experts: Tensor, count: int) -> Tensor:
     return padded
 
 
-def rows_of(tensor: Tensor, axes: int, groups: int) -> Tensor:
-    """(batch, channels, *positions), or (..., channels), to (groups, rows, channels of a group) in float64."""
-    return _grouped(_flat(_channels_last(tensor, axes)), groups).to(torch.float64)
-
-
 def count_rows(tensor: Tensor, axes: int) -> int:
-    """The number of rows of :func:`rows_of`."""
+    """The number of rows of :func:`some_rows`."""
     return tensor.numel() // max(1, tensor.shape[tensor.dim() - axes - 1])
 
 
 def some_rows(tensor: Tensor, axes: int, groups: int, indices: Tensor | None) -> Tensor:
-    """The rows of :func:`rows_of` with these indices, None for all, in the dtype that they are multiplied in."""
+    """(batch, channels, *positions), or (..., channels), to rows (groups, rows, channels of a group).
+
+    Those with these indices, None for all, in the dtype that they are multiplied in.
+    """
     if indices is None:
         rows = _flat(_channels_last(tensor, axes))
     elif axes > 0:

@@ -31,11 +31,6 @@ class BatchNormShift:
         offset = offset + self._original_mean - ratio * norm_of_dense.running_mean.to(torch.float64)
         self._ratio, self._offset = torch.where(is_constant, 1.0, ratio), torch.where(is_constant, 0.0, offset)
 
-    def target(self, output: Tensor) -> Tensor:
-        """The target t of the layer for an output y of the dense one, channels on axis 1."""
-        shape = (-1, *(1,) * (output.dim() - 2))
-        return output.to(torch.float64) * self._ratio.reshape(shape) + self._offset.reshape(shape)
-
     def target_rows(self, rows: Tensor) -> Tensor:
         """The targets of rows (groups, n, channels) of an output of the dense layer."""
         shape = (len(rows), 1, -1)
