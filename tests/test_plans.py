@@ -138,6 +138,9 @@ def test_what_is_no_plan_is_refused(text):
     broken["layers"]["conv"].pop("ranks")
     with pytest.raises(ValueError, match="ranks"):
         decomp.Plan.from_json(json.dumps(broken))
+    timed = json.loads(decomp.plan(network(), ranks=8).to_json()) | {"measured": ["openvino", [1.0]]}
+    with pytest.raises(ValueError, match=r"measured\[1\]"):
+        decomp.Plan.from_json(json.dumps(timed))
 
 
 def test_build_makes_the_structure_for_load_state_dict():

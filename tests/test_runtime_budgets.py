@@ -56,9 +56,12 @@ def test_a_share_is_kept_as_measured_and_nearly_used_up(blocks, share):
     # Blocks of 16 of four layers are coarse: the next larger choice of ranks would be above the bound.
     assert share - 0.1 < taken < share + 1e-3
     plan = small.decomp_plan
-    assert plan.measured_in == "blocks"
-    assert plan.measured_seconds.after / plan.measured_seconds.before == pytest.approx(taken, rel=0.02)
+    assert plan.measured.runtime == "blocks"
+    assert plan.measured.seconds.after / plan.measured.seconds.before == pytest.approx(taken, rel=0.02)
     assert "measured in blocks" in str(plan)
+    again = decomp.Plan.from_json(plan.to_json())
+    assert again.measured == plan.measured
+    assert "measured in blocks" in str(again)
 
 
 def test_ranks_are_the_multiples_that_the_runtime_pads_to(blocks):
@@ -87,7 +90,7 @@ def test_a_duration_is_no_share(blocks):
     total = blocks.seconds(model)
     given = {"runtime": blocks.runtime, "example_inputs": x, "progress": False}
     plan = decomp.plan(model, seconds=decomp.seconds(0.5 * total), **given)
-    assert plan.measured_seconds.after <= 0.5 * total * 1.01
+    assert plan.measured.seconds.after <= 0.5 * total * 1.01
     with pytest.raises(ValueError, match=r"a share of the dense model's time, in \(0, 1\], or decomp\.seconds"):
         decomp.plan(model, seconds=1.5, **given)
     with pytest.raises(decomp.OutOfReach, match="cannot be reached"):
@@ -139,7 +142,7 @@ def heavy():
 def test_seconds_in_eager_are_kept():
     model, x = heavy()
     small = decomp.compress(model, x, seconds=0.9, runtime="eager", progress=False)
-    before, after = small.decomp_plan.measured_seconds
+    before, after = small.decomp_plan.measured.seconds
     assert after <= 0.9 * before
 
 

@@ -35,6 +35,20 @@ class Change(NamedTuple):
     after: float
 
 
+class Measured(NamedTuple):
+    """The seconds of one pass of the dense and of the compressed model, as measured in a runtime, by its name."""
+
+    runtime: str
+    seconds: Change
+
+    @classmethod
+    def read(cls, value: Value) -> "Measured":
+        """Read what a plan in JSON holds."""
+        runtime, seconds = value.items(2)
+        before, after = seconds.items(2)
+        return cls(runtime.text(), Change(before.number(least=0), after.number(least=0)))
+
+
 @dataclass(frozen=True)
 class Choice:
     """The decision of a plan for one layer.

@@ -28,7 +28,7 @@ from decomp.planning.build import (
     structures,
 )
 from decomp.planning.candidate import Candidate
-from decomp.planning.choice import COLUMNS, KEPT_DENSE, Change, Choice, where_it_stays
+from decomp.planning.choice import COLUMNS, KEPT_DENSE, Change, Choice, Measured, where_it_stays
 from decomp.planning.cost import COSTS, COUNTED, Bounds, Cost
 from decomp.planning.safeguard import safeguard
 from decomp.ranks import RULES, RankSpec, parse_spec
@@ -66,8 +66,9 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
     ``print(plan)`` shows it as a table, ``records`` and ``to_pandas`` give it as data. Plans are immutable:
     ``with_ranks``, ``with_budget`` and ``keep_dense`` return a new one, without delay, from the spectra computed
     when the plan was made. ``request`` holds the arguments of a budget: the methods to choose from, the objective,
-    the multiple of ranks, and layer weights. ``uncounted`` are operators of the model whose MACs are not known,
-    with the number of their calls: MACs and budgets of MACs leave them out.
+    the multiple of ranks, and layer weights. ``measured`` holds the seconds that were measured in a runtime, for a
+    plan made with ``seconds=`` and ``runtime=``. ``uncounted`` are operators of the model whose MACs are not
+    known, with the number of their calls: MACs and budgets of MACs leave them out.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         statistics: Mapping[str, AnyMoments] | None = None,
         methods: Mapping[str, Method] | None = None,
         seconds: Change | None = None,
+        measured: Measured | None = None,
         request: Request | None = None,
         uncounted: Mapping[str, int] | None = None,
     ) -> None:
@@ -90,8 +92,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         )
         self._before = before
         self._seconds = seconds
-        self.measured_in = ""
-        self.measured_seconds: Change | None = None
+        self.measured = measured
         self.request = request or Request()
         self.uncounted = dict(uncounted or {})
 
@@ -102,6 +103,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         request: Request | None = None,
         before: Cost | None = None,
         uncounted: Mapping[str, int] | None = None,
+        measured: Measured | None = None,
     ) -> "Plan":
         """The plan with some choices, some candidates, the request or the costs of the whole replaced."""
         return Plan(
@@ -111,6 +113,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
             statistics=self._statistics,
             methods=self._methods if not self._candidates else None,
             seconds=self._seconds,
+            measured=measured,
             request=request or self.request,
             uncounted=self.uncounted if uncounted is None else uncounted,
         )
@@ -198,9 +201,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
 
     def with_measured(self, runtime: str, seconds: Change) -> "Plan":
         """Return the plan with the seconds that the dense and the compressed model take in a runtime."""
-        plan = self._with({})
-        plan.measured_in, plan.measured_seconds = runtime, seconds
-        return plan
+        return self._with({}, measured=Measured(runtime, seconds))
 
     def with_ranks(self, layers: str, ranks: RankSpec) -> "Plan":
         """Return the plan with other ranks for the layers that match a glob.
@@ -386,12 +387,14 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
 
     def to_json(self) -> str:
         """Write the plan as JSON; :meth:`from_json` reads it back."""
-        head = {
+        head: dict[str, Any] = {
             "format": FORMAT,
             "before": self._before,
             "seconds": self.seconds,
             "request": self.request.to_dict(),
         }
+        if self.measured is not None:
+            head["measured"] = self.measured
         layers = {name: asdict(choice) for name, choice in self.items()}
         return json.dumps({**head, "uncounted": self.uncounted, "layers": layers}, indent=1)
 
@@ -445,10 +448,10 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
             self._before,
             methods=own,
             seconds=self.seconds,
+            measured=self.measured,
             request=self.request,
             uncounted=self.uncounted,
         )
-        plan.measured_in, plan.measured_seconds = self.measured_in, self.measured_seconds
         setattr(model, PLAN, plan)
         tell_swapped(model)
         return cast(CompressedModule, model)
@@ -485,10 +488,10 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         if self.uncounted:
             yield uncounted_note(self.uncounted)
         yield from self._little_gain()
-        if self.measured_seconds is not None and self.seconds is not None:
-            before, after = map(tables.milliseconds, self.measured_seconds)
+        if self.measured is not None and self.seconds is not None:
+            before, after = map(tables.milliseconds, self.measured.seconds)
             predicted = tables.milliseconds(self.seconds.after)
-            yield f"latency {before} => {after} measured in {self.measured_in} ({predicted} predicted)"
+            yield f"latency {before} => {after} measured in {self.measured.runtime} ({predicted} predicted)"
         elif self.seconds is not None:
             yield "latency {} measured => {} predicted".format(*map(tables.milliseconds, self.seconds))
         kind = self.request.budget.kind if self.request.budget else ""
@@ -515,7 +518,7 @@ def read_plan(value: Value, methods: Iterable[Method] = ()) -> Plan:
     """
     version = value.entries().get("format", Value(None, "format")).one_of([FORMAT, EARLIER_FORMAT])
     entry = (_of_earlier_format(value) if version == EARLIER_FORMAT else value).record(
-        "format", "before", "seconds", "request", "uncounted", "layers"
+        "format", "before", "seconds", "request", "uncounted", "layers", optional=["measured"]
     )
     before = entry["before"].record("params", optional=COUNTED)
     seconds = None
@@ -529,6 +532,7 @@ def read_plan(value: Value, methods: Iterable[Method] = ()) -> Plan:
         Cost({kind: count.integer(least=0) for kind, count in before.items()}),
         methods={name: own[choice.method] for name, choice in choices.items() if choice.method in own},
         seconds=seconds,
+        measured=Measured.read(entry["measured"]) if "measured" in entry else None,
         request=Request.read(entry["request"]),
         uncounted={name: calls.integer(least=1) for name, calls in entry["uncounted"].entries().items()},
     )

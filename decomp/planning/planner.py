@@ -22,7 +22,7 @@ from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
 from decomp.planning.budget import Budget, OutOfReach, Request, seconds
 from decomp.planning.build import NothingToDecompose
 from decomp.planning.candidate import Candidate
-from decomp.planning.choice import Change
+from decomp.planning.choice import Change, Measured
 from decomp.planning.cost import COSTS, COUNTED, Price
 from decomp.planning.latency import (
     RANK_SHARES,
@@ -258,7 +258,7 @@ def _kept_as_measured(
         before, after = seconds_of([run_dense, run], example)
         found = after * total / before
         fastest = min(fastest, found)
-        if found <= target and (best is None or found > cast(Change, best.measured_seconds).after):
+        if found <= target and (best is None or found > cast(Measured, best.measured).seconds.after):
             best = tried.with_measured(runtime.name, Change(total, found))
         if found <= target and found > (1 - WITHIN) * target:
             break
