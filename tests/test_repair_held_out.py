@@ -122,3 +122,28 @@ def test_whatever_ends_a_repair_leaves_the_model_as_it_was(error):
             assert small[1].momentum == model[1].momentum
             assert not any(module.training for module in small.modules())
     assert ended > 5
+
+
+def test_batch_norm_is_re_estimated_over_all_positions_of_the_batches_of_the_fit():
+    """Batches of unequal size and images count by their positions; every fourth batch is held out."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(6, 12, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(12)).double()
+    sizes = [(1, 5), (7, 4), (2, 9), (3, 6), (5, 3), (4, 8), (1, 12), (6, 5)]
+    data = [torch.randn(count, 6, side, side, dtype=torch.float64) + 1 for count, side in sizes]
+    for x in data:
+        dense(x)
+    small = decomp.tucker(dense.eval(), ranks=(5, 10))
+    norm = small[2]
+    norm.running_mean.add_(1.0)
+    norm.running_var.mul_(3.0)
+    report = decomp.repair(small, dense, data, **QUIET)
+    assert report.note == "1 BatchNorm re-estimated"
+    fitted = [x for index, x in enumerate(data) if index % 4 != 3]
+    with torch.no_grad():
+        outputs = [small[:2](x).transpose(0, 1).flatten(1) for x in fitted]
+    rows = torch.cat(outputs, 1)
+    torch.testing.assert_close(norm.running_mean, rows.mean(1), rtol=1e-12, atol=1e-12)
+    variances = sum(y.shape[1] * y.var(1) for y in outputs) / rows.shape[1]
+    torch.testing.assert_close(norm.running_var, variances, rtol=1e-12, atol=1e-12)
+    assert norm.momentum == dense[2].momentum
+    assert not norm.training
