@@ -6,8 +6,8 @@ compressed to shares of its MACs, and to shares of its dense time in a runtime (
 labels or training; ``uniform=`` takes that share of the MACs of every layer. It is timed in every runtime at batch
 1 (MiniLM also 8), in turn with the dense model there: medians, and the median of the ratios within a round with
 its 95 % interval. A second table compares at equal time: beside each model chosen by its time, the best of those
-chosen by their MACs that are as fast. Results are appended to a file as they come; a run that was killed goes on
-where it was.
+chosen by their MACs, and of the uniform ones, that are as fast. Results are appended to a file as they come; a run
+that was killed goes on where it was.
 
     python benchmarks/runtimes.py [--network craft] [--runtimes openvino-int8] [--budgets seconds=0.5] [--quick]
 """

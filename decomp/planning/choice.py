@@ -45,8 +45,7 @@ class Measured(NamedTuple):
     def read(cls, value: Value) -> "Measured":
         """Read what a plan in JSON holds."""
         runtime, seconds = value.items(2)
-        before, after = seconds.items(2)
-        return cls(runtime.text(), Change(before.number(least=0), after.number(least=0)))
+        return cls(runtime.text(), _read_change("seconds", seconds))
 
 
 @dataclass(frozen=True)
@@ -168,9 +167,9 @@ class Choice:
 
 
 def _read_change(kind: str, value: Value) -> Change:
-    """The change of a counted cost; only MACs may be shares."""
+    """The change of a cost, in whole numbers but for MACs, which may be shares, and seconds."""
     before, after = value.items(2)
-    if kind == "macs":
+    if kind in ("macs", "seconds"):
         return Change(before.number(least=0), after.number(least=0))
     return Change(before.integer(least=0), after.integer(least=0))
 
