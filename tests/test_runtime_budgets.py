@@ -8,6 +8,7 @@ from torch import nn
 
 import decomp
 from decomp import runtimes
+from decomp.explorer.state import Exploration
 from decomp.planning import planner
 
 POSITIONS = 64
@@ -163,3 +164,26 @@ def test_a_trade_off_is_timed_and_scored_in_the_runtime():
     timed = decomp.tradeoff(model, x, budgets=(0.9,), cost="seconds", runtime="eager", progress=False)
     assert timed.points[0].label == "seconds=0.9"
     assert timed.points[0].seconds > 0
+
+
+def test_the_explorer_has_the_prices_of_the_runtime(blocks):
+    model, x = network()
+    state = Exploration(model, x, runtime=blocks.runtime, progress=False)
+    assert state.totals.seconds.before == pytest.approx(1e-6 + blocks.seconds(model))
+    state.choose_budget("seconds", 0.5)
+    planned = state.totals.seconds.after
+    built = 1e-6 + blocks.seconds(state.apply())
+    plan = decomp.plan(
+        model, seconds=decomp.seconds(planned), runtime=blocks.runtime, example_inputs=x, progress=False
+    )
+    assert planned == pytest.approx(built, rel=0.15)  # prices are interpolated between three ranks
+    assert plan.measured.seconds.before == pytest.approx(state.totals.seconds.before)
+    assert state.spread == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_explorer_says_in_which_runtime_a_latency_is(blocks):
+    model, x = network()
+    explorer = decomp.explore(model, x, runtime=blocks.runtime, progress=False)
+    assert "latency in blocks (estimate)" in explorer._cards.value
+    with pytest.raises(ValueError, match="timed=False, but runtime="):
+        decomp.explore(model, x, runtime=blocks.runtime, timed=False)

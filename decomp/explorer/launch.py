@@ -11,6 +11,7 @@ from decomp.calibration.calibrate import Statistics
 from decomp.explorer.state import Exploration
 from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector
+from decomp.runtimes import Runtime
 
 if TYPE_CHECKING:
     from decomp.explorer.widgets import Explorer
@@ -28,6 +29,7 @@ def explore(
     layers: Selector = None,
     exclude: Selector = (),
     timed: bool = True,
+    runtime: str | Runtime | None = None,
     progress: bool | None = None,
 ) -> "Explorer":
     """Open an interactive explorer of ranks in Jupyter: sliders, spectra, costs and predicted error at once.
@@ -50,12 +52,16 @@ def explore(
         layers: which layers; see :func:`decomp.tucker`.
         exclude: which of these stay dense.
         timed: measure every layer at a few ranks, for the estimate of the latency.
+        runtime: where they are measured, a name of ``decomp.runtimes.RUNTIMES`` or a record; by default PyTorch
+            eager. A runtime takes about a second for each rank of each kind of layer. Where it quantizes, the
+            ranges are those of the example inputs.
         progress: show progress bars; by default where there is a terminal.
 
     Raises:
         ImportError: ipywidgets is not installed; the message says how to get it.
         TypeError: ``evaluate`` is not a function.
-        ValueError: ``inputs`` is given without ``data``, or ``layers`` or ``exclude`` matches nothing.
+        ValueError: ``inputs`` is given without ``data``, ``layers`` or ``exclude`` matches nothing, or ``runtime``
+            is not known.
 
     >>> import torch
     >>> model, x = nn.Sequential(nn.Linear(64, 64)), torch.zeros(1, 64)
@@ -77,6 +83,7 @@ def explore(
             layers=layers,
             exclude=exclude,
             timed=timed,
+            runtime=runtime,
             progress=progress,
         )
     )

@@ -17,16 +17,20 @@ from decomp.methods import METHODS
 from decomp.network.restoring import all_or_nothing, on_failure
 from decomp.network.selection import Selector
 from decomp.network.unpacking import unpacked
-from decomp.planning.budget import CachedFronts, fixed_cost
+from decomp.planning.budget import CachedFronts, fixed_cost, seconds
 from decomp.planning.build import NothingToDecompose
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import DENSE, Change, Choice
 from decomp.planning.cost import COSTS, COUNTED
-from decomp.planning.latency import latency
+from decomp.planning.latency import latency, seconds_of
 from decomp.planning.plan import Plan
 from decomp.ranks import Fixed, Ranks, energy
+from decomp.runtimes import Runtime, find, ready
 
-UNLIMITED = {"seconds": 1e9, "params": 10**30}  # budgets that leave all dense; seconds has every layer timed
+UNLIMITED = {
+    "seconds": seconds(1e9),
+    "params": 10**30,
+}  # budgets that leave all dense; seconds has every layer timed
 CURVE_SHARES = tuple(step / 20 for step in range(1, 20))
 
 
@@ -106,8 +110,12 @@ class Exploration:
         layers: Selector = None,
         exclude: Selector = (),
         timed: bool = True,
+        runtime: str | Runtime | None = None,
         progress: bool | None = None,
     ) -> None:
+        if runtime is not None and not timed:
+            raise ValueError("timed=False, but runtime= says where to time: leave one of them out")
+        self.runtime = None if runtime is None else find(runtime)
         self.model, self._example_inputs = model, example_inputs
         self._unpacked = unpacked(model)
         self._timed, self._statistics = timed, statistics
@@ -149,13 +157,18 @@ class Exploration:
             exclude=exclude,
             example_inputs=self._example_inputs,
             data=self._statistics,
+            runtime=self.runtime,
             progress=progress,
         )
 
     def _measure_spread(self) -> float:
         """By how much measured latencies of the dense model differ: (largest - smallest) / median of three."""
-        seconds = latency([self.model] * 3, self._example_inputs)
-        return (max(seconds) - min(seconds)) / sorted(seconds)[1]
+        example = self._example_inputs
+        if self.runtime is None:
+            times = latency([self.model] * 3, example)
+        else:
+            times = seconds_of([ready(self.runtime, self.model, example, [example])] * 3, example)
+        return (max(times) - min(times)) / sorted(times)[1]
 
     def _measure_sensitivities(self, data: Any, inputs: Any, progress: bool | None) -> Mapping[str, float] | None:
         """How much the squared error of each layer's weight adds to that of the output; None without data."""

@@ -334,7 +334,9 @@ class Explorer:
         if "macs" in self._state.kinds:
             yield _card("MACs", totals.macs, tables.number)
         if totals.seconds:
-            seconds = _card("latency (estimate)", totals.seconds, tables.milliseconds)
+            runtime = self._state.runtime
+            name = COST_NAMES["seconds"] if runtime is None else f"latency in {escape(runtime.name)} (estimate)"
+            seconds = _card(name, totals.seconds, tables.milliseconds)
             yield seconds.removesuffix("</div>") + f"<br>{self._judge(totals.seconds)}</div>"
         yield f"<div>predicted error {self._state.error_of}<br><b>{totals.error:.3f}</b></div>"
 

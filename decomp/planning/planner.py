@@ -22,7 +22,7 @@ from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
 from decomp.planning.budget import Budget, OutOfReach, Request, seconds
 from decomp.planning.build import NothingToDecompose
 from decomp.planning.candidate import Candidate
-from decomp.planning.choice import Change, Measured
+from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
 from decomp.planning.latency import (
     RANK_SHARES,
@@ -243,7 +243,8 @@ def _kept_as_measured(
     target = float(asked) if isinstance(asked, seconds) else float(asked) * total
     if target >= total:
         return plan.with_budget(seconds=target)
-    best, bound, least, fastest = None, target, 0.0, total
+    best: tuple[float, Plan] | None = None
+    bound, least, fastest = target, 0.0, total
     for _ in range(CORRECTIONS):
         try:
             tried = plan.with_budget(seconds=bound)
@@ -258,8 +259,8 @@ def _kept_as_measured(
         before, after = seconds_of([run_dense, run], example)
         found = after * total / before
         fastest = min(fastest, found)
-        if found <= target and (best is None or found > cast(Measured, best.measured).seconds.after):
-            best = tried.with_measured(runtime.name, Change(total, found))
+        if found <= target and (best is None or found > best[0]):
+            best = found, tried
         if found <= target and found > (1 - WITHIN) * target:
             break
         saved = total - cast(Change, tried.seconds).after
@@ -276,7 +277,8 @@ def _kept_as_measured(
             f"that was measured is {fastest:.3g}, a share of {fastest / total:.3f}",
             fastest,
         )
-    return best
+    slowest, kept = best
+    return kept.with_measured(runtime.name, Change(total, slowest))
 
 
 def with_macs(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
