@@ -18,6 +18,7 @@ from decomp.network.forward import call, evaluating, to_device_of
 from decomp.network.restoring import all_or_nothing
 from decomp.network.surgery import check_model
 from decomp.runtimes.inference import for_inference
+from decomp.runtimes.int8_ranges import with_like_ranges
 from decomp.runtimes.onnx_files import OnnxSession, write_onnx
 from decomp.runtimes.openvino_models import OpenVinoModel, graph_of, read_openvino, write_openvino
 from decomp.runtimes.program import Program, export_program
@@ -86,7 +87,9 @@ def export(
             ``.bin`` beside it) or ``.pt2`` (torch.export).
         example_inputs: a batch as the model is called with.
         int8: batches to choose the ranges of the activations on: weights and activations are quantized, by
-            onnxruntime's static quantizer or by NNCF. A few dozen are enough.
+            onnxruntime's static quantizer (models with attention by its dynamic one) or by NNCF. A few dozen are
+            enough. The channels between the factors of a layer are scaled before, each by a constant that the next
+            factor takes back, to ranges that are alike.
         inputs: what the model is called with, from a batch of ``int8``.
         fold: apply :func:`decomp.for_inference` first.
 
@@ -116,7 +119,8 @@ def export(
     judged = example_inputs if data is None else data[0]
     with evaluating(model), torch.no_grad():
         expected = call(model, to_device_of(model, judged))
-    program = export_program(for_inference(model, example_inputs) if fold else model, example_inputs)
+    ready = model if data is None else with_like_ranges(model, data)
+    program = export_program(for_inference(ready, example_inputs) if fold else ready, example_inputs)
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         result = _written(form, program, temporary, data)(judged)

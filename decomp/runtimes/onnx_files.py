@@ -19,7 +19,8 @@ def onnxruntime(*, int8: bool = False, threads: int | None = None) -> Runtime:
     """onnxruntime on the CPU.
 
     Args:
-        int8: quantize weights (per channel) and activations by onnxruntime's static quantizer, with ``data``.
+        int8: quantize weights (per channel) and activations by onnxruntime's static quantizer, with ``data``; a
+            model with attention by its dynamic one, which finds the ranges of activations anew in every call.
         threads: by default as many as torch has.
 
     >>> onnxruntime(int8=True).name
@@ -57,7 +58,13 @@ def write_onnx(program: Program, path: Path, data: Sequence[Any] | None) -> None
 
 def _quantize(program: Program, plain: Path, path: Path, data: Sequence[Any]) -> None:
     with needing("onnxruntime", NEEDS.format(package="onnxruntime")):
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization import (
+            CalibrationDataReader,
+            QuantFormat,
+            QuantType,
+            quantize_dynamic,
+            quantize_static,
+        )
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -70,6 +77,10 @@ def _quantize(program: Program, plain: Path, path: Path, data: Sequence[Any]) ->
 
     folded = plain.with_name("folded.onnx")  # BatchNorm in the convolutions before it, and shapes
     quant_pre_process(plain, folded, skip_symbolic_shape=True)
+    if program.attends:  # few of its channels are so large that one range for all of an activation leaves nothing
+        products: dict[str, Any] = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": QuantType.QInt8}
+        quantize_dynamic(folded, path, per_channel=True, extra_options={"MatMulConstBOnly": True}, **products)
+        return
     quantize_static(
         folded,
         path,

@@ -86,7 +86,7 @@ def _quantized(program: Program, graph: Any, data: Sequence[Any]) -> Any:
     batches = [program.arrays(batch) for batch in data]
     samples = [each[0] if len(each) == 1 else dict(zip(program.inputs, each, strict=True)) for each in batches]
     options: dict[str, Any] = {}
-    if any(node.get_type_name() == "ScaledDotProductAttention" for node in graph.get_ops()):
+    if program.attends:
         options["model_type"] = nncf.ModelType.TRANSFORMER
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
         return nncf.quantize(graph, nncf.Dataset(samples), subset_size=len(samples), **options)

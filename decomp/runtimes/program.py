@@ -16,13 +16,18 @@ from torch.utils import _pytree as pytree
 from decomp.network.forward import arguments, call, describe, evaluating, moved
 
 Array = NDArray[Any]
+PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+# What may stand between the weights of attention and their product with the values.
+PASSED_ON = ("dropout", "to", "_to_copy", "type_as", "expand", "view", "reshape", "transpose", "permute", "clone")
+PASSED_ON += ("contiguous", "masked_fill", "where", "nan_to_num", "mul")
 
 
 @dataclass(frozen=True)
 class Program:
     """An exported model: the graph, the names of its inputs and outputs, and what to put around its outputs.
 
-    ``fixed_batch`` says why the first axis could not be left open; it is empty where it was.
+    ``fixed_batch`` says why the first axis could not be left open; it is empty where it was. ``attends`` says
+    whether there is attention in the model, which quantizers treat in ways of their own.
     """
 
     exported: Any
@@ -31,6 +36,7 @@ class Program:
     keywords: tuple[str, ...]
     template: Any
     fixed_batch: str
+    attends: bool
 
     def arrays(self, batch: Any) -> list[Array]:
         """The tensors of a batch in the order of the inputs.
@@ -90,9 +96,24 @@ def export_program(model: nn.Module, example_inputs: Any) -> Program:
     signature = exported.graph_signature
     user = [each.arg for each in signature.input_specs if each.kind.name == "USER_INPUT"]
     inputs = tuple(each.name for each in user if type(each).__name__ == "TensorArgument")
-    return Program(
-        exported, inputs, _output_names(template), tuple(arguments(example_inputs)[1]), template, reason
-    )
+    keywords, attends = tuple(arguments(example_inputs)[1]), _attends(exported.graph)
+    return Program(exported, inputs, _output_names(template), keywords, template, reason, attends)
+
+
+def _attends(graph: torch.fx.Graph) -> bool:
+    """Whether a graph has attention: a call of the fused function, or a softmax whose result is multiplied."""
+    fused = any(_operation(node) == "scaled_dot_product_attention" for node in graph.nodes)
+    return fused or any(_is_multiplied(node) for node in graph.nodes if "softmax" in _operation(node))
+
+
+def _is_multiplied(node: torch.fx.Node) -> bool:
+    users = ((_operation(user), user) for user in node.users)
+    return any(name in PRODUCTS or (name in PASSED_ON and _is_multiplied(user)) for name, user in users)
+
+
+def _operation(node: torch.fx.Node) -> str:
+    """The name of the function that a node calls, without its namespace and overload; "" for other nodes."""
+    return getattr(node.target, "_opname", "")
 
 
 def _doubled(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from decomp.runtimes.int8_ranges import with_like_ranges
+
 Prepare = Callable[[nn.Module, Any, Sequence[Any], int], Callable[[Any], Any]]
 
 
@@ -25,7 +27,8 @@ class Runtime:
             an attribute ``bytes``, tables show it as the size of the model.
         precision: "f32", "bf16" or "int8", for tables.
         threads: how many threads it runs with; by default as many as torch has.
-        needs_data: whether ``prepare`` needs ``data``.
+        needs_data: whether ``prepare`` needs ``data``. The channels between the factors of a layer then come with
+            like ranges.
 
     >>> plain = Runtime("plain", lambda model, example_inputs, data, threads: model)
     >>> ready(plain, nn.Linear(4, 2), torch.zeros(1, 4))(torch.zeros(3, 4)).shape
@@ -84,6 +87,8 @@ def ready(
             f"runtime={found.name!r} quantizes the model, and chooses the ranges of its activations on data: "
             "give data=, some batches as the model is called with"
         )
+    if found.needs_data:
+        model = with_like_ranges(model, data)
     return found.prepare(model, example_inputs, data, found.threads or torch.get_num_threads())
 
 

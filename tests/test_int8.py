@@ -1,0 +1,174 @@
+"""int8: like ranges of the channels between factors, and models with attention."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import decomp
+from decomp.layers import Factorized
+from decomp.runtimes import ready
+from decomp.runtimes.int8_ranges import with_like_ranges
+from decomp.runtimes.program import export_program
+
+LAYERS = {
+    "tucker": (nn.Conv2d(12, 16, 3, padding=1), "tucker", (5, 6), (3, 12, 9, 8)),
+    "groups": (nn.Conv2d(12, 16, 3, groups=2), "tucker", (4, 3), (3, 12, 9, 8)),
+    "depthwise factors": (nn.Conv2d(12, 16, 3), "cp", (7,), (3, 12, 9, 8)),
+    "transposed": (nn.ConvTranspose2d(12, 16, 3, stride=2), "tucker", (5, 6), (3, 12, 5, 4)),
+    "along an axis": (nn.Conv1d(12, 16, 3), "tucker", (5, 6), (3, 12, 9)),
+    "without a batch": (nn.Conv2d(12, 16, 3), "tucker", (5, 6), (12, 9, 8)),
+    "linear": (nn.Linear(12, 16), "svd", (5,), (3, 4, 12)),
+}
+
+
+def unlike(layer):
+    """A factorized layer whose channels between factors have ranges from 1 to 1000, with the same function."""
+    factors = list(layer.children())
+    for first, second in pairwise(factors):
+        scale = torch.logspace(0, 3, len(first.weight) if not transposed(first) else first.weight.shape[1])
+        if getattr(first, "groups", 1) > 1 or getattr(second, "groups", 1) > 1 or transposed(first):
+            continue
+        with torch.no_grad():
+            first.weight.mul_(scale.view(-1, *[1] * (first.weight.dim() - 1)).to(first.weight))
+            axis = 0 if transposed(second) else 1
+            shape = [1] * second.weight.dim()
+            shape[axis] = -1
+            second.weight.div_(scale.view(shape).to(second.weight))
+    return layer
+
+
+def transposed(factor):
+    return getattr(factor, "transposed", False)
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_like_ranges_change_nothing_but_the_channels_between_factors(case):
+    torch.manual_seed(0)
+    dense, method, ranks, shape = LAYERS[case]
+    plan = decomp.plan(nn.Sequential(dense).double(), method, ranks, min_gain=0)
+    model = plan.apply(nn.Sequential(dense).double().eval(), progress=False)
+    assert isinstance(model[0], Factorized)
+    unlike(model[0])
+    before = copy.deepcopy(model.state_dict())
+    data = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+    alike = with_like_ranges(model, data)
+    torch.testing.assert_close(alike(data[0]), model(data[0]), rtol=1e-10, atol=1e-12)
+    assert any(not torch.equal(value, before[name]) for name, value in alike.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_scale_is_that_of_the_least_noise():
+    """Noise by its definition: every value is rounded, uniformly and independently, within its step."""
+    torch.manual_seed(0)
+    model = decomp.svd(nn.Sequential(nn.Linear(12, 16)).double(), ranks=5, min_gain=0, progress=False).eval()
+    unlike(model[0])
+    first, second = model[0].children()
+    data = [torch.randn(7, 12, dtype=torch.float64) for _ in range(3)]
+    hidden = torch.cat([first(x) for x in data]).detach()
+    top, weight = hidden.abs().amax(0), second.weight.detach()
+
+    def noise(scale):
+        h, w = hidden / scale, weight * scale
+        steps = w.abs().amax(1)
+        of_activation = h.abs().max() ** 2 * w.square().sum() * len(h)
+        return float(of_activation + sum(step**2 * h.square().sum() for step in steps)) / len(h)
+
+    exponents = (0.25, 0.5, 0.75, 1.0)
+    scales = [torch.ones(5), *(top**a / weight.abs().amax(0) ** (1 - a) for a in exponents)]
+    scale = min(scales, key=noise)
+    alike_first, alike_second = with_like_ranges(model, data)[0].children()
+    torch.testing.assert_close(alike_first.weight, first.weight / scale[:, None], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(alike_second.weight, second.weight * scale, rtol=1e-6, atol=0.0)
+    assert noise(scale) < 0.5 * noise(torch.ones(5))
+
+
+def test_a_channel_that_is_never_used_stays_finite():
+    model = decomp.svd(nn.Sequential(nn.Linear(12, 16)), ranks=5, min_gain=0, progress=False).eval()
+    with torch.no_grad():
+        model[0].reduce.weight[0] = 0.0
+        model[0].expand.weight[:, 1] = 0.0
+    x = torch.randn(4, 12)
+    alike = with_like_ranges(model, [x])
+    assert all(bool(parameter.isfinite().all()) for parameter in alike.parameters())
+    torch.testing.assert_close(alike(x), model(x))
+
+
+def rounded(x, dims):
+    """The nearest of 255 steps of one range for the axes ``dims``."""
+    step = x.abs().amax(dims, keepdim=True) / 127
+    return torch.round(x / step) * step
+
+
+def quantized(layer, x):
+    """The output of a chain of linear factors with weights and activations rounded as int8."""
+    for factor in layer.children():
+        x = nn.functional.linear(rounded(x, tuple(range(x.dim()))), rounded(factor.weight, (1,)), factor.bias)
+    return x
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
+def test_like_ranges_cost_int8_less(decay):
+    torch.manual_seed(0)
+    values = torch.arange(1, 33.0) ** -decay
+    left, right = (torch.linalg.qr(torch.randn(64, 32))[0] for _ in range(2))
+    dense = nn.Linear(64, 64)
+    with torch.no_grad():
+        dense.weight.copy_(left @ torch.diag(values) @ right.T)
+    model = decomp.svd(nn.Sequential(dense), ranks=16, min_gain=0, progress=False).eval()
+    x = torch.randn(256, 64)
+    exact, alike = model(x), with_like_ranges(model, [x])
+    before, after = ((quantized(net[0], x) - exact).norm() / exact.norm() for net in (model, alike))
+    assert after < 1.02 * before  # balanced by their singular values, factors may be as good as they can be
+    unlike(model[0])
+    before = (quantized(model[0], x) - exact).norm() / exact.norm()
+    assert after < 0.5 * before
+
+
+class Attention(nn.Module):
+    """Attention written out, with a dropout between softmax and product as transformers has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.query, self.key, self.value, self.out = (nn.Linear(64, 64) for _ in range(4))
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        y = self.norm(x)
+        scores = self.query(y) @ self.key(y).mT / 8
+        x = x + self.out(nn.functional.dropout(scores.softmax(-1), 0.1, self.training) @ self.value(y))
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def with_large_channels():
+    """Two layers of attention whose LayerNorms give a few channels twenty times the size of the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(), Attention()).eval()
+    with torch.no_grad():
+        for layer in model:
+            layer.norm.weight[:2] = 20.0
+            for linear in (layer.query, layer.key, layer.value, layer.up):
+                linear.weight[:, :2] /= 20.0
+    return model, [torch.randn(4, 10, 64) for _ in range(8)]
+
+
+@pytest.mark.parametrize("runtime", ["openvino-int8", "onnxruntime-int8"])
+def test_attention_survives_int8(runtime):
+    for package in ("openvino", "nncf") if runtime.startswith("openvino") else ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{runtime} needs {package}")
+    model, data = with_large_channels()
+    with torch.no_grad():
+        expected = model(data[0])
+    result = ready(runtime, model, data[0], data)(data[0])
+    assert float((result - expected).norm() / expected.norm()) < 0.05
+
+
+def test_attention_is_found_in_the_graph():
+    x = torch.randn(3, 10, 64)
+    fused = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True).eval()
+    classifier = nn.Sequential(nn.Linear(64, 8), nn.Softmax(-1)).eval()
+    found = [export_program(model, x).attends for model in (Attention().eval(), fused, classifier)]
+    assert found == [True, True, False]
