@@ -172,3 +172,12 @@ def test_attention_is_found_in_the_graph():
     classifier = nn.Sequential(nn.Linear(64, 8), nn.Softmax(-1)).eval()
     found = [export_program(model, x).attends for model in (Attention().eval(), fused, classifier)]
     assert found == [True, True, False]
+
+
+def test_a_file_whose_int8_is_far_from_the_model_is_said(tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="int8 files of OpenVINO need openvino and nncf")
+    model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(4, 16)
+    monkeypatch.setattr("decomp.runtimes.export._difference", lambda *each: (1.0, 0.5))
+    with pytest.warns(UserWarning, match=r"int8 changes the outputs of Sequential by 0\.5 of their size"):
+        decomp.export(model, tmp_path / "small.xml", x, int8=[x])
+    assert (tmp_path / "small.xml").exists()

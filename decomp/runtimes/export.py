@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from decomp._util import tables
 from decomp._util.io import UNFINISHED
+from decomp._util.warn import warn
 from decomp.data.batches import Batches
 from decomp.network.forward import call, evaluating, to_device_of
 from decomp.network.restoring import all_or_nothing
@@ -25,6 +26,7 @@ from decomp.runtimes.program import Program, export_program
 
 FORMATS = {".onnx": "ONNX", ".xml": "OpenVINO", ".pt2": "torch.export"}
 LARGEST_ERROR = 1e-3
+LARGE_ERROR_OF_INT8 = 0.3
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def export(
     The first axis of inputs and outputs is open where torch.export can leave it so; other axes have the sizes of
     ``example_inputs``. Inputs have the names of the arguments of ``forward``, outputs "output", or the keys of a
     dict or dataclass, or "output_0" and so on. The file is written beside ``path`` first: if anything fails,
-    ``path`` has its old content.
+    ``path`` has its old content. A warning says where int8 changes the outputs by more than 0.3 of their size.
 
     Args:
         model: any model, compressed or not; it is not changed.
@@ -129,6 +131,11 @@ def export(
             raise ValueError(
                 f"the {form} file computes something else than the model: relative error {relative:.2g} on "
                 f"{'example_inputs' if data is None else 'the first batch of int8='}; nothing was written"
+            )
+        if data is not None and relative > LARGE_ERROR_OF_INT8:
+            warn(
+                f"int8 changes the outputs of {type(model).__name__} by {relative:.2g} of their size on the first "
+                "batch of int8=: score the file before you ship it, and give more batches, or export without int8="
             )
         files = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # the main file last
         size = sum(file.stat().st_size for file in files)
