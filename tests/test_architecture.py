@@ -40,6 +40,7 @@ ALLOWED = {
     },
     "explorer": {
         *("_util", "analysis", "api", "calibration", "linalg", "methods", "network", "planning", "ranks"),
+        "runtimes",
     },
     "huggingface": {"_util", "files", "layers", "methods", "planning"},
     "hosts": {"huggingface"},
