@@ -18,10 +18,10 @@ from decomp.network.forward import arguments, call, describe, evaluating, moved
 Array = NDArray[Any]
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 # What may stand between the weights of attention and their product with the values.
-PASSED_ON = frozenset(
-    ("dropout", "to", "_to_copy", "type_as", "expand", "view", "reshape", "transpose", "permute", "clone")
-    + ("contiguous", "masked_fill", "where", "nan_to_num", "mul")
-)
+PASSED_ON = {
+    *("dropout", "to", "_to_copy", "type_as", "expand", "view", "reshape", "transpose", "permute", "clone"),
+    *("contiguous", "masked_fill", "where", "nan_to_num", "mul"),
+}
 
 
 @dataclass(frozen=True)
