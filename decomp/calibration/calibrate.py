@@ -12,7 +12,7 @@ from decomp._util import tables
 from decomp._util.by_layer import ByLayer
 from decomp._util.naming import naming
 from decomp._util.progress import bar
-from decomp.calibration.gradients import SensitivityScalar, tracked
+from decomp.calibration.gradients import NoGradient, SensitivityScalar, tracked
 from decomp.calibration.moments import LayerSums
 from decomp.calibration.recurrent import AnyMoments, RecurrentSums, requiring_gradients
 from decomp.calibration.sampling import Positions, Sampling
@@ -117,7 +117,26 @@ def calibrate(
     >>> statistics["2"].samples, statistics["2"].outputs.shape
     (64, torch.Size([1, 8, 8]))
     """
-    is_function = callable(loss)  # it is called with the whole batch, labels included
+    scalar = None if loss is None else SensitivityScalar(loss)
+    chosen: Any = {"layers": layers, "exclude": exclude, "positions": positions, "held_out": held_out}
+    return gather(model, data, scalar, inputs=inputs, mask=mask, progress=progress, **chosen)
+
+
+def gather(
+    model: nn.Module,
+    data: Iterable[Any],
+    scalar: SensitivityScalar | None,
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    layers: Selector = None,
+    exclude: Selector = (),
+    positions: Positions = "auto",
+    held_out: bool = True,
+    mask: Mask = "attention_mask",
+    progress: bool | None = None,
+) -> Statistics:
+    """What :func:`calibrate` does, for any scalar to differentiate; with None there are no gradients."""
+    is_function = scalar is not None and scalar.takes_whole_batches
     to_inputs = inputs or (lambda batch: batch)
     batches = Batches.in_fixed_order(data, None if is_function else inputs, mask, one_pass=True)
     sampling, split = Sampling(positions, batches.length), batches.fit_split() if held_out else None
@@ -125,7 +144,6 @@ def calibrate(
     modules = eligible(model, kinds_of(), layers, exclude)
     sums = {name: _sums_of(name, module, sampling, split) for name, module in modules.items()}
     example = None
-    scalar = None if loss is None else SensitivityScalar(loss)
     with evaluating(model), Unfused(), torch.inference_mode(False):
         for count, batch, kept in bar(progress, "calibrate", batches.masked()):
             with naming_batch(count, batch):
@@ -191,11 +209,11 @@ def _watch(
             return
         weights = [weight for each in recurrent for weight in each.weights]
         with torch.enable_grad(), requiring_gradients(weights), differentiable_in_eval(model):
-            value = scalar(model, tree_map(_normal, moved))
+            value = scalar(model, tree_map(_normal, moved), mask)
             if not outputs and not weights:
                 return
             if not value.requires_grad:
-                raise ValueError(
+                raise NoGradient(
                     "loss=: its value has no gradient, because the model runs under torch.no_grad, or the loss "
                     "does not depend on the outputs of the layers: write loss=None"
                 )

@@ -6,7 +6,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from decomp.data.batches import unpadded
 from decomp.network.forward import call, flat_output, floating
+
+LOWEST_LEVEL = 1e-5  # of the largest: below it a channel is taken as silent, and not amplified further
+
+
+class NoGradient(ValueError):
+    """What is to be differentiated does not depend on the outputs of the layers, or is no float tensor."""
 
 
 class SensitivityScalar:
@@ -14,12 +21,18 @@ class SensitivityScalar:
 
     For a loss it is the loss itself. For a tensor f, with J = df/dy, it is v^T f, v standard normal and drawn anew
     for each batch: g = J^T v, and E[g g^T] = J^T J, so that E(g^T dy)^2 = ||J dy||^2 is the squared change of f.
+
+    Args:
+        loss: a function of the model and a batch, or "output".
+        level: bring the network's output to one level (:func:`leveled`).
     """
 
-    def __init__(self, loss: Callable[[nn.Module, Any], Tensor] | Literal["output"]) -> None:
+    def __init__(
+        self, loss: Callable[[nn.Module, Any], Tensor] | Literal["output"], *, level: bool = False
+    ) -> None:
         if not callable(loss) and loss != "output":
             raise ValueError(f'loss={loss!r}: write "output", or a function of the model and a batch')
-        self._loss = loss
+        self._loss, self._level = loss, level
         self._generator = torch.Generator().manual_seed(0)
         self._energy = 0.0
 
@@ -28,8 +41,13 @@ class SensitivityScalar:
         """The sum of ||f||^2, by which squared gradients are divided to get a relative change; 1 for a loss."""
         return self._energy or 1.0
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        value = self._loss(model, batch) if callable(self._loss) else self._output(model, batch)
+    @property
+    def takes_whole_batches(self) -> bool:
+        """Whether it is called with batches of the data, labels included, and not with what the model takes."""
+        return callable(self._loss)
+
+    def __call__(self, model: nn.Module, batch: Any, mask: Tensor | None = None) -> Tensor:
+        value = self._loss(model, batch) if callable(self._loss) else self._output(model, batch, mask)
         if not isinstance(value, Tensor):
             raise TypeError(f"loss= must return a tensor, not {type(value).__name__}")
         if value.numel() == 1:
@@ -38,11 +56,41 @@ class SensitivityScalar:
         directions = torch.randn(value.shape, generator=self._generator, device="cpu").to(value)
         return (value * directions).sum()
 
-    def _output(self, model: nn.Module, batch: Any) -> Tensor:
+    def _output(self, model: nn.Module, batch: Any, mask: Tensor | None) -> Tensor:
         result = call(model, batch)
         if not floating(result):
-            raise ValueError("loss='output': the model returns no float tensor: write a function, or loss=None")
-        return flat_output(result)
+            raise NoGradient("loss='output': the model returns no float tensor: write a function, or loss=None")
+        return leveled(result, result, mask) if self._level else flat_output(result)
+
+
+def leveled(result: Any, reference: Any, mask: Tensor | None = None) -> Tensor:
+    """The floating-point tensors of an output as one vector in which each of them, and its channels, count alike.
+
+    A tensor is divided by the root mean square that each of its channels has in the same tensor of ``reference``,
+    an output for the same batch, and by the norm that is then left there: boxes in pixels would otherwise count a
+    million times what scores do. The channels are the shortest axis but the first, of three axes or more. Padding
+    is left out.
+
+    >>> boxes_and_scores = torch.cat([300 * torch.ones(1, 4, 50), torch.ones(1, 8, 50)], dim=1)
+    >>> leveled(boxes_and_scores, boxes_and_scores).square().reshape(12, 50).sum(1).mul(12).round()
+    tensor([1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1.])
+    """
+    pairs = zip(floating(result), floating(reference), strict=True)
+    return torch.cat([_leveled(tensor, expected.detach(), mask) for tensor, expected in pairs])
+
+
+def _leveled(tensor: Tensor, expected: Tensor, mask: Tensor | None) -> Tensor:
+    tensor, expected = (unpadded(each.float(), mask) for each in (tensor, expected))
+    level = torch.ones((), device=expected.device)
+    if expected.dim() > 2 and expected.numel():
+        axis = 1 + min(range(expected.dim() - 1), key=lambda place: expected.shape[1 + place])
+        others = [other for other in range(expected.dim()) if other != axis]
+        level = expected.square().mean(others, keepdim=True).sqrt()
+        level = level.clamp(min=LOWEST_LEVEL * float(level.max()))
+    level = level.where(level > 0, 1.0)
+    norm = (expected / level).norm()
+    scaled: Tensor = tensor / (level * norm.where(norm > 0, 1.0))
+    return scaled.flatten()
 
 
 def tracked(output: Tensor) -> tuple[Tensor, Tensor]:

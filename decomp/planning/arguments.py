@@ -141,9 +141,11 @@ class BudgetArguments(Bounds, RankLimits, total=False):
             "auto",
             '"product": maximize the product of the shares of energy that the layers retain (Zhang et al. 2016, '
             'section 3.2.3); "sum": minimize the sum of squared relative errors; "max": minimize the largest '
-            'relative error of a layer (Liebenwein et al. 2021); "network": minimize the sum of squared errors, '
-            "each weighted by the sensitivity of the network to it, which needs ``data`` from "
-            '``calibrate(..., loss=)``. "auto" is "network" if the sensitivity is known, else "product".',
+            'relative error of a layer (Liebenwein et al. 2021); "network": as "product", each layer weighted by '
+            "the sensitivity of the network's output to its error, which needs ``data`` from "
+            '``calibrate(..., loss=)``. "auto" measures the sensitivity where ``data`` are batches, by a backward '
+            "pass for each, and takes the one of the two that leaves the output nearer to the dense one on held-out "
+            'batches; it is "network" where ``data`` holds the sensitivity, else "product".',
         ),
     ]
     weights: Annotated[

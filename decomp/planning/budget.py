@@ -67,11 +67,17 @@ class Objective:
     allocate: Callable[[Sequence[Front], float], list[int]]
 
 
+def _lost(squared: Values) -> Values:
+    """-log(1 - e^2): e^2 for a small error, and without a bound where nothing is left of a layer."""
+    losses: Values = -np.log(np.maximum(1 - squared, 1e-300))
+    return losses
+
+
 OBJECTIVES: dict[str, Objective] = {
     "sum": Objective(lambda squared: squared, allocate),
-    "product": Objective(lambda squared: -np.log(np.maximum(1 - squared, 1e-300)), allocate),
+    "product": Objective(_lost, allocate),
     "max": Objective(lambda squared: squared, allocate_minmax),
-    "network": Objective(lambda squared: squared, allocate),
+    "network": Objective(_lost, allocate),
 }
 
 

@@ -21,6 +21,7 @@ from decomp.network.unpacking import unpacked
 from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
 from decomp.planning.budget import Budget, OutOfReach, Request, seconds
 from decomp.planning.build import NothingToDecompose
+from decomp.planning.by_output import nearest, statistics_by_output
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
@@ -137,7 +138,9 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         return "" if fitting(module) else _unsupported(allowed)
 
     given_model, model = model, unpacked(model)
-    statistics = _statistics(model, scope)
+    may_choose = request.objective == "auto" and request.weights is None
+    by_output = statistics_by_output(model, scope) if may_choose else None
+    statistics = _statistics(model, scope) if by_output is None else by_output
     surveyed = _survey(model, allowed, why_not, statistics, scope)
     timed = budget.kind not in COUNTED
     timings: Timings = {}
@@ -166,6 +169,8 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
         raise NothingToDecompose(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
+    if by_output is not None and any(first.importance is None for first, *_ in candidates.values()):
+        by_output, request = None, replace(request, objective="product")
     if runtime is not None:
         run_dense = ready(runtime, given_model, surveyed.example, batches)
     undecided = {name: first.choose((), "undecided") for name, (first, *_) in candidates.items()}
@@ -179,11 +184,29 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         request=request,
         uncounted=surveyed.uncounted,
     )
-    if runtime is not None and run_dense is not None:
-        asked = cast(float, given["seconds"])
-        return _kept_as_measured(plan, given_model, surveyed.example, runtime, batches, run_dense, asked)
     bound: Any = {budget.kind: budget.value}
-    return plan.with_budget(**bound)
+    if runtime is not None:
+        asked = cast(float, given["seconds"])
+        if not isinstance(asked, seconds):
+            bound = {"seconds": asked * cast(Change, plan.seconds).before}
+    decided = None if by_output is None else _by_the_better_objective(plan, given_model, bound, scope)
+    plan = plan if decided is None else decided
+    if runtime is not None and run_dense is not None:
+        return _kept_as_measured(plan, given_model, surveyed.example, runtime, batches, run_dense, asked)
+    return plan.with_budget(**bound) if decided is None else decided
+
+
+def _by_the_better_objective(plan: Plan, model: nn.Module, bound: Any, scope: Scope) -> Plan | None:
+    """The plan under the objective that leaves the network's output nearer to the dense one, on held-out batches.
+
+    The layers' own errors are the other one: sensitivities are of first order, and of few batches. None where the
+    budget is out of reach, or no layer has to be replaced for it.
+    """
+    try:
+        tried = [plan.with_budget(objective=objective, **bound) for objective in ("network", "product")]
+    except OutOfReach:
+        return None
+    return nearest(tried, model, scope) if all(each.replaced for each in tried) else None
 
 
 def _batches(scope: Scope, example: Any) -> list[Any]:
