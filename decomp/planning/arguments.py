@@ -144,8 +144,8 @@ class BudgetArguments(Bounds, RankLimits, total=False):
             'relative error of a layer (Liebenwein et al. 2021); "network": as "product", each layer weighted by '
             "the sensitivity of the network's output to its error, which needs ``data`` from "
             '``calibrate(..., loss=)``. "auto" measures the sensitivity where ``data`` are batches, by a backward '
-            "pass for each, and takes the one of the two that leaves the output nearer to the dense one on held-out "
-            'batches; it is "network" where ``data`` holds the sensitivity, else "product".',
+            "pass for each, and takes the one of the two that leaves the output nearer to the dense one on "
+            'held-out batches; it is "network" where ``data`` holds the sensitivity, else "product".',
         ),
     ]
     weights: Annotated[
