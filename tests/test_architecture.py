@@ -17,7 +17,7 @@ ALLOWED = {
     "network": {"_util", "layers", "linalg"},
     "data": {"_util", "layers", "network"},
     "calibration": {"_util", "data", "layers", "linalg", "methods", "network"},
-    "planning": {"_util", "calibration", "layers", "linalg", "methods", "network", "ranks", "runtimes"},
+    "planning": {"_util", "calibration", "data", "layers", "linalg", "methods", "network", "ranks", "runtimes"},
     "runtimes": {"_util", "data", "layers", "network"},
     "recovery": {"_util", "calibration", "data", "layers", "network", "planning"},
     "training": {"_util", "data", "network"},
