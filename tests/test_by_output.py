@@ -51,11 +51,11 @@ def test_held_out_batches_decide_between_the_objectives(monkeypatch):
     model, data = network(0.5).requires_grad_(False), batches()
     judged = []
 
-    def noting(plans, model, scope):
-        judged.extend(plans)
-        return by_output.nearest(plans, model, scope)
+    def noting(one, other, model, scope):
+        judged.extend((one, other))
+        return by_output.nearer(one, other, model, scope)
 
-    monkeypatch.setattr(planner, "nearest", noting)
+    monkeypatch.setattr(planner, "nearer", noting)
     chosen = decomp.plan(model, params=0.5, data=data, **QUIET)
 
     def error(plan):
@@ -64,9 +64,11 @@ def test_held_out_batches_decide_between_the_objectives(monkeypatch):
 
     assert [plan.request.objective for plan in judged] == ["network", "product"]
     assert chosen is min(judged, key=error)
-    errors = iter([1.0, 0.5])
-    monkeypatch.setattr(by_output, "_error", lambda small, judged, expected: next(errors))
-    assert by_output.nearest(judged, model, {"data": data, "inputs": None}) is judged[1]
+    for found, expected in (([1.0, 0.5], 1), ([0.5, 1.0], 0), ([float("nan"), 1.0], 1)):
+        errors = iter(found)
+        monkeypatch.setattr(by_output, "_error", lambda *each, errors=errors: next(errors))
+        assert by_output.nearer(*judged, model, {"data": data, "inputs": None}) is judged[expected]
+    assert by_output.nearer(*judged, model, {"data": [], "inputs": None}) is judged[1]
 
 
 class WithoutGradient(Unheard):
@@ -102,8 +104,58 @@ def test_where_there_is_no_memory_for_gradients_layers_count_alike(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.autograd, "grad", full)
-    plan = decomp.plan(network(), params=0.5, data=batches(), **QUIET)
+    with pytest.warns(UserWarning, match=r"cannot be measured \(CUDA out of memory\): the budget counts all"):
+        plan = decomp.plan(network(), params=0.5, data=batches(), **QUIET)
     assert plan.request.resolved(plan.candidates).objective == "product"
+
+
+def test_a_fault_of_the_data_or_of_the_model_is_not_hidden():
+    def failing():
+        yield torch.randn(16, 32)
+        raise RuntimeError("the worker was killed")
+
+    class Data:
+        def __iter__(self):
+            return failing()
+
+    with pytest.raises(RuntimeError, match="the worker was killed"):
+        decomp.plan(network(), params=0.5, data=Data(), **QUIET)
+    given = {"data": [torch.randn(16, 31)], "example_inputs": torch.randn(1, 32)}
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        decomp.plan(network(), params=0.5, **given, **QUIET)
+
+
+class Masked(Unheard):
+    """One of the outputs is filled by a mask, as logits are that cannot be chosen."""
+
+    fill = -torch.inf
+
+    def forward(self, x):
+        y = super().forward(x)
+        return torch.cat([y, torch.full_like(y[:, :1], self.fill)], 1)
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
+def test_what_masks_fill_in_does_not_count(fill):
+    torch.manual_seed(0)
+    model = Masked(0.01).eval()
+    model.fill = fill
+    found, plain = (decomp.plan(each, params=0.65, data=batches(), **QUIET) for each in (model, network()))
+    assert not found["heard"].ranks
+    assert {name: choice.ranks for name, choice in found.items()} == {n: c.ranks for n, c in plain.items()}
+
+
+def test_gradients_are_those_of_rows_that_nothing_is_judged_on():
+    model, data = network(0.5), batches()
+    given = {"inputs": None, "layers": None, "exclude": (), "progress": False}
+    for used, changed in ((data, (3, 7)), (data[:2], ())):
+        other = [10 * x if place in changed else x.clone() for place, x in enumerate(used)]
+        if not changed:
+            for x in other:
+                x[12:] *= 10  # the last quarter of the rows
+        found, same = (by_output.statistics_by_output(model, given | {"data": each}) for each in (used, other))
+        for name, moments in found.items():
+            assert moments.importance == pytest.approx(same[name].importance, rel=1e-6)
 
 
 def test_what_the_call_says_of_objectives_holds():
@@ -139,4 +191,28 @@ def test_silent_channels_are_not_amplified_and_padding_does_not_count():
     changed = x.clone()
     changed[:, 4:] = 1e3
     torch.testing.assert_close(leveled(changed, changed, mask), leveled(x, x, mask))
+    changed[..., 1] *= 300  # the channels of what is padded are leveled as well
+    energy = leveled(changed, changed, mask).reshape(3, 4, 4).square().sum((0, 1))
+    torch.testing.assert_close(energy[1:], torch.full((3,), float(energy[1:].mean())))
     assert leveled(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)).tolist() == [0.0] * 24
+
+
+def test_a_batch_that_saves_too_much_gives_gradients_of_its_first_rows(monkeypatch):
+    """Oracle: batches cut to these rows by hand; the moments are those of all rows."""
+    model, data = network(0.5), batches()
+    monkeypatch.setattr(by_output, "MOST_BYTES", 5000)  # 16 rows take more, 8 do not
+    given = {"data": data, "inputs": None, "layers": None, "exclude": (), "progress": False}
+    found = by_output.statistics_by_output(model, given)
+    plain = decomp.calibrate(model, data, **QUIET)
+    first = by_output.statistics_by_output(model, given | {"data": [x[:8] for x in data]})
+    whole = by_output.statistics_by_output(model, given | {"data": [x[:4] for x in data]})
+    for name, moments in found.items():
+        torch.testing.assert_close(moments.inputs, plain[name].inputs)
+        assert moments.importance == pytest.approx(first[name].importance, rel=1e-6)
+        assert moments.importance != pytest.approx(whole[name].importance, rel=1e-6)
+
+
+def test_where_one_row_saves_too_much_layers_count_alike(monkeypatch):
+    monkeypatch.setattr(by_output, "MOST_BYTES", 8)
+    plan = decomp.plan(network(), params=0.5, data=batches(), **QUIET)
+    assert plan.request.resolved(plan.candidates).objective == "product"

@@ -1,8 +1,10 @@
 """Calibration: second moments of the inputs and outputs of every layer, in memory independent of the data."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,17 @@ from decomp._util import tables
 from decomp._util.by_layer import ByLayer
 from decomp._util.naming import naming
 from decomp._util.progress import bar
-from decomp.calibration.gradients import NoGradient, SensitivityScalar, tracked
+from decomp.calibration.gradients import (
+    NoGradient,
+    SavesTooMuch,
+    SensitivityScalar,
+    saving_at_most,
+    tracked,
+)
 from decomp.calibration.moments import LayerSums
 from decomp.calibration.recurrent import AnyMoments, RecurrentSums, requiring_gradients
 from decomp.calibration.sampling import Positions, Sampling
-from decomp.data.batches import Batches, FitSplit, Mask, naming_batch
+from decomp.data.batches import Batches, FitSplit, Mask, first_rows, naming_batch, rows_of
 from decomp.layers import routes_rows
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
@@ -25,6 +33,8 @@ from decomp.network.restoring import all_or_nothing
 from decomp.network.selection import Selector
 from decomp.network.tracing import following_norms
 from decomp.network.unpacking import unpacked
+
+_Sums: TypeAlias = Mapping[str, LayerSums | RecurrentSums]
 
 
 class Statistics(ByLayer[AnyMoments]):
@@ -134,8 +144,16 @@ def gather(
     held_out: bool = True,
     mask: Mask = "attention_mask",
     progress: bool | None = None,
+    most_bytes: int | None = None,
 ) -> Statistics:
-    """What :func:`calibrate` does, for any scalar to differentiate; with None there are no gradients."""
+    """What :func:`calibrate` does, for any scalar to differentiate; with None there are no gradients.
+
+    With ``most_bytes`` gradients are those of rows that nothing is judged on, and of as many of the first rows of
+    each batch as need no more memory.
+
+    Raises:
+        NoGradient: there are none, and ``scalar`` was given.
+    """
     is_function = scalar is not None and scalar.takes_whole_batches
     to_inputs = inputs or (lambda batch: batch)
     batches = Batches.in_fixed_order(data, None if is_function else inputs, mask, one_pass=True)
@@ -143,6 +161,9 @@ def gather(
     model = unpacked(model)
     modules = eligible(model, kinds_of(), layers, exclude)
     sums = {name: _sums_of(name, module, sampling, split) for name, module in modules.items()}
+    cautious = None
+    if most_bytes is not None and scalar is not None and split is not None:
+        cautious = _CautiousGradients(scalar, split, most_bytes)
     example = None
     with evaluating(model), Unfused(), torch.inference_mode(False):
         for count, batch, kept in bar(progress, "calibrate", batches.masked()):
@@ -151,7 +172,11 @@ def gather(
                     example = to_inputs(batch) if is_function else batch
                     for name, norm in following_norms(model, example, modules).items():
                         cast(LayerSums, sums[name]).set_following_norm(norm, model.get_submodule(norm))
-                _watch(model, batch, sums, count, kept, scalar)
+                batch, add = to_device_of(model, batch), _Adding(count, kept)
+                if cautious is None:
+                    _watch(model, batch, sums, add, scalar, None)
+                else:
+                    cautious.watch(model, batch, sums, add)
     if example is None:
         raise ValueError("data is empty: at least one batch is needed")
     energy = 1.0 if scalar is None else scalar.energy
@@ -167,63 +192,142 @@ def _sums_of(
 
 
 def _watch(
-    model: nn.Module,
-    batch: Any,
-    sums: Mapping[str, LayerSums | RecurrentSums],
-    index: int,
-    mask: Tensor | None,
-    scalar: SensitivityScalar | None,
+    model: nn.Module, batch: Any, sums: _Sums, add: "_Adding", scalar: SensitivityScalar | None, rows: int | None
 ) -> None:
-    outputs: list[tuple[LayerSums, Tensor, Tensor | None]] = []
-    recurrent = [each for each in sums.values() if isinstance(each, RecurrentSums)]
+    """Add a batch to the sums, and with a scalar its gradients: of the first ``rows`` of the batch, or of all."""
+    if scalar is None or rows is not None:
+        with hooked(after=[(each.module, add.hook(each)) for each in sums.values()]), torch.no_grad():
+            call(model, batch)
+    if scalar is None or rows == 0:
+        return
+    mask = add.mask
+    adds: _Adding | None = add
+    if rows is not None:
+        batch, mask, adds = first_rows(batch, rows), None if mask is None else mask[:rows], None
+    with _tracking(model, sums, adds) as (outputs, weights):
+        value = scalar(model, tree_map(_normal, batch), mask)
+        if not outputs and not weights:
+            return
+        if not value.requires_grad:
+            raise NoGradient(
+                "loss=: its value has no gradient, because the model runs under torch.no_grad, or the loss "
+                "does not depend on the outputs of the layers: write loss=None"
+            )
+        wanted = [*(each.output for each in outputs), *weights]
+        grads = iter(torch.autograd.grad(value, wanted, allow_unused=True))
+    for each, grad in zip(outputs, grads, strict=False):
+        if grad is not None:
+            each.sums.add_gradient(grad, batch=add.index, mask=mask, experts=each.experts)
+    for layer in _recurrent(sums):
+        layer.add_gradients(list(islice(grads, len(layer.weights))))
 
-    def watch_recurrent(each: RecurrentSums) -> Any:
-        def hook(module: nn.Module, positional: Any, keywords: Any, output: Any) -> None:
-            with naming(each.name):
-                each.add(positional, keywords, batch=index)
 
-        return hook
+@dataclass(frozen=True)
+class _Adding:
+    """Adds what layers get and give in a batch to their sums."""
 
-    def watch(each: LayerSums | RecurrentSums) -> Any:
-        if isinstance(each, RecurrentSums):
-            return watch_recurrent(each)
+    index: int
+    mask: Tensor | None
 
-        def hook(module: nn.Module, positional: Any, keywords: Any, output: Tensor) -> Tensor | None:
-            received = positional[0] if positional else next(iter(keywords.values()))
+    def hook(self, each: LayerSums | RecurrentSums) -> Any:
+        def of_layer(module: nn.Module, positional: Any, keywords: Any, output: Any) -> None:
             with naming(each.name), torch.no_grad():
-                experts = positional[1] if routes_rows(module) else None
-                each.add(received.detach(), output.detach(), batch=index, mask=mask, experts=experts)
-            if scalar is None:
-                return None
+                if isinstance(each, RecurrentSums):
+                    each.add(positional, keywords, batch=self.index)
+                    return
+                received = positional[0] if positional else next(iter(keywords.values()))
+                experts = _experts(module, positional)
+                each.add(received.detach(), output.detach(), batch=self.index, mask=self.mask, experts=experts)
+
+        return of_layer
+
+
+class _Tracked(NamedTuple):
+    """The output of a layer to differentiate by."""
+
+    sums: LayerSums
+    output: Tensor
+    experts: Tensor | None
+
+
+@contextmanager
+def _tracking(
+    model: nn.Module, sums: _Sums, add: "_Adding | None"
+) -> Iterator[tuple[list[_Tracked], list[nn.Parameter]]]:
+    """Track what passes are differentiated by: the outputs of layers, and the weights of recurrent ones."""
+    outputs: list[_Tracked] = []
+
+    def tracking(each: LayerSums) -> Any:
+        def hook(module: nn.Module, positional: Any, keywords: Any, output: Tensor) -> Tensor:
             differentiable, copy = tracked(output)
-            outputs.append((each, differentiable, experts))
+            outputs.append(_Tracked(each, differentiable, _experts(module, positional)))
             return copy
 
         return hook
 
-    moved = to_device_of(model, batch)
-    with hooked(after=[(each.module, watch(each)) for each in sums.values()]):
-        if scalar is None:
-            with torch.no_grad():
-                call(model, moved)
-            return
-        weights = [weight for each in recurrent for weight in each.weights]
-        with torch.enable_grad(), requiring_gradients(weights), differentiable_in_eval(model):
-            value = scalar(model, tree_map(_normal, moved), mask)
-            if not outputs and not weights:
-                return
-            if not value.requires_grad:
-                raise NoGradient(
-                    "loss=: its value has no gradient, because the model runs under torch.no_grad, or the loss "
-                    "does not depend on the outputs of the layers: write loss=None"
-                )
-            wanted = [*(output for _, output, _ in outputs), *weights]
-            grads = iter(torch.autograd.grad(value, wanted, allow_unused=True))
-        for (each, _, experts), grad in zip(outputs, grads, strict=False):
-            if grad is not None:
-                each.add_gradient(grad, batch=index, mask=mask, experts=experts)
-        for layer in recurrent:
-            layer.add_gradients(list(islice(grads, len(layer.weights))))
+    adding = [] if add is None else [(each.module, add.hook(each)) for each in sums.values()]
+    after = [(each.module, tracking(each)) for each in sums.values() if isinstance(each, LayerSums)]
+    weights = [weight for each in _recurrent(sums) for weight in each.weights]
+    with (
+        hooked(after=[*adding, *after]),
+        torch.enable_grad(),
+        requiring_gradients(weights),
+        differentiable_in_eval(model),
+    ):
+        yield outputs, weights
+
+
+class _CautiousGradients:
+    """Gradients that nobody asked for: of rows that nothing is judged on, and in bounded memory.
+
+    Args:
+        scalar: what is differentiated.
+        split: which rows are fitted to.
+        most_bytes: for what a backward pass needs of the forward pass.
+    """
+
+    def __init__(self, scalar: SensitivityScalar, split: FitSplit, most_bytes: int) -> None:
+        self._scalar, self._split, self._most_bytes = scalar, split, most_bytes
+        self._most_rows: int | None = None
+
+    def watch(self, model: nn.Module, batch: Any, sums: _Sums, add: "_Adding") -> None:
+        """As :func:`_watch`.
+
+        Raises:
+            NoGradient: the pass failed with gradients, or one row, or an undivided batch, needs too much memory.
+        """
+        whole = rows_of(batch)
+        rows = self._split.fitted(add.index, whole)
+        try:
+            if rows and self._most_rows is None:
+                self._most_rows = self._rows_within(model, batch, sums, rows)
+            rows = min(rows, self._most_rows or whole)
+            _watch(model, batch, sums, add, self._scalar, None if rows == whole else rows)
+        except RuntimeError as error:
+            raise NoGradient(str(error)) from error
+
+    def _rows_within(self, model: nn.Module, batch: Any, sums: _Sums, rows: int) -> int:
+        """How many rows can be differentiated: all, half of them, ...; a pass that saves too much ends there."""
+        while True:
+            part = batch if rows == rows_of(batch) else first_rows(batch, rows)
+            try:
+                with saving_at_most(self._most_bytes, model), _tracking(model, sums, None):
+                    call(model, tree_map(_normal, part))
+            except SavesTooMuch:
+                if rows <= 1:
+                    raise NoGradient(f"a row saves more than {self._most_bytes:,} bytes") from None
+                rows //= 2
+                continue
+            return rows
+
+
+def _recurrent(sums: _Sums) -> list[RecurrentSums]:
+    return [each for each in sums.values() if isinstance(each, RecurrentSums)]
+
+
+def _experts(module: nn.Module, positional: Any) -> Any:
+    """The expert of each row, of a layer that has several."""
+    return positional[1] if routes_rows(module) else None
 
 
 def _normal(leaf: Any) -> Any:

@@ -1,6 +1,7 @@
 """Gradients by layer outputs: the sensitivity of the network's output, or of a loss, to errors there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -9,11 +10,16 @@ from torch import Tensor, nn
 from decomp.data.batches import unpadded
 from decomp.network.forward import call, flat_output, floating
 
+FILLED = 1e6
 LOWEST_LEVEL = 1e-5  # of the largest: below it a channel is taken as silent, and not amplified further
 
 
 class NoGradient(ValueError):
     """What is to be differentiated does not depend on the outputs of the layers, or is no float tensor."""
+
+
+class NotComparable(ValueError):
+    """Two outputs for the same batch have different sizes."""
 
 
 class SensitivityScalar:
@@ -68,8 +74,9 @@ def leveled(result: Any, reference: Any, mask: Tensor | None = None) -> Tensor:
 
     A tensor is divided by the root mean square that each of its channels has in the same tensor of ``reference``,
     an output for the same batch, and by the norm that is then left there: boxes in pixels would otherwise count a
-    million times what scores do. The channels are the shortest axis but the first, of three axes or more. Padding
-    is left out.
+    million times what scores do. The channels are the last axis of what is padded, else the shortest one but the
+    first, of three axes or more. Padding is left out, and what masks fill in: infinity, and values that are a
+    million times the median.
 
     >>> boxes_and_scores = torch.cat([300 * torch.ones(1, 4, 50), torch.ones(1, 8, 50)], dim=1)
     >>> leveled(boxes_and_scores, boxes_and_scores).square().reshape(12, 50).sum(1).mul(12).round()
@@ -80,17 +87,52 @@ def leveled(result: Any, reference: Any, mask: Tensor | None = None) -> Tensor:
 
 
 def _leveled(tensor: Tensor, expected: Tensor, mask: Tensor | None) -> Tensor:
-    tensor, expected = (unpadded(each.float(), mask) for each in (tensor, expected))
-    level = torch.ones((), device=expected.device)
-    if expected.dim() > 2 and expected.numel():
-        axis = 1 + min(range(expected.dim() - 1), key=lambda place: expected.shape[1 + place])
-        others = [other for other in range(expected.dim()) if other != axis]
-        level = expected.square().mean(others, keepdim=True).sqrt()
+    if tensor.shape != expected.shape:
+        raise NotComparable(f"outputs of the sizes {tuple(tensor.shape)} and {tuple(expected.shape)}")
+    has_channels = expected.dim() > 2
+    tensor, kept = (unpadded(each.float(), mask) for each in (tensor, expected))
+    magnitude = kept.abs()
+    usual = magnitude[magnitude > 0]
+    filled = ~magnitude.isfinite() if not usual.numel() else ~(magnitude <= FILLED * usual.median())
+    tensor, kept = tensor.masked_fill(filled, 0.0), kept.masked_fill(filled, 0.0)
+    if has_channels and kept.numel():
+        is_padded = kept.dim() < expected.dim()
+        axis = kept.dim() - 1 if is_padded else 1 + min(range(kept.dim() - 1), key=lambda i: kept.shape[1 + i])
+        others = [other for other in range(kept.dim()) if other != axis]
+        level = kept.square().mean(others, keepdim=True).sqrt()
         level = level.clamp(min=LOWEST_LEVEL * float(level.max()))
-    level = level.where(level > 0, 1.0)
-    norm = (expected / level).norm()
-    scaled: Tensor = tensor / (level * norm.where(norm > 0, 1.0))
-    return scaled.flatten()
+        level = level.where(level > 0, 1.0)
+        tensor, kept = tensor / level, kept / level
+    norm = float(kept.norm())
+    return tensor.flatten() / (norm or 1.0)
+
+
+class SavesTooMuch(Exception):
+    """A pass saves more for its gradients than it may."""
+
+
+@contextmanager
+def saving_at_most(most_bytes: int, model: nn.Module) -> Iterator[None]:
+    """Run passes of a model with gradients, which end as soon as they have saved more than so many bytes.
+
+    Raises:
+        SavesTooMuch: they have; the parameters of the model do not count.
+    """
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            saved += storage.nbytes()
+        if saved > most_bytes:
+            raise SavesTooMuch
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        yield
 
 
 def tracked(output: Tensor) -> tuple[Tensor, Tensor]:

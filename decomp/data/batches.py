@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing_extensions import TypeAliasType
 
@@ -201,6 +201,31 @@ def size_of(batch: Any) -> int:
     """Bytes of the tensors of a batch."""
     leaves = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+
+def rows_of(batch: Any) -> int:
+    """The length of the first axis, if all tensors of a batch have the same; else 1: it cannot be divided.
+
+    >>> rows_of((torch.zeros(8, 3), {"mask": torch.ones(8)})), rows_of((torch.zeros(8, 3), torch.ones(2)))
+    (8, 1)
+    """
+    sizes = {leaf.shape[:1] for leaf in tree_leaves(_plain(batch)) if isinstance(leaf, Tensor)}
+    return sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 1
+
+
+def first_rows(batch: Any, rows: int) -> Any:
+    """The first rows of a batch whose tensors all have the same first axis."""
+    return tree_map_only(Tensor, lambda tensor: tensor[:rows], _plain(batch))
+
+
+def last_rows(batch: Any, first: int) -> Any:
+    """The rows from number ``first`` on, of a batch whose tensors all have the same first axis."""
+    return tree_map_only(Tensor, lambda tensor: tensor[first:], _plain(batch))
+
+
+def _plain(batch: Any) -> Any:
+    """A mapping as a dict: torch looks into no others, such as what a tokenizer returns."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def unpadded(tensor: Tensor, mask: Tensor | None, dims: int = 3) -> Tensor:

@@ -2,65 +2,93 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from math import isfinite
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from decomp._util.warn import warn
 from decomp.calibration.calibrate import Statistics, gather
-from decomp.calibration.gradients import NoGradient, SensitivityScalar, leveled
-from decomp.data.batches import Batches
-from decomp.network.forward import Unfused, call, difference, evaluating, to_device_of
+from decomp.calibration.gradients import NoGradient, NotComparable, SensitivityScalar, leveled
+from decomp.data.batches import Batches, last_rows, rows_of
+from decomp.network.forward import Unfused, call, evaluating, to_device_of
 from decomp.planning.arguments import Scope
 from decomp.planning.plan import Plan
 
 MASK = "attention_mask"
 MOST_BATCHES = 8
+MOST_BYTES = 2**31  # for what a backward pass needs of the forward pass
 
 
 def statistics_by_output(model: nn.Module, scope: Scope) -> Statistics | None:
     """The statistics of batches, with the sensitivity of the network's output to each layer.
 
     None where that cannot be measured: the data are no batches, or can be gone through only once, in which case a
-    failure could not be made up for; or the output cannot be differentiated, or there is no memory to do so.
+    failure could not be made up for; or the output cannot be differentiated, or not in the memory that there is.
     """
     data = scope["data"]
     if data is None or isinstance(data, Statistics | Iterator):
         return None
     chosen: Any = {name: scope[name] for name in ("inputs", "layers", "exclude", "progress")}
+    scalar = SensitivityScalar("output", level=True)
     try:
-        return gather(model, data, SensitivityScalar("output", level=True), mask=MASK, **chosen)
-    except (NoGradient, RuntimeError):
+        found = gather(model, data, scalar, mask=MASK, most_bytes=MOST_BYTES, **chosen)
+    except NoGradient as error:
+        if isinstance(error.__cause__, RuntimeError):
+            warn(
+                f"the sensitivity of the output cannot be measured ({str(error).strip()[:200]}): the budget "
+                'counts all layers alike; objective="product" does so without trying'
+            )
         return None
+    importances = [each.importance for each in found.values() if each.importance is not None]
+    return found if all(map(isfinite, importances)) and any(importances) else None
 
 
-def nearest(plans: Sequence[Plan], model: nn.Module, scope: Scope) -> Plan:
-    """The plan whose model has the output nearest to that of the dense one, on batches held out from statistics.
+def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan:
+    """Of two plans the one whose model has the output nearer to that of the dense one, on rows that were held out.
 
-    Of at most eight batches. The first plan where outputs cannot be compared, since their sizes depend on weights.
+    These are the held-out batches, at most eight, or the last quarter of the rows of fewer than four batches. It
+    is ``alike`` where there are none, where outputs have sizes that depend on weights, or where memory is short.
     """
+    if all(by_output[name].ranks == alike[name].ranks for name in by_output):
+        return by_output
+    judged = _held_out(scope)
+    if not judged:
+        return alike
+    try:
+        errors = [_error(plan.apply(model, progress=False), model, judged) for plan in (by_output, alike)]
+    except (NotComparable, torch.OutOfMemoryError):
+        return alike
+    return by_output if errors[0] <= errors[1] else alike  # not a number: the latter
+
+
+def _held_out(scope: Scope) -> list[tuple[Any, Tensor | None]]:
+    """The batches to judge on, each with its mask."""
     data: Any = scope["data"]
     batches = Batches.in_fixed_order(data, scope["inputs"], MASK)
-    split = batches.batch_split()
-    part = None if split.every is None else split.held_out
-    judged = [(batch, mask) for _, batch, mask in islice(batches.masked(part=part), MOST_BATCHES)]
-    with evaluating(model), Unfused(), torch.no_grad():
-        expected = [call(model, to_device_of(model, batch)) for batch, _ in judged]
-        try:
-            errors = {
-                place: _error(plan.apply(model, progress=False), judged, expected)
-                for place, plan in enumerate(plans)
-            }
-        except ValueError:
-            return plans[0]
-    return plans[min(errors, key=lambda place: errors[place])]
+    split = batches.fit_split()
+    if not split.by_rows:
+        part = batches.batch_split().held_out
+        return [(batch, mask) for _, batch, mask in islice(batches.masked(part=part), MOST_BATCHES)]
+    judged = []
+    for index, batch, mask in batches.masked():
+        fitted = split.fitted(index, rows_of(batch))
+        if fitted < rows_of(batch):
+            judged.append((last_rows(batch, fitted), None if mask is None else mask[fitted:]))
+    return judged
 
 
-def _error(small: nn.Module, judged: Sequence[tuple[Any, Any]], expected: Sequence[Any]) -> float:
+@torch.no_grad()
+def _error(small: nn.Module, dense: nn.Module, judged: Sequence[tuple[Any, Any]]) -> float:
     """The sum of the squared relative errors of the batches."""
     total = 0.0
-    with evaluating(small):
-        for (batch, mask), output in zip(judged, expected, strict=True):
-            own, dense = (leveled(r, output, mask) for r in (call(small, to_device_of(small, batch)), output))
-            total += float(difference(small, own, dense).square().sum() / dense.square().sum().clamp(min=1e-30))
+    with evaluating(small, dense), Unfused():
+        for batch, mask in judged:
+            batch = to_device_of(dense, batch)
+            expected, output = call(dense, batch), call(small, batch)
+            own, wanted = (leveled(each, expected, mask) for each in (output, expected))
+            if own.shape != wanted.shape:
+                raise NotComparable
+            total += float((own - wanted).square().sum() / wanted.square().sum())
     return total

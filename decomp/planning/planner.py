@@ -21,7 +21,7 @@ from decomp.network.unpacking import unpacked
 from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
 from decomp.planning.budget import Budget, OutOfReach, Request, seconds
 from decomp.planning.build import NothingToDecompose
-from decomp.planning.by_output import nearest, statistics_by_output
+from decomp.planning.by_output import nearer, statistics_by_output
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
@@ -203,10 +203,10 @@ def _by_the_better_objective(plan: Plan, model: nn.Module, bound: Any, scope: Sc
     budget is out of reach, or no layer has to be replaced for it.
     """
     try:
-        tried = [plan.with_budget(objective=objective, **bound) for objective in ("network", "product")]
+        by_output, alike = (plan.with_budget(objective=name, **bound) for name in ("network", "product"))
     except OutOfReach:
         return None
-    return nearest(tried, model, scope) if all(each.replaced for each in tried) else None
+    return nearer(by_output, alike, model, scope) if by_output.replaced and alike.replaced else None
 
 
 def _batches(scope: Scope, example: Any) -> list[Any]:
