@@ -6,13 +6,15 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import decomp
-from decomp.layers import Factorized
+from decomp.layers import Factorized, group_kernels, join_kernels
 from decomp.runtimes import ready
 from decomp.runtimes.int8_ranges import with_like_ranges
 from decomp.runtimes.program import export_program
 
+QUIET = {"progress": False}
 LAYERS = {
     "tucker": (nn.Conv2d(12, 16, 3, padding=1), "tucker", (5, 6), (3, 12, 9, 8)),
     "groups": (nn.Conv2d(12, 16, 3, groups=2), "tucker", (4, 3), (3, 12, 9, 8)),
@@ -24,24 +26,17 @@ LAYERS = {
 }
 
 
+@torch.no_grad()
 def unlike(layer):
     """A factorized layer whose channels between factors have ranges from 1 to 1000, with the same function."""
-    factors = list(layer.children())
-    for first, second in pairwise(factors):
-        scale = torch.logspace(0, 3, len(first.weight) if not transposed(first) else first.weight.shape[1])
-        if getattr(first, "groups", 1) > 1 or getattr(second, "groups", 1) > 1 or transposed(first):
-            continue
-        with torch.no_grad():
-            first.weight.mul_(scale.view(-1, *[1] * (first.weight.dim() - 1)).to(first.weight))
-            axis = 0 if transposed(second) else 1
-            shape = [1] * second.weight.dim()
-            shape[axis] = -1
-            second.weight.div_(scale.view(shape).to(second.weight))
+    for first, second in pairwise(layer.children()):
+        before, after = group_kernels(first), group_kernels(second)
+        scale = torch.logspace(0, 3, before.shape[0] * before.shape[1]).to(before)
+        before = before * scale.reshape(*before.shape[:2], *[1] * (before.dim() - 2))
+        after = after / scale.reshape(len(after), 1, after.shape[2], *[1] * (after.dim() - 3))
+        for factor, kernels in ((first, before), (second, after)):
+            factor.weight.copy_(join_kernels(kernels, input_first=getattr(factor, "transposed", False)))
     return layer
-
-
-def transposed(factor):
-    return getattr(factor, "transposed", False)
 
 
 @pytest.mark.parametrize("case", LAYERS)
@@ -77,7 +72,8 @@ def test_the_scale_is_that_of_the_least_noise():
         return float(of_activation + sum(step**2 * h.square().sum() for step in steps)) / len(h)
 
     exponents = (0.25, 0.5, 0.75, 1.0)
-    scales = [torch.ones(5), *(top**a / weight.abs().amax(0) ** (1 - a) for a in exponents)]
+    exact = [top**a / weight.abs().amax(0) ** (1 - a) for a in exponents]
+    scales = [torch.ones(5), *(scale.log2().round().exp2() for scale in exact)]
     scale = min(scales, key=noise)
     alike_first, alike_second = with_like_ranges(model, data)[0].children()
     torch.testing.assert_close(alike_first.weight, first.weight / scale[:, None], rtol=1e-6, atol=0.0)
@@ -121,24 +117,26 @@ def test_like_ranges_cost_int8_less(decay):
     x = torch.randn(256, 64)
     exact, alike = model(x), with_like_ranges(model, [x])
     before, after = ((quantized(net[0], x) - exact).norm() / exact.norm() for net in (model, alike))
-    assert after < 1.02 * before  # balanced by their singular values, factors may be as good as they can be
+    assert after < 1.05 * before  # balanced by their singular values, factors may be as good as they can be
     unlike(model[0])
     before = (quantized(model[0], x) - exact).norm() / exact.norm()
     assert after < 0.5 * before
 
 
 class Attention(nn.Module):
-    """Attention written out, with a dropout between softmax and product as transformers has it."""
+    """Attention written out, with a mask and a dropout as transformers has them."""
 
     def __init__(self):
         super().__init__()
         self.norm = nn.LayerNorm(64)
         self.query, self.key, self.value, self.out = (nn.Linear(64, 64) for _ in range(4))
         self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+        future = torch.ones(36, 36).triu(1).bool()
+        self.register_buffer("mask", torch.zeros(36, 36).masked_fill(future, torch.finfo(torch.float32).min))
 
     def forward(self, x):
         y = self.norm(x)
-        scores = self.query(y) @ self.key(y).mT / 8
+        scores = self.query(y) @ self.key(y).mT / 8 + self.mask[: x.shape[1], : x.shape[1]]
         x = x + self.out(nn.functional.dropout(scores.softmax(-1), 0.1, self.training) @ self.value(y))
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
@@ -156,14 +154,59 @@ def with_large_channels():
 
 
 @pytest.mark.parametrize("runtime", ["openvino-int8", "onnxruntime-int8"])
-def test_attention_survives_int8(runtime):
+def test_attention_survives_int8(runtime, monkeypatch):
     for package in ("openvino", "nncf") if runtime.startswith("openvino") else ("onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{runtime} needs {package}")
     model, data = with_large_channels()
     with torch.no_grad():
         expected = model(data[0])
-    result = ready(runtime, model, data[0], data)(data[0])
-    assert float((result - expected).norm() / expected.norm()) < 0.05
+
+    def error():
+        result = ready(runtime, model, data[0], data)(data[0])
+        return float((result - expected).norm() / expected.norm())
+
+    found = error()
+    monkeypatch.setattr("decomp.runtimes.program._attends", lambda graph: False)
+    assert found < 0.7 * error()
+
+
+def test_convolutions_beside_attention_are_quantized_by_the_data(tmp_path):
+    pytest.importorskip("onnxruntime", reason="int8 files of ONNX need onnx and onnxruntime")
+    torch.manual_seed(0)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.attention = nn.Conv2d(8, 64, 3, padding=1), Attention()
+
+        def forward(self, x):
+            return self.attention(self.convolution(x).flatten(2).mT)
+
+    model, data = Both().eval(), [torch.randn(2, 8, 6, 6) for _ in range(4)]
+    done = decomp.export(model, tmp_path / "both.onnx", data[0], int8=data)
+    assert done.relative_error < 0.05
+    assert done.bytes < 0.6 * decomp.export(model, tmp_path / "f32.onnx", data[0]).bytes
+
+
+def test_hooks_masks_and_shared_factors_stay_as_they_are():
+    torch.manual_seed(0)
+    x = torch.randn(4, 12)
+    model = decomp.svd(nn.Sequential(*(nn.Linear(12, 12) for _ in range(4))), ranks=4, min_gain=0, **QUIET).eval()
+    for layer in model:
+        unlike(layer)
+    model[0].register_forward_hook(lambda module, given, output: 2 * output)
+    model[1].reduce.register_forward_hook(lambda module, given, output: output.clamp(-1, 1))
+    prune.l1_unstructured(model[2].reduce, "weight", 0.5)
+    model[3].expand.weight = model[1].expand.weight
+    alike = with_like_ranges(model, [x])
+    torch.testing.assert_close(alike(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_scales_round_nothing():
+    model = decomp.svd(nn.Sequential(nn.Linear(12, 16)), ranks=5, min_gain=0, **QUIET).eval().bfloat16()
+    unlike(model[0])
+    x = torch.randn(4, 12).bfloat16()
+    assert torch.equal(with_like_ranges(model, [x])(x), model(x))
 
 
 def test_attention_is_found_in_the_graph():

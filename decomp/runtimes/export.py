@@ -121,8 +121,8 @@ def export(
     judged = example_inputs if data is None else data[0]
     with evaluating(model), torch.no_grad():
         expected = call(model, to_device_of(model, judged))
-    ready = model if data is None else with_like_ranges(model, data)
-    program = export_program(for_inference(ready, example_inputs) if fold else ready, example_inputs)
+    ready = for_inference(model, example_inputs) if fold else model
+    program = export_program(ready if data is None else with_like_ranges(ready, data), example_inputs)
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         result = _written(form, program, temporary, data)(judged)

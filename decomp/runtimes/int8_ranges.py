@@ -18,7 +18,7 @@ from decomp.layers.kernels import (
     join_kernels,
 )
 from decomp.network.forward import call, evaluating, hooked, to_device_of
-from decomp.network.surgery import outside_inference_mode, swap
+from decomp.network.surgery import hooks_of, outside_inference_mode, refusal, shared_parameters, swap
 
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 
@@ -34,8 +34,9 @@ def with_like_ranges(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
 
         s_j = max|h_j|^a / max|W_j|^(1 - a),
 
-    and W_j, what the second factor W takes of it, multiplied by the same number. The exponent a is that of 1/4,
-    1/2, 3/4 and 1, or s = 1, with the least rounding noise in the output, of the activation and of the weight:
+    to the nearest power of two, so that nothing is rounded, and W_j, what the second factor W takes of it,
+    multiplied by the same number. Factors that have hooks, or share their weights, stay. Of the exponents 1/4, 1/2,
+    3/4 and 1, and of s = 1, that is taken which leaves the least rounding noise of activation and weight:
 
         (max_j |h_j| / s_j)^2 sum_j s_j^2 ||W_j||^2 + sum_t (max_j s_j |W_tj|)^2 sum_j k E[h_j^2] / s_j^2
 
@@ -48,8 +49,12 @@ def with_like_ranges(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
     Source: Xiao et al. 2023 (SmoothQuant), equation 4, there between a normalization and a linear layer, with one
     exponent for all.
     """
+    shared = shared_parameters(model)
     pairs = {
-        f"{name}.{role}".lstrip("."): pair for name, layer in model.named_modules() for role, pair in _pairs(layer)
+        f"{name}.{role}".lstrip("."): pair
+        for name, layer in model.named_modules()
+        for role, pair in _pairs(layer)
+        if not hooks_of(layer) and not any(refusal(factor, shared) for factor in pair)
     }
     channels = _measured(model, {name: first for name, (first, _) in pairs.items()}, batches)
     if not channels:
@@ -60,7 +65,10 @@ def with_like_ranges(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
         if holder not in new:
             new[holder] = copy_alone(model.get_submodule(holder))
         _rescale(*dict(_pairs(new[holder]))[role], found)
-    return swap(model, new, inplace=False)
+    try:
+        return swap(model, new, inplace=False)
+    except TypeError:  # it cannot be copied
+        return model
 
 
 @dataclass
@@ -97,6 +105,8 @@ def _measured(model: nn.Module, factors: Mapping[str, nn.Module], batches: Seque
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             axis = -1 if isinstance(module, nn.Linear) else 1 - module.get_parameter("weight").dim()
             values = output.detach().movedim(axis, 0).flatten(1).float()
+            if not values.numel():
+                return
             largest, squares = values.abs().amax(1), values.square().sum(1)
             if name in channels:
                 largest, squares = torch.maximum(largest, channels[name].largest), squares + channels[name].squares
@@ -121,7 +131,8 @@ def _rescale(first: nn.Module, second: nn.Module, channels: _Channels) -> None:
     largest = reads.abs().amax(1)
     scales = [channels.largest**share / largest ** (1 - share) for share in EXPONENTS]
     usable = (channels.largest > 0) & (largest > 0)  # not a channel that is zero, or that nothing reads
-    scales = [torch.ones_like(largest), *(torch.where(usable, scale, 1.0) for scale in scales)]
+    scales = [torch.where(usable, scale, 1.0).log2().round().exp2() for scale in scales]
+    scales.insert(0, torch.ones_like(largest))
     scale = min(scales, key=lambda scale: _noise(weight.float(), channels, scale)).to(before)
     before = before / scale.reshape(*before.shape[:2], *[1] * (before.dim() - 2))
     after = after * scale.reshape(len(after), 1, after.shape[2], *[1] * (after.dim() - 3))

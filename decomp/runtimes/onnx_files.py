@@ -19,8 +19,9 @@ def onnxruntime(*, int8: bool = False, threads: int | None = None) -> Runtime:
     """onnxruntime on the CPU.
 
     Args:
-        int8: quantize weights (per channel) and activations by onnxruntime's static quantizer, with ``data``; a
-            model with attention by its dynamic one, which finds the ranges of activations anew in every call.
+        int8: quantize weights (per channel) and activations by onnxruntime's static quantizer, with ``data``. Of
+            a model with attention so are the convolutions; the products by its dynamic quantizer, which finds the
+            ranges of activations anew in every call.
         threads: by default as many as torch has.
 
     >>> onnxruntime(int8=True).name
@@ -77,21 +78,23 @@ def _quantize(program: Program, plain: Path, path: Path, data: Sequence[Any]) ->
 
     folded = plain.with_name("folded.onnx")  # BatchNorm in the convolutions before it, and shapes
     quant_pre_process(plain, folded, skip_symbolic_shape=True)
-    if program.attends:  # few of its channels are so large that one range for all of an activation leaves nothing
-        products: dict[str, Any] = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": QuantType.QInt8}
-        quantize_dynamic(folded, path, per_channel=True, extra_options={"MatMulConstBOnly": True}, **products)
-        return
+    # A few channels of what attention reads are so large that one range for all data leaves nothing to the others.
+    kinds = ["Conv"] if program.attends else ["Conv", "MatMul", "Gemm", "MaxPool", "Add", "Concat", "Relu"]
+    target = plain.with_name("static.onnx") if program.attends else path
     quantize_static(
         folded,
-        path,
+        target,
         Reader(),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        op_types_to_quantize=["Conv", "MatMul", "Gemm", "MaxPool", "Add", "Concat", "Relu"],
+        op_types_to_quantize=kinds,
         extra_options={"ForceQuantizeNoInputCheck": False},
     )
+    if program.attends:
+        products: dict[str, Any] = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": QuantType.QInt8}
+        quantize_dynamic(target, path, per_channel=True, extra_options={"MatMulConstBOnly": True}, **products)
 
 
 class OnnxSession:

@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 from decomp.network.forward import arguments, call, describe, evaluating, moved
 
 Array = NDArray[Any]
-PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+PRODUCTS = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum")
 # What may stand between the weights of attention and their product with the values.
 PASSED_ON = {
     *("dropout", "to", "_to_copy", "type_as", "expand", "view", "reshape", "transpose", "permute", "clone"),
-    *("contiguous", "masked_fill", "where", "nan_to_num", "mul"),
+    *("contiguous", "masked_fill", "where", "nan_to_num", "mul", "div", "add", "slice", "select", "index"),
+    *("squeeze", "unsqueeze"),
 }
 
 
