@@ -299,9 +299,10 @@ def compress(
 ) -> CompressedModule:
     """Return the model compressed to a budget, with methods and ranks of all layers chosen together.
 
-    Maximizes the product over the layers of the energy that each retains, (1 - error^2)^weight, with weights that
-    batches in ``data`` give (:func:`calibrate` describes them), or another ``objective``, subject to the bound on the sum of costs; layers may stay dense. Costs are those of the actual
-    factorized layers, and the budget is never exceeded.
+    Maximizes the product over the layers of the energy that each retains, (1 - error^2)^weight, or another
+    ``objective``, subject to the bound on the sum of costs; layers may stay dense. Batches in ``data`` give the
+    weights: how much the network's output feels each layer. Costs are those of the actual factorized layers, and
+    the budget is never exceeded.
 
     Args:
         model: any ``nn.Module``; not changed, unless ``inplace``.

@@ -35,8 +35,8 @@ def with_like_ranges(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
         s_j = max|h_j|^a / max|W_j|^(1 - a),
 
     to the nearest power of two, so that nothing is rounded, and W_j, what the second factor W takes of it,
-    multiplied by the same number. Factors that have hooks, or share their weights, stay. Of the exponents 1/4, 1/2,
-    3/4 and 1, and of s = 1, that is taken which leaves the least rounding noise of activation and weight:
+    multiplied by the same number. Factors that have hooks, or share their weights, stay. Of the exponents 1/4,
+    1/2, 3/4 and 1, and of s = 1, that is taken which leaves the least rounding noise of activation and weight:
 
         (max_j |h_j| / s_j)^2 sum_j s_j^2 ||W_j||^2 + sum_t (max_j s_j |W_tj|)^2 sum_j k E[h_j^2] / s_j^2
 
