@@ -37,7 +37,7 @@ def blocks(monkeypatch):
 
         return run
 
-    return SimpleNamespace(runtime=runtimes.Runtime("blocks", prepare), seconds=seconds)
+    return SimpleNamespace(runtime=runtimes.Runtime("blocks", prepare), seconds=seconds, clock=clock)
 
 
 def network():
@@ -119,6 +119,28 @@ def test_parts_outside_of_the_layers_are_found_out_by_measuring(blocks, outside)
     for share in (0.7, 0.5):
         small = decomp.compress(model, x, seconds=share, runtime=own, progress=False)
         assert share - 0.1 < blocks.seconds(small) / blocks.seconds(model) < share + 1e-3
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.35])
+def test_a_bound_is_kept_with_the_margin_of_a_measurement(blocks, share):
+    """Times are those of the MACs, without steps: any share could be met exactly."""
+    model, x = network()
+
+    def seconds(model):
+        convolutions = (layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+        return 1e-3 + 1e-8 * sum(layer.weight.numel() for layer in convolutions)
+
+    def prepare(model, example_inputs, data, threads):
+        taken = seconds(model)
+
+        def run(batch):
+            blocks.clock.now += taken
+
+        return run
+
+    small = decomp.compress(model, x, seconds=share, runtime=runtimes.Runtime("smooth", prepare), progress=False)
+    taken = seconds(small) / seconds(model)
+    assert 0.945 * share < taken < 0.991 * share
 
 
 @pytest.mark.parametrize("found", [0.95, 0.99, 1.02])

@@ -44,7 +44,8 @@ from decomp.ranks import RULES, parse_request
 from decomp.runtimes import Runtime, find, ready
 
 CORRECTIONS = 5  # how often a bound on seconds is corrected by what was measured
-WITHIN = 0.05  # it is not corrected any more where the measured time is below it by less than this
+WITHIN = 0.05  # it is not corrected any more where the measured time is below it by less than this,
+MARGIN = 0.01  # and by more than this, by which two measurements of one model differ
 MOST_BATCHES = 32  # of data, for the ranges of a quantizing runtime
 
 
@@ -257,7 +258,8 @@ def _kept_as_measured(
 
     A plan that is predicted to save p seconds of the dense model's t and saves m leads to the next bound
     t - p (t - b) / m, with b just below the bound that was asked for: parts outside of the layers may take more or
-    less than was predicted, and savings may be smaller, but they grow together.
+    less than was predicted, and savings may be smaller, but they grow together. A time that is below the bound by
+    less than a measurement is exact to counts only where there is no other.
 
     Raises:
         OutOfReach: the fastest choice of ranks is above the bound.
@@ -266,6 +268,11 @@ def _kept_as_measured(
     target = float(asked) if isinstance(asked, seconds) else float(asked) * total
     if target >= total:
         return plan.with_budget(seconds=target)
+    surely = (1 - MARGIN) * target
+
+    def merit(found: float) -> tuple[bool, float]:
+        return found <= surely, found if found <= surely else -found
+
     best: tuple[float, Plan] | None = None
     bound, least, fastest = target, 0.0, total
     for _ in range(CORRECTIONS):
@@ -282,13 +289,13 @@ def _kept_as_measured(
         before, after = seconds_of([run_dense, run], example)
         found = after * total / before
         fastest = min(fastest, found)
-        if found <= target and (best is None or found > best[0]):
+        if found <= target and (best is None or merit(found) > merit(best[0])):
             best = found, tried
-        if found <= target and found > (1 - WITHIN) * target:
+        if (1 - WITHIN) * target < found <= surely:
             break
         saved = total - cast(Change, tried.seconds).after
         if found < total:
-            bound = total - saved * (total - (1 - WITHIN / 4) * target) / (total - found)
+            bound = total - saved * (total - (1 - WITHIN / 2) * target) / (total - found)
         else:
             bound = total - 2 * saved  # no faster: only more can help
         bound = max(bound, 1e-9 * total)  # out of reach, where the fastest choice is tried
