@@ -216,3 +216,17 @@ def test_where_one_row_saves_too_much_layers_count_alike(monkeypatch):
     monkeypatch.setattr(by_output, "MOST_BYTES", 8)
     plan = decomp.plan(network(), params=0.5, data=batches(), **QUIET)
     assert plan.request.resolved(plan.candidates).objective == "product"
+
+
+class Sized(Unheard):
+    """The size of the output depends on the weights."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y[:, : 1 + int(1e4 * float(self.unheard.weight[0].detach().abs().sum())) % 30]
+
+
+def test_where_outputs_cannot_be_compared_layers_count_alike():
+    torch.manual_seed(0)
+    plan = decomp.plan(Sized(0.5).eval(), params=0.5, data=batches(), **QUIET)
+    assert plan.request.objective == "product"

@@ -18,6 +18,7 @@ from decomp.calibration.gradients import (
     NoGradient,
     SavesTooMuch,
     SensitivityScalar,
+    leveled,
     saving_at_most,
     tracked,
 )
@@ -312,7 +313,8 @@ class _CautiousGradients:
             part = batch if rows == rows_of(batch) else first_rows(batch, rows)
             try:
                 with saving_at_most(self._most_bytes, model), _tracking(model, sums, None):
-                    call(model, tree_map(_normal, part))
+                    result = call(model, tree_map(_normal, part))
+                    leveled(result, result)
             except SavesTooMuch:
                 if rows <= 1:
                     raise NoGradient(f"a row saves more than {self._most_bytes:,} bytes") from None

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from decomp._util.warn import warn
 from decomp.calibration.calibrate import Statistics, gather
-from decomp.calibration.gradients import NoGradient, NotComparable, SensitivityScalar, leveled
+from decomp.calibration.gradients import NoGradient, SensitivityScalar, leveled
 from decomp.data.batches import Batches, last_rows, rows_of
-from decomp.network.forward import Unfused, call, evaluating, to_device_of
+from decomp.network.forward import Unfused, call, evaluating, floating, to_device_of
 from decomp.planning.arguments import Scope
 from decomp.planning.plan import Plan
 
@@ -45,6 +45,10 @@ def statistics_by_output(model: nn.Module, scope: Scope) -> Statistics | None:
     return found if all(map(isfinite, importances)) and any(importances) else None
 
 
+class _NotComparable(Exception):
+    """Two models give outputs of different sizes for the same batch."""
+
+
 def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan:
     """Of two plans the one whose model has the output nearer to that of the dense one, on rows that were held out.
 
@@ -58,7 +62,7 @@ def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan
         return alike
     try:
         errors = [_error(plan.apply(model, progress=False), model, judged) for plan in (by_output, alike)]
-    except (NotComparable, torch.OutOfMemoryError):
+    except (_NotComparable, torch.OutOfMemoryError):
         return alike
     return by_output if errors[0] <= errors[1] else alike  # not a number: the latter
 
@@ -81,14 +85,14 @@ def _held_out(scope: Scope) -> list[tuple[Any, Tensor | None]]:
 
 @torch.no_grad()
 def _error(small: nn.Module, dense: nn.Module, judged: Sequence[tuple[Any, Any]]) -> float:
-    """The sum of the squared relative errors of the batches."""
+    """The sum over the batches of the squared errors of the output, brought to one level."""
     total = 0.0
     with evaluating(small, dense), Unfused():
         for batch, mask in judged:
             batch = to_device_of(dense, batch)
             expected, output = call(dense, batch), call(small, batch)
-            own, wanted = (leveled(each, expected, mask) for each in (output, expected))
-            if own.shape != wanted.shape:
-                raise NotComparable
-            total += float((own - wanted).square().sum() / wanted.square().sum())
+            pairs = list(zip(floating(output), floating(expected), strict=False))
+            if len(floating(output)) != len(pairs) or any(own.shape != other.shape for own, other in pairs):
+                raise _NotComparable
+            total += float(leveled([own - other for own, other in pairs], expected, mask).square().sum())
     return total
