@@ -230,3 +230,16 @@ def test_where_outputs_cannot_be_compared_layers_count_alike():
     torch.manual_seed(0)
     plan = decomp.plan(Sized(0.5).eval(), params=0.5, data=batches(), **QUIET)
     assert plan.request.objective == "product"
+
+
+def test_importances_are_halfway_to_that_of_the_average_layer():
+    model, data = network(0.1), batches()
+    given = {"data": data, "inputs": None, "layers": None, "exclude": (), "progress": False}
+    measured = by_output.statistics_by_output(model, given)
+    plan = decomp.plan(model, params=0.5, data=measured, **QUIET)
+    full = {name: first.importance for name, (first, *_) in plan.candidates.items()}
+    found = decomp.plan(model, params=0.5, data=data, **QUIET).candidates
+    average = (full["heard"] * full["unheard"]) ** 0.5
+    assert full["heard"] > 10 * full["unheard"]
+    for name, importance in full.items():
+        assert found[name][0].importance == pytest.approx((importance * average) ** 0.5, rel=1e-6)

@@ -1,8 +1,10 @@
 """Budgets by what the network's output feels, where data are batches, unless held-out batches say otherwise."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
-from math import isfinite
+from math import exp, isfinite, log, sqrt
+from statistics import mean
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from decomp.calibration.gradients import NoGradient, SensitivityScalar, leveled
 from decomp.data.batches import Batches, last_rows, rows_of
 from decomp.network.forward import Unfused, call, evaluating, floating, to_device_of
 from decomp.planning.arguments import Scope
+from decomp.planning.candidate import Candidate
 from decomp.planning.plan import Plan
 
 MASK = "attention_mask"
@@ -43,6 +46,25 @@ def statistics_by_output(model: nn.Module, scope: Scope) -> Statistics | None:
         return None
     importances = [each.importance for each in found.values() if each.importance is not None]
     return found if all(map(isfinite, importances)) and any(importances) else None
+
+
+def with_tempered_importances(
+    candidates: Mapping[str, list[Candidate]],
+) -> dict[str, list[Candidate]] | None:
+    """The candidates with importances halfway to the average, geometrically; None if one of them is unknown.
+
+    Sensitivities are of first order, and of the norm of the output, in which what a user scores may be a small
+    part: a layer of little importance is not to be given up for them.
+    """
+    known = [first.importance for first, *_ in candidates.values()]
+    if any(importance is None for importance in known):
+        return None
+    logs = [log(max(importance or 0.0, 1e-30)) for importance in known]
+    average = exp(mean(logs))
+    return {
+        name: [replace(candidate, importance=sqrt((candidate.importance or 0.0) * average)) for candidate in each]
+        for name, each in candidates.items()
+    }
 
 
 class _NotComparable(Exception):

@@ -21,7 +21,7 @@ from decomp.network.unpacking import unpacked
 from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
 from decomp.planning.budget import Budget, OutOfReach, Request, seconds
 from decomp.planning.build import NothingToDecompose
-from decomp.planning.by_output import nearer, statistics_by_output
+from decomp.planning.by_output import nearer, statistics_by_output, with_tempered_importances
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
@@ -170,8 +170,11 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
         raise NothingToDecompose(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
-    if by_output is not None and any(first.importance is None for first, *_ in candidates.values()):
-        by_output, request = None, replace(request, objective="product")
+    if by_output is not None:
+        tempered = with_tempered_importances(candidates)
+        candidates = candidates if tempered is None else tempered
+        if tempered is None:
+            by_output, request = None, replace(request, objective="product")
     if runtime is not None:
         run_dense = ready(runtime, given_model, surveyed.example, batches)
     undecided = {name: first.choose((), "undecided") for name, (first, *_) in candidates.items()}
