@@ -25,7 +25,7 @@ from decomp.calibration.gradients import (
 from decomp.calibration.moments import LayerSums
 from decomp.calibration.recurrent import AnyMoments, RecurrentSums, requiring_gradients
 from decomp.calibration.sampling import Positions, Sampling
-from decomp.data.batches import Batches, FitSplit, Mask, first_rows, naming_batch, rows_of
+from decomp.data.batches import Batches, FitSplit, Mask, naming_batch, rows_of, some_rows
 from decomp.layers import routes_rows
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible
@@ -138,13 +138,13 @@ def gather(
     data: Iterable[Any],
     scalar: SensitivityScalar | None,
     *,
-    inputs: Callable[[Any], Any] | None = None,
-    layers: Selector = None,
-    exclude: Selector = (),
-    positions: Positions = "auto",
-    held_out: bool = True,
-    mask: Mask = "attention_mask",
-    progress: bool | None = None,
+    inputs: Callable[[Any], Any] | None,
+    layers: Selector,
+    exclude: Selector,
+    positions: Positions,
+    held_out: bool,
+    mask: Mask,
+    progress: bool | None,
     most_bytes: int | None = None,
 ) -> Statistics:
     """What :func:`calibrate` does, for any scalar to differentiate; with None there are no gradients.
@@ -204,7 +204,7 @@ def _watch(
     mask = add.mask
     adds: _Adding | None = add
     if rows is not None:
-        batch, mask, adds = first_rows(batch, rows), None if mask is None else mask[:rows], None
+        batch, mask, adds = some_rows(batch, slice(rows)), None if mask is None else mask[:rows], None
     with _tracking(model, sums, adds) as (outputs, weights):
         value = scalar(model, tree_map(_normal, batch), mask)
         if not outputs and not weights:
@@ -309,8 +309,9 @@ class _CautiousGradients:
 
     def _rows_within(self, model: nn.Module, batch: Any, sums: _Sums, rows: int) -> int:
         """How many rows can be differentiated: all, half of them, ...; a pass that saves too much ends there."""
+        whole = rows_of(batch)
         while True:
-            part = batch if rows == rows_of(batch) else first_rows(batch, rows)
+            part = batch if rows == whole else some_rows(batch, slice(rows))
             try:
                 with saving_at_most(self._most_bytes, model), _tracking(model, sums, None):
                     result = call(model, tree_map(_normal, part))

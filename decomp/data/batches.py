@@ -213,14 +213,9 @@ def rows_of(batch: Any) -> int:
     return sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 1
 
 
-def first_rows(batch: Any, rows: int) -> Any:
-    """The first rows of a batch whose tensors all have the same first axis."""
-    return tree_map_only(Tensor, lambda tensor: tensor[:rows], _plain(batch))
-
-
-def last_rows(batch: Any, first: int) -> Any:
-    """The rows from number ``first`` on, of a batch whose tensors all have the same first axis."""
-    return tree_map_only(Tensor, lambda tensor: tensor[first:], _plain(batch))
+def some_rows(batch: Any, part: slice) -> Any:
+    """Some rows of a batch whose tensors all have the same first axis."""
+    return tree_map_only(Tensor, lambda tensor: tensor[part], _plain(batch))
 
 
 def _plain(batch: Any) -> Any:

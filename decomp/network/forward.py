@@ -45,15 +45,33 @@ def with_values() -> Iterator[None]:
         yield
 
 
+class SizesDiffer(ValueError):
+    """Two models give outputs of different sizes for the same batch."""
+
+
+def differences(model: nn.Module, outputs: list[Tensor], expected: list[Tensor]) -> list[Tensor]:
+    """The differences of the tensors in two outputs of a model and of one like it for the same batch.
+
+    Raises:
+        SizesDiffer: they are not as many, or have different shapes.
+    """
+    if len(outputs) != len(expected):
+        raise SizesDiffer(
+            f"{type(model).__name__} gives {len(outputs)} tensors, where {len(expected)} are expected for the "
+            "same batch: there is no error of the output"
+        )
+    return [difference(model, *pair) for pair in zip(outputs, expected, strict=True)]
+
+
 def difference(model: nn.Module, output: Tensor, expected: Tensor) -> Tensor:
     """``output - expected``, two outputs of a model and of one like it for the same batch.
 
     Raises:
-        ValueError: they have different shapes.
+        SizesDiffer: they have different shapes.
     """
     if output.shape != expected.shape:
         sizes = f"{tuple(output.shape)} and {tuple(expected.shape)}"
-        raise ValueError(
+        raise SizesDiffer(
             f"{type(model).__name__} gives outputs of different sizes for the same batch, {sizes}: the size is "
             "random or depends on the weights, so that there is no error of the output. Where the call has "
             "evaluate= or loss=, write a function that compares what has a fixed size; else wrap the model in a "

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from decomp._util.warn import warn
 from decomp.calibration.calibrate import Statistics, gather
 from decomp.calibration.gradients import NoGradient, SensitivityScalar, leveled
-from decomp.data.batches import Batches, last_rows, rows_of
-from decomp.network.forward import Unfused, call, evaluating, floating, to_device_of
+from decomp.data.batches import Batches, rows_of, some_rows
+from decomp.network.forward import SizesDiffer, Unfused, call, differences, evaluating, floating, to_device_of
 from decomp.planning.arguments import Scope
 from decomp.planning.candidate import Candidate
 from decomp.planning.plan import Plan
@@ -34,9 +34,10 @@ def statistics_by_output(model: nn.Module, scope: Scope) -> Statistics | None:
     if data is None or isinstance(data, Statistics | Iterator):
         return None
     chosen: Any = {name: scope[name] for name in ("inputs", "layers", "exclude", "progress")}
+    chosen |= {"positions": "auto", "held_out": True, "mask": MASK}
     scalar = SensitivityScalar("output", level=True)
     try:
-        found = gather(model, data, scalar, mask=MASK, most_bytes=MOST_BYTES, **chosen)
+        found = gather(model, data, scalar, most_bytes=MOST_BYTES, **chosen)
     except NoGradient as error:
         if isinstance(error.__cause__, RuntimeError):
             warn(
@@ -67,10 +68,6 @@ def with_tempered_importances(
     }
 
 
-class _NotComparable(Exception):
-    """Two models give outputs of different sizes for the same batch."""
-
-
 def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan:
     """Of two plans the one whose model has the output nearer to that of the dense one, on rows that were held out.
 
@@ -84,24 +81,29 @@ def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan
         return alike
     try:
         errors = [_error(plan.apply(model, progress=False), model, judged) for plan in (by_output, alike)]
-    except (_NotComparable, torch.OutOfMemoryError):
+    except (SizesDiffer, torch.OutOfMemoryError):
         return alike
     return by_output if errors[0] <= errors[1] else alike  # not a number: the latter
 
 
 def _held_out(scope: Scope) -> list[tuple[Any, Tensor | None]]:
-    """The batches to judge on, each with its mask."""
+    """The batches to judge on, or the rows of them, each with its mask."""
     data: Any = scope["data"]
     batches = Batches.in_fixed_order(data, scope["inputs"], MASK)
     split = batches.fit_split()
-    if not split.by_rows:
-        part = batches.batch_split().held_out
-        return [(batch, mask) for _, batch, mask in islice(batches.masked(part=part), MOST_BATCHES)]
+
+    def is_judged(index: int) -> bool:
+        return split.by_rows or not split.fitted(index, rows=1)
+
     judged = []
-    for index, batch, mask in batches.masked():
-        fitted = split.fitted(index, rows_of(batch))
-        if fitted < rows_of(batch):
-            judged.append((last_rows(batch, fitted), None if mask is None else mask[fitted:]))
+    for index, batch, mask in islice(batches.masked(part=is_judged), MOST_BATCHES):
+        rows = rows_of(batch)
+        fitted = split.fitted(index, rows)
+        if not fitted:
+            judged.append((batch, mask))
+        elif fitted < rows:
+            held_out = slice(fitted, None)
+            judged.append((some_rows(batch, held_out), None if mask is None else mask[held_out]))
     return judged
 
 
@@ -113,8 +115,6 @@ def _error(small: nn.Module, dense: nn.Module, judged: Sequence[tuple[Any, Any]]
         for batch, mask in judged:
             batch = to_device_of(dense, batch)
             expected, output = call(dense, batch), call(small, batch)
-            pairs = list(zip(floating(output), floating(expected), strict=False))
-            if len(floating(output)) != len(pairs) or any(own.shape != other.shape for own, other in pairs):
-                raise _NotComparable
-            total += float(leveled([own - other for own, other in pairs], expected, mask).square().sum())
+            errors = differences(small, floating(output), floating(expected))
+            total += float(leveled(errors, expected, mask).square().sum())
     return total

@@ -196,7 +196,8 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     decided = None if by_output is None else _by_the_better_objective(plan, given_model, bound, scope)
     plan = plan if decided is None else decided
     if runtime is not None and run_dense is not None:
-        return _kept_as_measured(plan, given_model, surveyed.example, runtime, batches, run_dense, asked)
+        target = float(bound["seconds"])
+        return _kept_as_measured(plan, given_model, surveyed.example, runtime, batches, run_dense, asked, target)
     return plan.with_budget(**bound) if decided is None else decided
 
 
@@ -256,19 +257,20 @@ def _kept_as_measured(
     batches: Sequence[Any],
     run_dense: Callable[[Any], Any],
     asked: float,
+    target: float,
 ) -> Plan:
     """The plan with the most seconds within the bound, as measured.
 
     A plan that is predicted to save p seconds of the dense model's t and saves m leads to the next bound
     t - p (t - b) / m, with b just below the bound that was asked for: parts outside of the layers may take more or
-    less than was predicted, and savings may be smaller, but they grow together. A time that is below the bound by
-    less than a measurement is exact to counts only where there is no other.
+    less than was predicted, and savings may be smaller, but they grow together. A time that is nearer
+    to the bound than a measurement is exact is taken only where there is no other. ``target`` is the bound in
+    seconds, ``asked`` how the call put it.
 
     Raises:
         OutOfReach: the fastest choice of ranks is above the bound.
     """
     total = cast(Change, plan.seconds).before
-    target = float(asked) if isinstance(asked, seconds) else float(asked) * total
     if target >= total:
         return plan.with_budget(seconds=target)
     surely = (1 - MARGIN) * target

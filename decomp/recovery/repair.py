@@ -20,7 +20,7 @@ from decomp.layers import Factorized, routes_rows
 from decomp.network.forward import (
     Unfused,
     call,
-    difference,
+    differences,
     evaluating,
     floating,
     norms_with_running_stats,
@@ -253,8 +253,8 @@ def _output_error(small: nn.Module, dense: nn.Module, batches: Batches, split: B
         outputs, dense_outputs = (
             [unpadded(output, mask) for output in _outputs(model, batch)] for model in (small, dense)
         )
-        pairs = zip(outputs, dense_outputs, strict=True)
-        squared_error += sum(float(difference(small, a, b).square().sum()) for a, b in pairs)
+        errors = differences(small, outputs, dense_outputs)
+        squared_error += sum(float(error.square().sum()) for error in errors)
         energy += sum(float(b.square().sum()) for b in dense_outputs)
     if empty:
         raise ValueError("data is empty: at least one batch is needed")
