@@ -18,6 +18,8 @@ from test_state_left_behind import CALLS, QUIET, World
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import decomp
+from decomp.data import suspended
+from decomp.data.suspended import HeldExamples
 from decomp.explorer.state import Exploration
 from decomp.losses import Distillation
 from decomp.network.restoring import locks_held
@@ -62,6 +64,7 @@ class Instants:
     def __enter__(self):
         self.outer = sys.gettrace()
         sys.settrace(self._enter)
+        return self
 
     def __exit__(self, *raised):
         sys.settrace(self.outer)
@@ -222,3 +225,21 @@ def test_whatever_ends_a_call_leaves_all_as_it_was(name, seconds_of_macs):
 @pytest.mark.parametrize("name", EVERY)
 def test_twenty_instants_of_each_call(name, seconds_of_macs):
     interrupted(name, 20)
+
+
+def test_passes_that_are_held_end_wherever_their_end_is_interrupted(seconds_of_macs):
+    def decompose():
+        decomp.tucker(world.model, ranks=4, layers=["0"], data=world.data, **QUIET)
+
+    world = world_of("held passes", train=False)
+    with Instants() as instants:
+        decompose()
+    ends = (HeldExamples.__exit__, HeldExamples._close, suspended._end)
+    for code in (end.__code__ for end in ends):
+        places = sorted(at for (each, _), at in instants.places.items() if each is code)
+        for at in (places[0], places[len(places) // 2]):
+            before = threading.active_count()
+            # The traceback, which is kept as a notebook keeps it, keeps the passes.
+            with pytest.raises(KeyboardInterrupt) as raised, Instants(at, KeyboardInterrupt):
+                decompose()
+            assert threading.active_count() == before, place_of(raised.value)

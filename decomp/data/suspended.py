@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from decomp.data.activations import Activations, Call, Example, RoutedDifferently, Window, routed_alike, targets
 from decomp.data.batches import Batches, Part, copied, naming_batch, size_of
 from decomp.layers import routes_rows
-from decomp.network.forward import Unfused, call, floating, hooked, to_device_of
+from decomp.network.forward import Unfused, call, floating, to_device_of
+from decomp.network.restoring import hooked, temporarily
 from decomp.network.tracing import Skip, Tail
 
 Needed = Callable[[Iterable[Example], int], int]
@@ -156,8 +157,7 @@ class Gates:
         for name, skip in self.skips.items():
             earlier, later = skip.watch(self.model, partial(self._keep, name))
             before, after = [*earlier, *before], [*later, *after]
-        with hooked(before, after, in_all_threads=True), ExitStack() as stack:
-            stack.callback(_end, started)
+        with hooked(before, after, in_all_threads=True), temporarily(partial(_end, started)):
             yield self
 
     def begin(self, batch: Any) -> SuspendedPass:
