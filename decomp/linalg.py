@@ -16,6 +16,7 @@ SINGLE_PRECISION_SIZE = 1 << 24
 CHUNK = 512  # columns whose products are summed in float32, and that are converted to float64 at a time
 SINGLE_PRECISION_FLOOR = 1e-4  # of the mean eigenvalue: rounding errors of float32 products are about 1e-7 of it
 SHARE_BELOW_FLOOR = 0.01
+NEARLY_SQUARE = 2
 SINGLE_PRECISION_ERROR = 1e-4  # a squared relative error below which products are made in float64
 KRYLOV_SIZE, KRYLOV_RANK = 512, 8  # a Krylov space pays from this size on, for ranks of at most an eighth of it
 KRYLOV_SHARE = 1e-3  # of the squared error: what a larger Krylov space may still gain
@@ -98,10 +99,13 @@ def row_spectrum(matrices: Tensor, *, vectors: bool = False) -> tuple[Tensor, Te
     The eigenvectors of matrices with many rows take several times as long as the values: they are None unless
     asked for. Values below max(n, m) eps lambda_1 are rounding errors; negative ones are set to 0. For W in
     float32 that matrix is made of float32 products, unless more than one in a hundred eigenvalues is so small that
-    its relative error would exceed about 1e-3: weights of low rank, also if they were rounded to bfloat16.
+    its relative error would exceed about 1e-3: weights of low rank, also if they were rounded to bfloat16. Square
+    and nearly square matrices often have so many small ones, and take longer for the eigenvalues than for the
+    products: these are made in float64 at once.
     """
     vectors = vectors or matrices.shape[-2] < KRYLOV_SIZE
-    precisions = (torch.float64,) if matrices.dtype == torch.float64 else (matrices.dtype, torch.float64)
+    is_square = matrices.shape[-1] < NEARLY_SQUARE * matrices.shape[-2]
+    precisions = (torch.float64,) if is_square else (matrices.dtype, torch.float64)
     for dtype in precisions:
         product = gram(matrices, dtype)
         if vectors:

@@ -384,8 +384,11 @@ def test_autocast_runs_and_does_not_round_the_products(name):
     small = factorized(name, dense, small_ranks(name, dense))
     x = torch.randn(STEPS, BATCH, INPUTS)
     with torch.autocast("cpu", torch.bfloat16):
+        try:
+            reference = dense(x)[0]
+        except RuntimeError as error:
+            pytest.skip(f"torch itself has no LSTM in bfloat16 for this processor: {error}")
         output, weight = small(x)[0], small.weight
-        reference = dense(x)[0]
         again = small.to_dense()
     assert output.dtype == reference.dtype
     torch.testing.assert_close(output.float(), small(x)[0], rtol=0.1, atol=0.1)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
+from hashlib import blake2b, sha1
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -61,10 +61,18 @@ def digest(values: Any) -> str:
     >>> digest(weight) == digest(weight + 1)
     False
     """
-    total = blake2b(digest_size=16)
+    return _hashed(blake2b(digest_size=16), values)
+
+
+def fingerprint(values: Any) -> str:
+    """As :func:`digest`, by SHA-1, the fastest on most processors: for what is kept in this process alone."""
+    return _hashed(sha1(usedforsecurity=False), values)
+
+
+def _hashed(total: Any, values: Any) -> str:
     for leaf in tree_leaves(values):
         if isinstance(leaf, Tensor):
             total.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(leaf, str):
             total.update(leaf.encode())
-    return total.hexdigest()
+    return str(total.hexdigest())

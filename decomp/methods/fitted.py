@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from decomp._util.io import digest
+from decomp._util.io import fingerprint
 from decomp.linalg import Values, as_float64
 from decomp.methods.record import Analysis, Ranks
 
@@ -43,10 +43,10 @@ class Unchanged:
     """
 
     def __init__(self, kernels: Tensor) -> None:
-        self._kernels, self.digest = kernels, digest(kernels)
+        self._kernels, self.fingerprint = kernels, fingerprint(kernels)
 
     def __call__(self) -> Tensor:
-        if digest(self._kernels) != self.digest:
+        if fingerprint(self._kernels) != self.fingerprint:
             raise ValueError("the weight has changed since the plan was made: make a new plan")
         return self._kernels
 
@@ -70,8 +70,9 @@ class _Fits:
 
     def factors(self, kernels: Tensor, ranks: Ranks) -> Any:
         """The factors of the last fit if it was of these kernels and ranks, else None."""
-        known = self._last is not None and self._last[0] == ranks and digest(kernels) == self._kernels.digest
-        return self._last[1].factors if known and self._last is not None else None
+        if self._last is None or self._last[0] != ranks or fingerprint(kernels) != self._kernels.fingerprint:
+            return None
+        return self._last[1].factors
 
     def curve(self) -> Values:
         """Squared errors along the path: a few fits, and between them errors linear in the log of the index."""

@@ -110,8 +110,10 @@ def factors(kernels: Tensor, ranks: Ranks, bases: Sequence[Tensor] = ()) -> tupl
 
 def _swept(tensor: Tensor, ranks: Ranks, left: Tensor | None, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     energy, captured, core = float(squared_norms(tensor.flatten(2)).sum()), 0.0, tensor
+    # In the order in which the products with V read it: each sweep would copy the kernel otherwise.
+    inputs_first = tensor.transpose(1, 2).contiguous().transpose(1, 2)
     for _ in range(MAX_SWEEPS):
-        left = _improved(_project_in(tensor, right), 1, ranks[0], left)
+        left = _improved(_project_in(inputs_first, right), 1, ranks[0], left)
         projected = _project_out(tensor, left)
         right = _improved(projected, 2, ranks[1], right)
         core = _project_in(projected, right)
@@ -162,11 +164,14 @@ def _identity(tensor: Tensor, mode: int) -> Tensor:
 
 
 def _project_out(tensor: Tensor, left: Tensor) -> Tensor:
-    return torch.einsum("gts...,gta->gas...", tensor, left)
+    """K x1 U^T for K (groups, T, S, *kernel) and U (groups, T, R4)."""
+    projected: Tensor = (left.mT @ tensor.flatten(2)).unflatten(2, tensor.shape[2:])
+    return projected
 
 
 def _project_in(tensor: Tensor, right: Tensor) -> Tensor:
-    return torch.einsum("gts...,gsb->gtb...", tensor, right)
+    """K x2 V^T for K (groups, T, S, *kernel) and V (groups, S, R3)."""
+    return _project_out(tensor.transpose(1, 2), right).transpose(1, 2)
 
 
 def _core(tensor: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from decomp._util.io import digest
+from decomp._util.io import fingerprint
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp._util.warn import warn
@@ -26,6 +26,7 @@ from decomp.network.unpacking import NOT_COPIED, why_packed
 from decomp.planning.candidate import Candidate, scale_of
 from decomp.planning.choice import Choice, describe
 
+CHANGED = "the weight has changed since the plan was made"
 BY_WEIGHT = "by its weight alone: its factors from data are no better on held-out data"
 
 
@@ -156,13 +157,25 @@ def decomposed(
     for name, module in bar(progress, "decompose", dense.items()):
         require_finite(name, module)
         method, ranks = method_of(name), choices[name].ranks
-        candidate = next((each for each in candidates.get(name, ()) if each.method is method), None)
+        is_changed = has_changed(module, candidates.get(name, ()))
+        candidate = None if is_changed else candidate_of(method, candidates.get(name, ()))
         with naming(name):
             if name in statistics:
                 new[name], notes[name] = from_moments(module, method, ranks, statistics[name], candidate)
             else:
                 new[name] = from_weight(module, method, ranks, candidate)
+                notes[name] = CHANGED if is_changed else ""
     return new, notes
+
+
+def has_changed(module: nn.Module, candidates: Sequence[Candidate]) -> bool:
+    """Whether a layer has another weight than its candidates were made of."""
+    return bool(candidates) and candidates[0].fingerprint != fingerprint(candidates[0].method.kernels(module))
+
+
+def candidate_of(method: Method, candidates: Sequence[Candidate]) -> Candidate | None:
+    """The candidate of a method, if there is one."""
+    return next((each for each in candidates if each.method is method), None)
 
 
 def structures(
@@ -185,7 +198,7 @@ def _layer(method: Method, module: nn.Module) -> type[Factorized]:
 
 
 def from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Candidate | None = None) -> Factorized:
-    """Decompose the weight; what was computed during planning is reused if the weight is still the same."""
+    """Decompose the weight; ``candidate`` is what is known of this very weight."""
     layer, kernels = _layer(method, module), method.kernels(module)
     scale = scale_of(kernels)
     scaled = kernels if scale == 1 else kernels / scale
@@ -193,8 +206,7 @@ def from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Cand
     factors = None if analysis is None or analysis.factors is None else analysis.factors(scaled, ranks)
     if factors is None:
         bases = () if analysis is None or analysis.bases is None else analysis.bases(ranks)
-        fresh = len(bases) and candidate is not None and candidate.digest == digest(kernels)
-        factors = method.factors(scaled, ranks, **({"bases": bases} if fresh else {}))
+        factors = method.factors(scaled, ranks, **({"bases": bases} if bases else {}))
     if scale == 1:
         return layer.from_factors(module, factors)
     role_kernels = layer.factor_kernels(module, factors)
@@ -287,7 +299,6 @@ def measured(
     choices: Mapping[str, Choice],
     dense: Mapping[str, nn.Module],
     new: Mapping[str, Factorized],
-    candidates: Mapping[str, Sequence[Candidate]],
     statistics: Mapping[str, AnyMoments],
     notes: Mapping[str, str],
 ) -> dict[str, Choice]:
@@ -308,8 +319,8 @@ def measured(
             updated[name] = replace(choices[name], error=error, output_error=output, note=note)
         elif choices[name].output_error is not None:
             updated[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=None)
-        elif _has_changed(dense[name], candidates.get(name, ())):
-            note = "; ".join(filter(None, (choices[name].note, "the weight has changed since the plan was made")))
+        elif notes.get(name):
+            note = "; ".join(filter(None, (choices[name].note, notes[name])))
             updated[name] = replace(choices[name], error=weight_error(layer, dense[name]), note=note)
     return updated
 
@@ -321,8 +332,3 @@ def weight_error(layer: Factorized, dense: nn.Module) -> float:
     weight = as_float64(weight) / scale
     energy = float(weight.norm())
     return float((weight - as_float64(layer.dense_weight()) / scale).norm()) / energy if energy else 0.0
-
-
-def _has_changed(dense: nn.Module, candidates: Sequence[Candidate]) -> bool:
-    """Whether a layer has another weight than its candidates were made of."""
-    return bool(candidates) and candidates[0].digest != digest(candidates[0].method.kernels(dense))

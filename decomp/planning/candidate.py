@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from decomp._util.io import digest
+from decomp._util.io import fingerprint
 from decomp._util.naming import naming, require_finite
 from decomp.calibration.recurrent import AnyMoments
 from decomp.calibration.whitening import output_kernels
@@ -118,7 +118,7 @@ class Candidate:
     stopwatch: Stopwatch | None = None
     tucker_reference: "Callable[[], Candidate] | None" = None
     importance: float | None = None
-    digest: str = ""
+    fingerprint: str = ""
 
     @classmethod
     def of(
@@ -174,7 +174,7 @@ class Candidate:
             stopwatch=stopwatch,
             tucker_reference=tucker_reference,
             importance=None if importance is None else importance * energy,
-            digest=digest(kernels),
+            fingerprint=fingerprint(kernels),
         )
 
     @classmethod

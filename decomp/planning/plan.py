@@ -368,7 +368,7 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         whole = unpacked(model, self.replaced)
         replaced = layers_to_replace(whole, self, self.method_of, needs_values=True)
         new, notes = decomposed(replaced, self, self.method_of, self._candidates, self._statistics, progress)
-        settled = measured(self, replaced, new, self._candidates, self._statistics, notes)
+        settled = measured(self, replaced, new, self._statistics, notes)
         small = self.swap(model, new, settled, inplace=inplace)
         correct_means(small, replaced, new, self._statistics)
         return small

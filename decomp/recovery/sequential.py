@@ -27,9 +27,11 @@ from decomp.network.tracing import Tail
 from decomp.network.unpacking import unpacked
 from decomp.planning.build import (
     by_moments,
+    candidate_of,
     correct_means,
     decomposed,
     from_weight,
+    has_changed,
     judged,
     layers_to_replace,
     measured,
@@ -111,7 +113,7 @@ def apply_sequentially(
     for name in order:
         small.get_submodule(name).train(training_of(replaced[name]))  # they were built in eval mode
     rest, notes = decomposed(unreached, plan, plan.method_of, plan.candidates, plan.statistics, False)
-    final |= measured(plan, unreached, rest, plan.candidates, plan.statistics, notes)
+    final |= measured(plan, unreached, rest, plan.statistics, notes)
     small = plan.swap(small, rest, final, inplace=True)
     correct_means(small, unreached, rest, plan.statistics)
     return small
@@ -206,7 +208,8 @@ class _LayerStep:
         method, ranks = plan.method_of(name), plan[name].ranks
         best = self._judge(alone)
         if name in plan.statistics:
-            candidate = next((each for each in plan.candidates.get(name, ()) if each.method is method), None)
+            candidates = plan.candidates.get(name, ())
+            candidate = None if has_changed(self.dense, candidates) else candidate_of(method, candidates)
             best = min(best, self._judge(from_weight(self.dense, method, ranks, candidate)), key=_error_of)
         if math.isnan(best.held_out):
             return best, "all of its data is held out, or none: decomposed by itself"
@@ -243,7 +246,7 @@ class _LayerStep:
         statistics = {name: plan.statistics[name]} if name in plan.statistics else {}
         choices = {name: plan[name] if statistics else replace(plan[name], output_error=None)}
         alone, notes = decomposed(dense, choices, plan.method_of, plan.candidates, statistics, False)
-        choice = measured(choices, dense, alone, plan.candidates, statistics, notes).get(name, plan[name])
+        choice = measured(choices, dense, alone, statistics, notes).get(name, plan[name])
         return alone[name], choice
 
     def _correct_mean(self, name: str, plan: Plan, layer: Factorized) -> None:
