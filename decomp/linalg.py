@@ -252,21 +252,25 @@ def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     return eigenbasis(symmetric)[1][..., :rank]
 
 
-def symmetric_power(symmetric: Tensor, power: float) -> Tensor:
-    """A power of symmetric positive semidefinite matrices (..., n, n).
+def symmetric_powers(symmetric: Tensor, *powers: float) -> list[Tensor]:
+    """Powers of symmetric positive semidefinite matrices (..., n, n), of one eigendecomposition.
 
     Eigenvalues below n eps lambda_1 are raised to that, so that negative powers are finite.
 
-    >>> symmetric_power(torch.diag(torch.tensor([4.0, 9.0])), -0.5)
+    >>> symmetric_powers(torch.diag(torch.tensor([4.0, 9.0])), -0.5)[0]
     tensor([[0.5000, 0.0000],
             [0.0000, 0.3333]])
     """
     values, vectors = torch.linalg.eigh(symmetric)
     limits = torch.finfo(values.dtype)
     floor = values[..., -1:].clamp(min=limits.tiny) * values.shape[-1] * limits.eps
-    powers: Tensor = torch.maximum(values, floor).pow(power)
-    result: Tensor = (vectors * powers[..., None, :]) @ vectors.mT
-    return result
+    values = torch.maximum(values, floor)
+    return [(vectors * values.pow(power)[..., None, :]) @ vectors.mT for power in powers]
+
+
+def symmetric_power(symmetric: Tensor, power: float) -> Tensor:
+    """One power, see :func:`symmetric_powers`."""
+    return symmetric_powers(symmetric, power)[0]
 
 
 def shrunk(moments: Tensor, rho: float) -> Tensor:

@@ -97,7 +97,7 @@ def test_factors_from_data_never_raise_the_error_of_the_output(name, kind, group
         {"": [candidate]},
         {"": moments},
         False,
-    )[0][""]
+    )[""].layer
     assert small.ranks == plain.ranks == ranks
     patches = moments.patches if kernel > 1 else moments.inputs
     if patches is None:
@@ -148,7 +148,8 @@ def test_a_fit_to_data_is_taken_only_where_it_is_better(name):
         ranks = tuple(max(1, min(limit - 1, 2)) for limit in limits)
         plain = method.layer_of(dense).from_factors(dense, method.factors(group_kernels(dense).detach(), ranks))
         errors = [
-            output_error(each, dense, moments) for each in (from_moments(dense, method, ranks, moments)[0], plain)
+            output_error(each, dense, moments)
+            for each in (from_moments(dense, method, ranks, moments).layer, plain)
         ]
         assert errors[0] <= errors[1] * (1 + 1e-12), seed
 

@@ -11,7 +11,7 @@ from decomp.calibration.recurrent import AnyMoments, RecurrentMoments, gate_erro
 from decomp.calibration.reduced_rank import refitted
 from decomp.layers import Factorized, SVDLinear, group_kernels
 from decomp.layers.factorized import Absorbs
-from decomp.linalg import as_float64, leading_eigenvectors, shrunk, symmetric_power
+from decomp.linalg import as_float64, leading_eigenvectors, shrunk, symmetric_power, symmetric_powers
 from decomp.methods import Method, Ranks
 
 RELATIVE_RIDGE = 1e-6
@@ -199,8 +199,9 @@ def _whitened(
     if moments.inputs is None or layer.absorbs_inputs == "nothing":
         return dict(layer.factor_kernels(dense, method.factors(kernels, ranks)))
     metric = _input_moments(layer, moments.inputs, moments.shrinkage)
-    factors = method.factors(_mixed(kernels, symmetric_power(metric, 0.5)), ranks)
-    return layer.mix_inputs(layer.factor_kernels(dense, factors), symmetric_power(metric, -0.5))
+    root, inverse_root = symmetric_powers(metric, 0.5, -0.5)
+    factors = method.factors(_mixed(kernels, root), ranks)
+    return layer.mix_inputs(layer.factor_kernels(dense, factors), inverse_root)
 
 
 def _input_moments(layer: type[Factorized], moments: Tensor, shrinkage: float) -> Tensor:

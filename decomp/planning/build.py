@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from decomp._util.io import fingerprint
 from decomp._util.naming import naming, require_finite
 from decomp._util.progress import bar
 from decomp._util.warn import warn
+from decomp.calibration.moments import Moments
 from decomp.calibration.recurrent import AnyMoments, RecurrentMoments
 from decomp.calibration.sampling import little_data
 from decomp.calibration.whitening import held_out_error, mean_error, output_error, output_factors, unknowns
@@ -130,6 +132,15 @@ def _require_unpacked(
 MethodOf = Callable[[str], Method]
 
 
+@dataclass(frozen=True)
+class Decomposed:
+    """A layer, a note on what was found, and what corrects the mean of its outputs if it is added to them."""
+
+    layer: Factorized
+    note: str = ""
+    shift: Tensor | None = None
+
+
 def decomposed(
     dense: Mapping[str, nn.Module],
     choices: Mapping[str, Choice],
@@ -137,17 +148,16 @@ def decomposed(
     candidates: Mapping[str, Sequence[Candidate]],
     statistics: Mapping[str, AnyMoments],
     progress: bool | None,
-) -> tuple[dict[str, Factorized], dict[str, str]]:
+) -> dict[str, Decomposed]:
     """Decompose each layer as chosen, by its output if it has statistics, else by its weight; none is changed.
 
-    Returns the layers, and notes on what was found for some of them. Warns if a layer was planned from data, but
-    its statistics are missing.
+    Layers that were made to judge the plan are taken from its candidates. Warns if a layer was planned from data,
+    but its statistics are missing.
 
     Raises:
         ValueError: a weight is not finite; the message names the layer.
     """
-    new: dict[str, Factorized] = {}
-    notes: dict[str, str] = {}
+    new: dict[str, Decomposed] = {}
     missing = [name for name in dense if choices[name].output_error is not None and name not in statistics]
     if missing:
         warn(
@@ -160,12 +170,42 @@ def decomposed(
         is_changed = has_changed(module, candidates.get(name, ()))
         candidate = None if is_changed else candidate_of(method, candidates.get(name, ()))
         with naming(name):
-            if name in statistics:
-                new[name], notes[name] = from_moments(module, method, ranks, statistics[name], candidate)
+            made = None if candidate is None else _taken(candidate, ranks, module)
+            if made is not None:
+                new[name] = made
+            elif name in statistics:
+                new[name] = from_moments(module, method, ranks, statistics[name], candidate)
             else:
-                new[name] = from_weight(module, method, ranks, candidate)
-                notes[name] = CHANGED if is_changed else ""
-    return new, notes
+                new[name] = Decomposed(
+                    from_weight(module, method, ranks, candidate), CHANGED if is_changed else ""
+                )
+    return new
+
+
+def kept_for_later(
+    candidates: Mapping[str, Sequence[Candidate]],
+    method_of: MethodOf,
+    dense: Mapping[str, nn.Module],
+    new: Mapping[str, Decomposed],
+) -> dict[str, Factorized]:
+    """Keep layers that judge a plan with its candidates, for it to be applied; return copies to judge it with."""
+    for name, each in new.items():
+        candidate = candidate_of(method_of(name), candidates.get(name, ()))
+        if candidate is not None:
+            candidate.made[each.layer.ranks] = (each, _traits(dense[name]))
+    return {name: deepcopy(each.layer) for name, each in new.items()}
+
+
+def _taken(candidate: Candidate, ranks: Ranks, dense: nn.Module) -> Decomposed | None:
+    """Take a layer that was made with these ranks, unless ``dense`` is no longer as it was then."""
+    made, traits = candidate.made.pop(ranks, (None, None))
+    return made if made is not None and traits == _traits(dense) else None
+
+
+def _traits(dense: nn.Module) -> Any:
+    """What a factorized layer takes over from the dense one."""
+    parameters = list(dense.parameters())
+    return dense.training, fingerprint(parameters), [(p.device, p.dtype, p.requires_grad) for p in parameters]
 
 
 def has_changed(module: nn.Module, candidates: Sequence[Candidate]) -> bool:
@@ -217,8 +257,8 @@ def from_weight(module: nn.Module, method: Method, ranks: Ranks, candidate: Cand
 
 def from_moments(
     module: nn.Module, method: Method, ranks: Ranks, moments: AnyMoments, candidate: Candidate | None = None
-) -> tuple[Factorized, str]:
-    """Decompose a layer so that the error of its output is small, under these moments; also a note, or "".
+) -> Decomposed:
+    """Decompose a layer so that the error of its output is small, under these moments.
 
     The metric of the channels only approximates that of the patches, a fit may end in a worse minimum, and moments
     of little data are not those of other data: the factors of the weight alone are taken unless those of the
@@ -231,19 +271,21 @@ def from_moments(
         if isinstance(moments, RecurrentMoments)
         else little_data(moments.positions, unknowns(whitened, moments))
     )
-    is_judged = held_out_error(whitened, module, moments) is not None
+    is_judged = moments.held_out is not None
     is_best = (
         method.closed_form
         and whitened.absorbs_inputs == "full"
         and bool(whitened.refittable(cast(Any, dict(whitened.named_children()))))
     )
+    error, shift = judged(whitened, module, moments)
     if not is_judged and (whitened.absorbs_inputs == "nothing" or is_best):
-        return whitened, note
+        return Decomposed(whitened, note, shift)
     plain = from_weight(module, method, ranks, candidate)
-    errors = [judged(each, module, moments)[0] for each in (whitened, plain)]
-    if errors[0] is None or errors[1] is None or errors[0] <= errors[1]:
-        return whitened, note
-    return plain, "; ".join(filter(None, (BY_WEIGHT if is_judged else "", note)))
+    error_of_plain, shift_of_plain = judged(plain, module, moments)
+    if error is None or error_of_plain is None or error <= error_of_plain:
+        return Decomposed(whitened, note, shift)
+    note = "; ".join(filter(None, (BY_WEIGHT if is_judged else "", note)))
+    return Decomposed(plain, note, shift_of_plain)
 
 
 def by_moments(module: nn.Module, method: Method, ranks: Ranks, moments: AnyMoments) -> Factorized:
@@ -269,38 +311,33 @@ def judged(layer: Factorized, dense: nn.Module, moments: AnyMoments) -> tuple[fl
 @torch.no_grad()
 def correct_means(
     model: nn.Module,
-    dense: Mapping[str, nn.Module],
-    new: Mapping[str, Factorized],
+    layers: Mapping[str, Factorized],
+    new: Mapping[str, Decomposed],
     statistics: Mapping[str, AnyMoments],
 ) -> None:
-    """Correct the mean of the outputs by the bias, or by the running mean of the BatchNorm that follows.
+    """Correct the mean of outputs by the bias of ``layers``, or the running mean of the BatchNorm that follows.
 
     Only for layers decomposed by their output; a layer with neither a bias nor a BatchNorm is not corrected.
     """
-    for name, layer in new.items():
-        moments = statistics.get(name)
-        if moments is None or isinstance(moments, RecurrentMoments):
+    for name, each in new.items():
+        if each.shift is None:
             continue
-        _, shift = judged(layer, dense[name], moments.to(next(layer.parameters()).device))
-        if shift is None:
-            continue
-        bias = layer.bias
+        bias, moments = layers[name].bias, cast(Moments, statistics[name])
         if bias is not None:
-            bias.add_(shift.to(bias.dtype))
+            bias.add_(each.shift.to(bias.dtype))
         elif moments.normalization:
             norm = model.get_submodule(moments.normalization)
             on_failure(restoring_values(norm))
             mean = cast(Tensor, norm.running_mean)
-            mean.sub_(shift.to(mean.device, mean.dtype))
+            mean.sub_(each.shift.to(mean.device, mean.dtype))
 
 
 @torch.no_grad()
 def measured(
     choices: Mapping[str, Choice],
     dense: Mapping[str, nn.Module],
-    new: Mapping[str, Factorized],
+    new: Mapping[str, Decomposed],
     statistics: Mapping[str, AnyMoments],
-    notes: Mapping[str, str],
 ) -> dict[str, Choice]:
     """The choices whose errors differ from those that were planned, with the measured errors.
 
@@ -308,19 +345,20 @@ def measured(
     has changed since.
     """
     updated = {}
-    for name, layer in new.items():
+    for name, each in new.items():
+        layer = each.layer
         if name in statistics:
             moments = statistics[name].to(next(dense[name].parameters()).device)
             output = output_error(layer, dense[name], moments)
             output = held_out_error(layer, dense[name], moments) if output is None else output
             output = choices[name].output_error if output is None else output
-            note = "; ".join(filter(None, (choices[name].note, notes.get(name, ""))))
+            note = "; ".join(filter(None, (choices[name].note, each.note)))
             error = weight_error(layer, dense[name])
             updated[name] = replace(choices[name], error=error, output_error=output, note=note)
         elif choices[name].output_error is not None:
             updated[name] = replace(choices[name], error=weight_error(layer, dense[name]), output_error=None)
-        elif notes.get(name):
-            note = "; ".join(filter(None, (choices[name].note, notes[name])))
+        elif each.note:
+            note = "; ".join(filter(None, (choices[name].note, each.note)))
             updated[name] = replace(choices[name], error=weight_error(layer, dense[name]), note=note)
     return updated
 

@@ -26,13 +26,13 @@ from decomp.network.restoring import training_of
 from decomp.network.tracing import Tail
 from decomp.network.unpacking import unpacked
 from decomp.planning.build import (
+    Decomposed,
     by_moments,
     candidate_of,
     correct_means,
     decomposed,
     from_weight,
     has_changed,
-    judged,
     layers_to_replace,
     measured,
     weight_error,
@@ -112,10 +112,11 @@ def apply_sequentially(
     unreached = {name: module for name, module in replaced.items() if name not in order}
     for name in order:
         small.get_submodule(name).train(training_of(replaced[name]))  # they were built in eval mode
-    rest, notes = decomposed(unreached, plan, plan.method_of, plan.candidates, plan.statistics, False)
-    final |= measured(plan, unreached, rest, plan.statistics, notes)
-    small = plan.swap(small, rest, final, inplace=True)
-    correct_means(small, unreached, rest, plan.statistics)
+    rest = decomposed(unreached, plan, plan.method_of, plan.candidates, plan.statistics, False)
+    final |= measured(plan, unreached, rest, plan.statistics)
+    layers = {name: each.layer for name, each in rest.items()}
+    small = plan.swap(small, layers, final, inplace=True)
+    correct_means(small, layers, rest, plan.statistics)
     return small
 
 
@@ -187,13 +188,13 @@ class _LayerStep:
         """Decompose the layer and correct its bias or BatchNorm; return it and the choice with its errors."""
         alone, choice = self._alone(name, plan)
         if not plan.method_of(name).affine or routes_rows(self.own):
-            self._correct_mean(name, plan, alone)
-            return alone, choice  # a refit has one weight for all rows
+            self._correct_mean(alone)
+            return alone.layer, choice  # a refit has one weight for all rows
         try:
-            best, note = self._best(name, plan, alone)
+            best, note = self._best(name, plan, alone.layer)
         except RoutedDifferently:
-            self._correct_mean(name, plan, alone)
-            return alone, replace(choice, note="routed differently: decomposed by itself")
+            self._correct_mean(alone)
+            return alone.layer, replace(choice, note="routed differently: decomposed by itself")
         layer = best.layer
         if best.shift is not None and layer.bias is not None:
             layer.bias.add_(best.shift.to(layer.bias.dtype))
@@ -240,27 +241,24 @@ class _LayerStep:
         centred = self.norm_shift is not None
         return moments_of(self.own, received, calibrated, self._used, split, centred=centred, patches=patches)
 
-    def _alone(self, name: str, plan: Plan) -> tuple[Factorized, Choice]:
+    def _alone(self, name: str, plan: Plan) -> tuple[Decomposed, Choice]:
         """Decompose the layer as :meth:`Plan.apply` would, without the examples."""
         dense = {name: self.dense}
         statistics = {name: plan.statistics[name]} if name in plan.statistics else {}
         choices = {name: plan[name] if statistics else replace(plan[name], output_error=None)}
-        alone, notes = decomposed(dense, choices, plan.method_of, plan.candidates, statistics, False)
-        choice = measured(choices, dense, alone, statistics, notes).get(name, plan[name])
+        alone = decomposed(dense, choices, plan.method_of, plan.candidates, statistics, False)
+        choice = measured(choices, dense, alone, statistics).get(name, plan[name])
         return alone[name], choice
 
-    def _correct_mean(self, name: str, plan: Plan, layer: Factorized) -> None:
+    def _correct_mean(self, alone: Decomposed) -> None:
         """Correct the mean of a layer that is decomposed by itself, as its statistics say."""
-        moments = plan.statistics.get(name)
-        if not isinstance(moments, Moments):
+        bias = alone.layer.bias
+        if alone.shift is None:
             return
-        _, shift = judged(layer, self.dense, moments.to(next(self.dense.parameters()).device))
-        if shift is None:
-            return
-        if layer.bias is not None:
-            layer.bias.add_(shift.to(layer.bias.dtype))
+        if bias is not None:
+            bias.add_(alone.shift.to(bias.dtype))
         elif self.norm_shift is not None:
-            self.norm_shift.absorb(shift)
+            self.norm_shift.absorb(alone.shift)
 
     @property
     def _used(self) -> Sampling:
