@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ Values = NDArray[np.float64]
 # Products of this many multiply-adds are made in float32 for weights of at most that; eigenvalues in float64.
 SINGLE_PRECISION_SIZE = 1 << 24
 CHUNK = 512  # columns whose products are summed in float32, and that are converted to float64 at a time
+ROWS = 256  # of a product W W^T at a time, of which the lower half is made
 SINGLE_PRECISION_FLOOR = 1e-4  # of the mean eigenvalue: rounding errors of float32 products are about 1e-7 of it
 SHARE_BELOW_FLOOR = 0.01
 NEARLY_SQUARE = 2
@@ -80,11 +82,16 @@ def gram(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     With products in float32 the error of an entry is about eps32 times the mean of the eigenvalues, so that it
     matters for eigenvalues far below the mean only, see :func:`row_spectrum`.
     """
-    total = matrices.new_zeros((*matrices.shape[:-1], matrices.shape[-2]), dtype=torch.float64)
+    size = matrices.shape[-2]
+    total = matrices.new_zeros((*matrices.shape[:-1], size), dtype=torch.float64)
+    ends = [min(start + ROWS, size) for start in range(0, size, ROWS)]
     with full_precision(matrices):
         for chunk in matrices.split(CHUNK, dim=-1):
             chunk = chunk.to(dtype or matrices.dtype)
-            total += chunk @ chunk.mT
+            for start, end in pairwise([0, *ends]):
+                total[..., start:end, :end] += chunk[..., start:end, :] @ chunk[..., :end, :].mT
+    for start, end in pairwise(ends):
+        total[..., :start, start:end] = total[..., start:end, :start].mT
     return total
 
 

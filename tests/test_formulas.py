@@ -13,9 +13,9 @@ from torch import nn
 from decomp.calibration.moments import SHRINKAGES, chosen_shrinkage, oracle_shrinkage
 from decomp.calibration.reduced_rank import refitted
 from decomp.calibration.unfold import patches_like
-from decomp.calibration.whitening import _marginals, symmetric_power
+from decomp.calibration.whitening import _marginals
 from decomp.layers import TuckerConv, group_kernels
-from decomp.linalg import as_float64, gram_eigenvalues, tail_sums
+from decomp.linalg import as_float64, gram, gram_eigenvalues, symmetric_power, tail_sums
 from decomp.methods import METHODS
 from decomp.recovery.batch_norm_shift import BatchNormShift
 from decomp.recovery.least_squares import RIDGES, NormalEquations
@@ -72,6 +72,18 @@ def test_the_inverse_root_of_a_singular_matrix_is_finite_and_right_where_the_mat
     assert np.linalg.norm(inverse, 2) == pytest.approx(
         (np.linalg.norm(matrix, 2) * 8 * 2.0**-52) ** -0.5, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("size", [7, 256, 257, 600])
+@pytest.mark.parametrize("columns", [5, 600])
+def test_a_gram_matrix_is_that_of_numpy(size, columns):
+    matrices = torch.randn(2, size, columns, dtype=torch.float64)
+    found = gram(matrices)
+    expected = np.einsum("gnm,gkm->gnk", matrices.numpy(), matrices.numpy())
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12 * columns)
+    rounded = gram(matrices.float())
+    assert rounded.dtype == torch.float64
+    assert float((rounded - found).abs().max()) < 1e-6 * columns
 
 
 def test_the_moments_of_one_mode_are_sums_over_the_others():
