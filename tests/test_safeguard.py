@@ -60,7 +60,7 @@ def choice(params, macs, error, ranks=(2,), output_error=None):
 
 def brute_force(losses, savings, analysed):
     """The layers at risk: the one with the largest loss per saving, again and again, while a bound is broken."""
-    left = np.ones(len(losses), bool)
+    left = losses <= 0.5
     while (left & (losses > NEGLIGIBLE_LOSS)).any():
         ratios = np.where(left & (losses > NEGLIGIBLE_LOSS), losses / savings, 0)
         mean = losses[left].sum() / savings[left].sum()
