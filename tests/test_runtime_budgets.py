@@ -9,7 +9,7 @@ from torch import nn
 import decomp
 from decomp import runtimes
 from decomp.explorer.state import Exploration
-from decomp.planning import planner
+from decomp.planning import in_runtime
 
 POSITIONS = 64
 OVERHEAD = 2e-5
@@ -147,12 +147,12 @@ def test_a_bound_is_kept_with_the_margin_of_a_measurement(blocks, share):
 def test_a_network_that_hardly_becomes_faster_is_out_of_reach(blocks, monkeypatch, found):
     """The next bound would be below zero: the fastest choice is tried in its place."""
     model, x = network()
-    alone = planner.seconds_of
+    alone = in_runtime.seconds_of
 
     def seconds_of(runs, example):
         return [1.0, found] if len(runs) == 2 else alone(runs, example)
 
-    monkeypatch.setattr(planner, "seconds_of", seconds_of)
+    monkeypatch.setattr(in_runtime, "seconds_of", seconds_of)
     with pytest.raises(decomp.OutOfReach, match=r"seconds=0\.7 cannot be reached in blocks"):
         decomp.plan(model, example_inputs=x, seconds=0.7, runtime=blocks.runtime, progress=False)
 

@@ -1,8 +1,7 @@
 """Making a plan: by rank rules, each layer separately, or by a budget, all layers together."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any, cast
 
 from torch import nn
@@ -16,37 +15,21 @@ from decomp.methods import AUTO, METHODS, Method, kinds_of, method_for, method_n
 from decomp.network.eligibility import WhyNot
 from decomp.network.flops import Call, observe
 from decomp.network.surgery import names_of
-from decomp.network.tracing import tails
 from decomp.network.unpacking import unpacked
 from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
-from decomp.planning.budget import Budget, OutOfReach, Request, seconds
+from decomp.planning.budget import Budget, OutOfReach, Request
 from decomp.planning.build import NothingToDecompose
 from decomp.planning.by_output import nearer, statistics_by_output, with_tempered_importances
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
-from decomp.planning.latency import (
-    RANK_SHARES,
-    RUNTIME_RANK_SHARES,
-    RuntimeClock,
-    Stopwatch,
-    Timings,
-    in_eager,
-    latency,
-    layer_seconds,
-    preferred_multiple,
-    seconds_of,
-)
+from decomp.planning.in_runtime import SecondsInRuntime
+from decomp.planning.latency import Timings, in_eager, latency, layer_seconds
 from decomp.planning.plan import Plan
 from decomp.planning.safeguard import safeguard
 from decomp.planning.survey import Survey, survey
 from decomp.ranks import RULES, parse_request
-from decomp.runtimes import Runtime, find, ready
-
-CORRECTIONS = 5  # how often a bound on seconds is corrected by what was measured
-WITHIN = 0.05  # it is not corrected any more where the measured time is below it by less than this,
-MARGIN = 0.01  # and by more than this, by which two measurements of one model differ
-MOST_BATCHES = 32  # of data, for the ranges of a quantizing runtime
+from decomp.runtimes import find
 
 
 def make_plan(
@@ -144,29 +127,26 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     statistics = _statistics(model, scope) if by_output is None else by_output
     surveyed = _survey(model, allowed, why_not, statistics, scope)
     timed = budget.kind not in COUNTED
-    timings: Timings = {}
-    runtime = None if given["runtime"] is None else find(given["runtime"])
-    if runtime is not None and not timed:
-        raise ValueError("runtime= says where seconds are measured: it needs a budget of seconds=")
-    clock, multiple, run_dense, batches = None, 1, None, []
-    if runtime is not None:
-        _require_share_or_duration(cast(float, given["seconds"]))
-        batches = _batches(scope, surveyed.example)
-        clock = RuntimeClock(runtime, tails(model, surveyed.example, surveyed.decomposable), timings)
-        multiple = _multiple(clock, surveyed, fitting)
+    place = None
+    if given["runtime"] is not None:
+        if not timed:
+            raise ValueError("runtime= says where seconds are measured: it needs a budget of seconds=")
+        asked = cast(float, given["seconds"])
+        place = SecondsInRuntime(find(given["runtime"]), asked, given_model, model, surveyed, fitting, scope)
         if request.multiple_of == 1:
-            request = replace(request, multiple_of=multiple)
+            request = replace(request, multiple_of=place.multiple)
+    timings: Timings = {}
     candidates: dict[str, list[Candidate]] = {}
     for name, module in bar(
         scope["progress"], "time and analyse" if timed else "analyse", surveyed.decomposable.items()
     ):
-        calls, moments = surveyed.calls(name), statistics.get(name)
-        options: dict[str, Any] = {"moments": moments, "multiple": multiple}
+        options: dict[str, Any] = {"moments": statistics.get(name)}
         if timed:
             device = next(module.parameters()).device
-            options["shares"] = RUNTIME_RANK_SHARES if clock else RANK_SHARES
-            options["measure"] = clock.measure(name, device) if clock else in_eager(device, timings)
-        candidates[name] = [_alone(name, module, each, calls, **options) for each in fitting(module)]
+            options |= {"measure": in_eager(device, timings)} if place is None else place.options(name, device)
+        candidates[name] = [
+            _alone(name, module, each, surveyed.calls(name), **options) for each in fitting(module)
+        ]
     if not candidates:
         reasons = sorted({choice.reason for choice in surveyed.refused.values()}) or ["it has no layer"]
         raise NothingToDecompose(f"no layer can be decomposed under a budget: {'; '.join(reasons[:4])}")
@@ -175,8 +155,11 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         candidates = candidates if tempered is None else tempered
         if tempered is None:
             by_output, request = None, replace(request, objective="product")
-    if runtime is not None:
-        run_dense = ready(runtime, given_model, surveyed.example, batches)
+    seconds = None
+    if place is not None:
+        seconds = place.timed(candidates)
+    elif timed:
+        seconds = _timed_inside(given_model, model, surveyed, candidates)
     undecided = {name: first.choose((), "undecided") for name, (first, *_) in candidates.items()}
     choices = surveyed.refused | undecided
     plan = Plan(
@@ -184,20 +167,18 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         surveyed.cost,
         candidates,
         statistics=statistics,
-        seconds=_timed_together(given_model, model, surveyed, candidates, run_dense) if timed else None,
+        seconds=seconds,
         request=request,
         uncounted=surveyed.uncounted,
     )
     bound: Any = {budget.kind: budget.value}
-    if runtime is not None:
-        asked = cast(float, given["seconds"])
-        if not isinstance(asked, seconds):
-            bound = {"seconds": asked * cast(Change, plan.seconds).before}
+    if place is not None and seconds is not None:
+        bound = {"seconds": place.target(seconds.before)}
     decided = None if by_output is None else _by_the_better_objective(plan, given_model, bound, scope)
-    plan = plan if decided is None else decided
-    if runtime is not None and run_dense is not None:
-        target = float(bound["seconds"])
-        return _kept_as_measured(plan, given_model, surveyed.example, runtime, batches, run_dense, asked, target)
+    if place is not None:
+        kept = place.kept(plan if decided is None else decided, bound["seconds"])
+        kept.end_trials()
+        return kept
     return plan.with_budget(**bound) if decided is None else decided
 
 
@@ -212,108 +193,6 @@ def _by_the_better_objective(plan: Plan, model: nn.Module, bound: Any, scope: Sc
     except OutOfReach:
         return None
     return nearer(by_output, alike, model, scope) if by_output.replaced and alike.replaced else None
-
-
-def _batches(scope: Scope, example: Any) -> list[Any]:
-    """Batches for a quantizing runtime: of the data, or, where these are statistics, the example."""
-    data, inputs = scope["data"], scope["inputs"]
-    if data is None or isinstance(data, Statistics):
-        return [example]
-    given: Iterable[Any] = islice(data, MOST_BATCHES)
-    return [inputs(batch) if inputs else batch for batch in given]
-
-
-def _multiple(clock: RuntimeClock, surveyed: Survey, fitting: Callable[[nn.Module], list[Method]]) -> int:
-    """The multiple of ranks that the runtime likes, measured on the layer with the most MACs."""
-    most = surveyed.forward_pass.macs if surveyed.forward_pass else {}
-    name = max(surveyed.decomposable, key=lambda name: most.get(name, 0), default=None)
-    if name is None:
-        return 1
-    module = surveyed.decomposable[name]
-    method, calls = fitting(module)[0], surveyed.calls(name) or []
-    limits = method.limits(method.kernels(module))
-    price = Price(module, cast(type[Factorized], method.layer_of(module)), limits, calls)
-    return preferred_multiple(price, limits, calls, clock.measure(name, next(module.parameters()).device))
-
-
-def _require_share_or_duration(asked: float) -> None:
-    """Check a bound of seconds in a runtime, before layers are timed there for minutes.
-
-    Raises:
-        ValueError: it is a number above 1, which is no share.
-    """
-    if not isinstance(asked, seconds) and asked > 1:
-        raise ValueError(
-            f"seconds={asked!r} with runtime=: write a share of the dense model's time, in (0, 1], or "
-            f"decomp.seconds({asked!r}) for a duration"
-        )
-
-
-def _kept_as_measured(
-    plan: Plan,
-    model: nn.Module,
-    example: Any,
-    runtime: Runtime,
-    batches: Sequence[Any],
-    run_dense: Callable[[Any], Any],
-    asked: float,
-    target: float,
-) -> Plan:
-    """The plan with the most seconds within the bound, as measured.
-
-    A plan that is predicted to save p seconds of the dense model's t and saves m leads to the next bound
-    t - p (t - b) / m, with b just below the bound that was asked for: parts outside of the layers may take more or
-    less than was predicted, and savings may be smaller, but they grow together. A time that is nearer
-    to the bound than a measurement is exact is taken only where there is no other. ``target`` is the bound in
-    seconds, ``asked`` how the call put it.
-
-    Raises:
-        OutOfReach: the fastest choice of ranks is above the bound.
-    """
-    total = cast(Change, plan.seconds).before
-    if target >= total:
-        return plan.with_budget(seconds=target)
-    surely = (1 - MARGIN) * target
-
-    def merit(found: float) -> tuple[bool, float]:
-        return found <= surely, found if found <= surely else -found
-
-    best: tuple[float, Plan] | None = None
-    bound, least, fastest = target, 0.0, total
-    for _ in range(CORRECTIONS):
-        try:
-            tried = plan.with_budget(seconds=bound)
-        except OutOfReach as error:
-            if bound <= least:
-                break  # the fastest choice that is predicted was measured
-            least = bound = error.least * (1 + 1e-9)
-            tried = plan.with_budget(seconds=bound)
-        if not tried.replaced:
-            break
-        run = ready(runtime, tried.build(model), example, batches)
-        before, after = seconds_of([run_dense, run], example)
-        found = after * total / before
-        fastest = min(fastest, found)
-        if found <= target and (best is None or merit(found) > merit(best[0])):
-            best = found, tried
-        if (1 - WITHIN) * target < found <= surely:
-            break
-        saved = total - cast(Change, tried.seconds).after
-        if found < total:
-            bound = total - saved * (total - (1 - WITHIN / 2) * target) / (total - found)
-        else:
-            bound = total - 2 * saved  # no faster: only more can help
-        bound = max(bound, 1e-9 * total)  # out of reach, where the fastest choice is tried
-        if bound <= least:
-            break
-    if best is None:
-        raise OutOfReach(
-            f"seconds={asked!r} cannot be reached in {runtime.name}: of the dense model's {total:.3g} s the least "
-            f"that was measured is {fastest:.3g}, a share of {fastest / total:.3f}",
-            fastest,
-        )
-    slowest, kept = best
-    return kept.with_measured(runtime.name, Change(total, slowest))
 
 
 def with_macs(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
@@ -408,25 +287,10 @@ def _require_same_model(statistics: Statistics, model: nn.Module) -> None:
             )
 
 
-def _timed_together(
-    given: nn.Module,
-    model: nn.Module,
-    surveyed: Survey,
-    candidates: Mapping[str, list[Candidate]],
-    run_dense: Callable[[Any], Any] | None,
+def _timed_inside(
+    given: nn.Module, model: nn.Module, surveyed: Survey, candidates: Mapping[str, list[Candidate]]
 ) -> Change:
-    """Time the given model, and rescale the seconds of each layer alone to those inside the unpacked one.
-
-    In a runtime, where ``run_dense`` runs the given model, layers cannot be timed inside: there all are rescaled
-    alike, where together they take longer than the whole.
-    """
-    if run_dense is not None:
-        (total,) = seconds_of([run_dense], surveyed.example)
-        alone = sum(cast(Stopwatch, first.stopwatch).dense for first, *_ in candidates.values())
-        for each in candidates.values():
-            for candidate in each:
-                cast(Stopwatch, candidate.stopwatch).rescale(min(1.0, total / alone))
-        return Change(total, total)
+    """Time the given model, and rescale the seconds of each layer alone to those inside the unpacked one."""
     inside = layer_seconds(model, surveyed.example, surveyed.decomposable)
     (total,) = latency([given], surveyed.example)
     share = min(1.0, total / sum(inside.values()))
