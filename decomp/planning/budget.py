@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from decomp._util.naming import some
 from decomp._util.schema import Value
-from decomp.methods import AUTO
+from decomp.methods import AUTO, RECURRENT
+from decomp.methods.recurrent import SVD_RNN
 from decomp.planning.allocation import BudgetTooSmall, Front, allocate, allocate_minmax, allocate_quickly
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Choice, where_it_stays
@@ -280,7 +281,11 @@ def spend(
         named = zip(layers, options_of_layers, strict=True)
         dense = {n: o[0].candidate.choose((), NEVER_CHEAPER if len(o) == 1 else "") for n, o in named}
         least = fixed + error.least
-        raise OutOfReach(_out_of_reach(budget, total, least, fixed, {**fixed_choices, **dense}), least) from None
+        text = _out_of_reach(budget, total, least, fixed, {**fixed_choices, **dense})
+        allowed = {each.method.name for candidates in layers.values() for each in candidates}
+        if RECURRENT.name in allowed and SVD_RNN.name not in allowed:
+            text += f"; {SVD_RNN.name!r} in methods= decomposes the recurrence of LSTM, GRU and RNN layers as well"
+        raise OutOfReach(text, least) from None
     found = [options[place] for options, place in zip(options_of_layers, chosen, strict=True)]
     return {name: (option.candidate, option.ranks) for name, option in zip(layers, found, strict=True)}
 
