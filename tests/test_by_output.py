@@ -6,7 +6,7 @@ from torch import nn
 
 import decomp
 from decomp.calibration.gradients import leveled
-from decomp.planning import build, by_output, planner
+from decomp.planning import by_output, planner
 
 QUIET = {"progress": False}
 
@@ -243,58 +243,3 @@ def test_importances_are_halfway_to_that_of_the_average_layer():
     assert full["heard"] > 10 * full["unheard"]
     for name, importance in full.items():
         assert found[name][0].importance == pytest.approx((importance * average) ** 0.5, rel=1e-6)
-
-
-def plan_with_factors(model, data):
-    """A plan whose candidates hold the factors that it was judged by."""
-    decided = decomp.plan(model, params=0.5, data=data, **QUIET)
-    held = {name: list(decided.candidates[name][0].made) for name in decided.replaced}
-    assert held == {name: [decided[name].ranks] for name in decided.replaced}
-    return decided
-
-
-def equal(one, other):
-    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return all(torch.equal(*pair) for pair in pairs)
-
-
-def test_a_plan_is_applied_with_the_factors_that_judged_it(monkeypatch):
-    model, data = network(0.5), batches()
-    decided = plan_with_factors(model, data)
-    expected = plan_with_factors(model, data)
-    for name in expected.replaced:
-        expected.candidates[name][0].made.clear()
-    expected = expected.apply(model, **QUIET)
-    with monkeypatch.context() as patched:
-        patched.setattr(build, "from_moments", None)
-        small = decided.apply(model, **QUIET)
-    assert equal(small, expected)
-    assert equal(decided.apply(model, **QUIET), expected), "they are taken once, and made again then"
-    assert not any(decided.candidates[name][0].made for name in decided.replaced)
-
-
-@pytest.mark.parametrize("change", ["weight", "bias", "requires_grad", "dtype", "mode"])
-def test_factors_that_judged_a_plan_are_not_those_of_a_layer_that_has_changed(change, monkeypatch):
-    model, data = network(0.5), batches()
-    decided = plan_with_factors(model, data)
-    name = sorted(decided.replaced)[0]
-    layer = model.get_submodule(name)
-    with torch.no_grad():
-        if change in ("weight", "bias"):
-            getattr(layer, change).mul_(2)
-    if change == "requires_grad":
-        layer.requires_grad_(False)
-    elif change == "dtype":
-        layer.double()
-    elif change == "mode":
-        layer.train()
-    remade = []
-
-    def noting(module, *arguments):
-        remade.append(module)
-        return from_moments(module, *arguments)
-
-    from_moments = build.from_moments
-    monkeypatch.setattr(build, "from_moments", noting)
-    decided.apply(model, **QUIET)
-    assert remade == [layer]

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -151,8 +150,7 @@ def decomposed(
 ) -> dict[str, Decomposed]:
     """Decompose each layer as chosen, by its output if it has statistics, else by its weight; none is changed.
 
-    Layers that were made to judge the plan are taken from its candidates. Warns if a layer was planned from data,
-    but its statistics are missing.
+    Warns if a layer was planned from data, but its statistics are missing.
 
     Raises:
         ValueError: a weight is not finite; the message names the layer.
@@ -170,42 +168,13 @@ def decomposed(
         is_changed = has_changed(module, candidates.get(name, ()))
         candidate = None if is_changed else candidate_of(method, candidates.get(name, ()))
         with naming(name):
-            made = None if candidate is None else _taken(candidate, ranks, module)
-            if made is not None:
-                new[name] = made
-            elif name in statistics:
+            if name in statistics:
                 new[name] = from_moments(module, method, ranks, statistics[name], candidate)
             else:
                 new[name] = Decomposed(
                     from_weight(module, method, ranks, candidate), CHANGED if is_changed else ""
                 )
     return new
-
-
-def kept_for_later(
-    candidates: Mapping[str, Sequence[Candidate]],
-    method_of: MethodOf,
-    dense: Mapping[str, nn.Module],
-    new: Mapping[str, Decomposed],
-) -> dict[str, Factorized]:
-    """Keep layers that judge a plan with its candidates, for it to be applied; return copies to judge it with."""
-    for name, each in new.items():
-        candidate = candidate_of(method_of(name), candidates.get(name, ()))
-        if candidate is not None:
-            candidate.made[each.layer.ranks] = (each, _traits(dense[name]))
-    return {name: deepcopy(each.layer) for name, each in new.items()}
-
-
-def _taken(candidate: Candidate, ranks: Ranks, dense: nn.Module) -> Decomposed | None:
-    """Take a layer that was made with these ranks, unless ``dense`` is no longer as it was then."""
-    made, traits = candidate.made.pop(ranks, (None, None))
-    return made if made is not None and traits == _traits(dense) else None
-
-
-def _traits(dense: nn.Module) -> Any:
-    """What a factorized layer takes over from the dense one."""
-    parameters = list(dense.parameters())
-    return dense.training, fingerprint(parameters), [(p.device, p.dtype, p.requires_grad) for p in parameters]
 
 
 def has_changed(module: nn.Module, candidates: Sequence[Candidate]) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from math import exp, isfinite, log, nan, sqrt
+from math import exp, isfinite, log, sqrt
 from statistics import mean
 from typing import Any
 
@@ -80,12 +80,10 @@ def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan
     if not judged:
         return alike
     try:
-        errors = [_error(plan.trial(model), model, judged) for plan in (by_output, alike)]
+        errors = [_error(plan.apply(model, progress=False), model, judged) for plan in (by_output, alike)]
     except (SizesDiffer, torch.OutOfMemoryError):
-        errors = [nan]
-    better = by_output if errors[0] <= errors[-1] else alike  # not a number: the latter
-    better.end_trials()
-    return better
+        return alike
+    return by_output if errors[0] <= errors[1] else alike  # not a number: the latter
 
 
 def _held_out(scope: Scope) -> list[tuple[Any, Tensor | None]]:

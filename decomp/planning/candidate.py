@@ -1,7 +1,7 @@
 """One layer under one method: errors and costs at all ranks, and the choice of the ranks."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from operator import index
 from typing import Any, cast
@@ -103,8 +103,7 @@ class Candidate:
     """One layer under one method, analysed once: afterwards error and cost at any ranks are known immediately.
 
     ``importance`` is the squared relative change of the network's output, or the change of the loss, per squared
-    relative error of the layer; None without gradients. ``made`` are layers that were decomposed to judge a plan,
-    by their ranks, see :mod:`decomp.planning.build`.
+    relative error of the layer; None without gradients.
     """
 
     name: str
@@ -120,7 +119,6 @@ class Candidate:
     tucker_reference: "Callable[[], Candidate] | None" = None
     importance: float | None = None
     fingerprint: str = ""
-    made: dict[Ranks, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(

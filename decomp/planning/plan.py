@@ -22,7 +22,6 @@ from decomp.planning.budget import Budget, Request, spend
 from decomp.planning.build import (
     correct_means,
     decomposed,
-    kept_for_later,
     layers_to_replace,
     measured,
     require_fit,
@@ -374,24 +373,6 @@ class Plan(tables.Tabular, Mapping[str, Choice]):
         small = self.swap(model, layers, settled, inplace=inplace)
         correct_means(small, layers, new, self._statistics)
         return small
-
-    @surgery.outside_inference_mode()
-    def trial(self, model: nn.Module) -> nn.Module:
-        """The model that :meth:`apply` returns, to judge the plan, which keeps the factors to be applied then."""
-        whole = unpacked(model, self.replaced)
-        replaced = layers_to_replace(whole, self, self.method_of, needs_values=True)
-        new = decomposed(replaced, self, self.method_of, self._candidates, self._statistics, False)
-        layers = kept_for_later(self._candidates, self.method_of, replaced, new)
-        small = self.swap(model, layers, {}, inplace=False)
-        correct_means(small, layers, new, self._statistics)
-        return small
-
-    def end_trials(self) -> None:
-        """Forget the factors of other plans, made of the same candidates, that were tried."""
-        for name, candidates in self._candidates.items():
-            for candidate in candidates:
-                for ranks in [ranks for ranks in candidate.made if ranks != self[name].ranks]:
-                    candidate.made.pop(ranks)
 
     @all_or_nothing()
     @surgery.outside_inference_mode()

@@ -127,14 +127,14 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
     statistics = _statistics(model, scope) if by_output is None else by_output
     surveyed = _survey(model, allowed, why_not, statistics, scope)
     timed = budget.kind not in COUNTED
-    place = None
+    in_runtime = None
     if given["runtime"] is not None:
         if not timed:
             raise ValueError("runtime= says where seconds are measured: it needs a budget of seconds=")
         asked = cast(float, given["seconds"])
-        place = SecondsInRuntime(find(given["runtime"]), asked, given_model, model, surveyed, fitting, scope)
+        in_runtime = SecondsInRuntime(find(given["runtime"]), asked, given_model, model, surveyed, fitting, scope)
         if request.multiple_of == 1:
-            request = replace(request, multiple_of=place.multiple)
+            request = replace(request, multiple_of=in_runtime.multiple)
     timings: Timings = {}
     candidates: dict[str, list[Candidate]] = {}
     for name, module in bar(
@@ -143,7 +143,10 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         options: dict[str, Any] = {"moments": statistics.get(name)}
         if timed:
             device = next(module.parameters()).device
-            options |= {"measure": in_eager(device, timings)} if place is None else place.options(name, device)
+            if in_runtime is None:
+                options["measure"] = in_eager(device, timings)
+            else:
+                options |= in_runtime.options(name, device)
         candidates[name] = [
             _alone(name, module, each, surveyed.calls(name), **options) for each in fitting(module)
         ]
@@ -155,9 +158,11 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         candidates = candidates if tempered is None else tempered
         if tempered is None:
             by_output, request = None, replace(request, objective="product")
+    bound: Any = {budget.kind: budget.value}
     seconds = None
-    if place is not None:
-        seconds = place.timed(candidates)
+    if in_runtime is not None:
+        seconds = in_runtime.timed(candidates)
+        bound = {"seconds": in_runtime.target(seconds.before)}
     elif timed:
         seconds = _timed_inside(given_model, model, surveyed, candidates)
     undecided = {name: first.choose((), "undecided") for name, (first, *_) in candidates.items()}
@@ -171,14 +176,9 @@ def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, s
         request=request,
         uncounted=surveyed.uncounted,
     )
-    bound: Any = {budget.kind: budget.value}
-    if place is not None and seconds is not None:
-        bound = {"seconds": place.target(seconds.before)}
     decided = None if by_output is None else _by_the_better_objective(plan, given_model, bound, scope)
-    if place is not None:
-        kept = place.kept(plan if decided is None else decided, bound["seconds"])
-        kept.end_trials()
-        return kept
+    if in_runtime is not None:
+        return in_runtime.kept(plan if decided is None else decided, bound["seconds"])
     return plan.with_budget(**bound) if decided is None else decided
 
 

@@ -51,12 +51,12 @@ def safeguard(
 
         e_l^2 / sqrt(s_p s_m)_l > 2.5 sum_i e_i^2 / sum_i sqrt(s_p s_m)_i    or    1 - sum_i e_i^2 / n < 0.78,
 
-    for n analysed layers, and e_l^2 > 0.02; and wherever e_l^2 > 0.5. Of those that lose less than that the layer
-    with the largest ratio on the left is taken out first. Errors are those of outputs where there are data.
+    for n analysed layers, and e_l^2 > 0.02. Layers with e_l^2 > 0.5 are taken out first, whatever the means are;
+    of the others the one with the largest ratio on the left. Errors are those of outputs where there are data.
 
-    A layer that was taken out gets those ranks that save the most, of all that lose less than the rule's and whose
-    ratio is at most that of the layers that are left, sum_i e_i^2 / sum_i sqrt(s_p s_m)_i. Where there are none it
-    stays dense.
+    A layer that was taken out gets those ranks that save the most, of all that lose less than the rule's, and no
+    more than 0.5, and whose ratio is at most that of the layers that are left, sum_i e_i^2 / sum_i sqrt(s_p s_m)_i
+    (at most 2.5 times that where the rule's e_l^2 > 0.5). Where there are none it stays dense.
 
     Args:
         choices: the decisions of the rules, by the names of the layers.
@@ -90,7 +90,8 @@ def safeguard(
         candidate, rule = candidates[name], type(spectral[name]).__name__
         if not candidate.spectra:
             continue  # errors at other ranks are estimates, each of a fit
-        ranks = saved.most_saving(chosen[name], candidate.limited_grid(**limits), most)
+        times = MOST_TIMES_THE_MEAN if losses[name] > MOST_LOST else 1.0
+        ranks = saved.most_saving(chosen[name], candidate.limited_grid(**limits), times * most)
         raised = candidate.choose(ranks, changed[name].reason)
         if ranks and 1 - (loss + _lost(raised)) / len(rules) >= LEAST_ENERGY:
             loss += _lost(raised)
