@@ -82,8 +82,9 @@ def test_a_layer_that_is_held_stays_as_it_is_and_the_budget_counts_it(net):
     assert state.plan["2"].ranks == (20, 12)
     state.hold("2", False)
     state.choose_energy(0.5)
-    rule = decomp.ranks.energy(0.5, pure=True)
-    assert state.plan["2"].ranks == decomp.plan(net, ranks=rule, example_inputs=IMAGE)["2"].ranks
+    assert (
+        state.plan["2"].ranks == decomp.plan(net, ranks=decomp.ranks.energy(0.5), example_inputs=IMAGE)["2"].ranks
+    )
 
 
 def test_ranks_that_do_not_pay_leave_the_layer_dense_and_the_slider_where_it_is(net):

@@ -12,7 +12,7 @@ from torch import nn
 import decomp
 from decomp.planning.build import NothingToDecompose
 from decomp.planning.choice import Change, Choice
-from decomp.planning.safeguard import LEAST_ENERGY, MOST_LOST, MOST_TIMES_THE_MEAN, NEGLIGIBLE_LOSS, safeguard
+from decomp.planning.safeguard import LEAST_ENERGY, MOST_TIMES_THE_MEAN, NEGLIGIBLE_LOSS, safeguard
 from decomp.ranks import Fixed, vbmf
 from decomp.ranks.spectral import evbmf_rank
 
@@ -60,7 +60,7 @@ def choice(params, macs, error, ranks=(2,), output_error=None):
 
 def brute_force(losses, savings, analysed):
     """The layers at risk: the one with the largest loss per saving, again and again, while a bound is broken."""
-    left = losses <= MOST_LOST
+    left = np.ones(len(losses), bool)
     while (left & (losses > NEGLIGIBLE_LOSS)).any():
         ratios = np.where(left & (losses > NEGLIGIBLE_LOSS), losses / savings, 0)
         mean = losses[left].sum() / savings[left].sum()
@@ -75,11 +75,8 @@ def test_the_formula_is_that_of_its_docstring(seed):
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 12))
     before = rng.integers(100, 10_000, (count, 2))
-    errors = rng.uniform(0.02, rng.uniform(0.3, 1.2), count)
-    if seed % 2:  # one layer saves more than all others, and so is most of the means that it is compared with
-        before[0] *= 50
-        errors[0] = 0.9
     after = (before * rng.uniform(0.05, 0.9, (count, 2))).astype(int)
+    errors = rng.uniform(0.02, rng.uniform(0.3, 1.2), count)
     names = [f"layer{index}" for index in range(count)]
     choices = {
         name: choice((before[i, 0], after[i, 0]), (before[i, 1], after[i, 1]), errors[i])
@@ -100,18 +97,6 @@ def decaying(layer, decay):
     u, values, v = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
     layer.weight.data = (u * decay ** torch.arange(len(values)) @ v).float()
     return layer
-
-
-def test_a_layer_that_would_lose_more_than_half_gets_the_least_ranks_that_keep_half():
-    torch.manual_seed(0)
-    others = [decaying(nn.Linear(64, 64), 0.95) for _ in range(7)]
-    model = nn.Sequential(nn.Linear(64, 64), *others)  # noise, of which energy(0.3) would keep less than a third
-    rules = {"*": decomp.ranks.energy(0.85), "0": decomp.ranks.energy(0.3)}
-    plan = decomp.plan(model, ranks=rules)
-    values = torch.linalg.svdvals(model[0].weight.detach().double()).square()
-    lost = 1 - values.cumsum(0) / values.sum()
-    assert plan["0"].ranks == (int((lost > MOST_LOST).sum()) + 1,)
-    assert "raised from rank" in plan["0"].note
 
 
 @pytest.mark.parametrize("limits", [{}, {"multiple_of": 4}, {"min_gain": 0.3}])

@@ -28,9 +28,6 @@ MOST_TIMES_THE_MEAN = 2.5
 NEGLIGIBLE_LOSS = 0.02
 """A layer that loses no more of its energy than this is never at risk."""
 
-MOST_LOST = 0.5
-"""A layer that loses more of its energy than this is at risk, whatever it saves."""
-
 LEAST_ENERGY = 0.78
 """The mean share of their energy that all analysed layers keep at least; a dense one keeps 1."""
 
@@ -51,12 +48,12 @@ def safeguard(
 
         e_l^2 / sqrt(s_p s_m)_l > 2.5 sum_i e_i^2 / sum_i sqrt(s_p s_m)_i    or    1 - sum_i e_i^2 / n < 0.78,
 
-    for n analysed layers, and e_l^2 > 0.02. Layers with e_l^2 > 0.5 are taken out first, whatever the means are;
-    of the others the one with the largest ratio on the left. Errors are those of outputs where there are data.
+    for n analysed layers, and e_l^2 > 0.02. The layer with the largest ratio on the left is taken out first.
+    Errors are those of outputs where there are data.
 
-    A layer that was taken out gets those ranks that save the most, of all that lose less than the rule's, and no
-    more than 0.5, and whose ratio is at most that of the layers that are left, sum_i e_i^2 / sum_i sqrt(s_p s_m)_i
-    (at most 2.5 times that where the rule's e_l^2 > 0.5). Where there are none it stays dense.
+    A layer that was taken out gets those ranks that save the most, of all that lose less than the rule's and whose
+    ratio is at most that of the layers that are left, sum_i e_i^2 / sum_i sqrt(s_p s_m)_i. Where there are none it
+    stays dense.
 
     Args:
         choices: the decisions of the rules, by the names of the layers.
@@ -76,11 +73,11 @@ def safeguard(
     saved = _Saved([choices[name] for name in rules])
     savings = {name: saved.by(choice) for name, choice in chosen.items()}
     replaced, changed = dict(chosen), {}
-    order = sorted(chosen, key=lambda name: (losses[name] > MOST_LOST, losses[name] / savings[name]), reverse=True)
-    for name in (name for name in order if losses[name] > NEGLIGIBLE_LOSS):
+    by_ratio = sorted(chosen, key=lambda name: losses[name] / savings[name], reverse=True)
+    for name in (name for name in by_ratio if losses[name] > NEGLIGIBLE_LOSS):
         loss, saving = (sum(each[name] for name in replaced) for each in (losses, savings))
-        bound = min(MOST_LOST, MOST_TIMES_THE_MEAN * savings[name] * loss / saving)
-        if losses[name] <= bound and 1 - loss / len(rules) >= LEAST_ENERGY:
+        ratio = losses[name] / savings[name]
+        if ratio <= MOST_TIMES_THE_MEAN * loss / saving and 1 - loss / len(rules) >= LEAST_ENERGY:
             break
         choice = replaced.pop(name)
         changed[name] = replace(choice, at_risk=True) if spectral[name].pure else _dense(choice, spectral[name])
@@ -90,8 +87,7 @@ def safeguard(
         candidate, rule = candidates[name], type(spectral[name]).__name__
         if not candidate.spectra:
             continue  # errors at other ranks are estimates, each of a fit
-        times = MOST_TIMES_THE_MEAN if losses[name] > MOST_LOST else 1.0
-        ranks = saved.most_saving(chosen[name], candidate.limited_grid(**limits), times * most)
+        ranks = saved.most_saving(chosen[name], candidate.limited_grid(**limits), most)
         raised = candidate.choose(ranks, changed[name].reason)
         if ranks and 1 - (loss + _lost(raised)) / len(rules) >= LEAST_ENERGY:
             loss += _lost(raised)
@@ -136,8 +132,7 @@ class _Saved:
         saved = {kind: (1 - grid.share(kind)).clip(min=0) * choice.costs[kind].before for kind in self._totals}
         savings = np.where(grid.pays, self._mean(saved), 0.0)
         # Of a flat spectrum the ratio is least at rank 1: higher ranks are those that lose less.
-        losses = grid.error**2
-        savings[(losses > most * savings) | (losses >= _lost(choice)) | (losses > MOST_LOST)] = 0.0
+        savings[(grid.error**2 > most * savings) | (grid.error**2 >= _lost(choice))] = 0.0
         best = int(savings.argmax()) if len(savings) else 0
         return tuple(grid.ranks[best].tolist()) if savings[best : best + 1].any() else ()
 
