@@ -81,21 +81,20 @@ def _quantize(program: Program, plain: Path, path: Path, data: Sequence[Any]) ->
     # A few channels of what attention reads are so large that one range for all data leaves nothing to the others.
     kinds = ["Conv"] if program.attends else ["Conv", "MatMul", "Gemm", "MaxPool", "Add", "Concat", "Relu"]
     target = plain.with_name("static.onnx") if program.attends else path
-    # Weights of 7 bits: without VNNI, processors add two products of 8 by 8 bits in 16 bits, which saturate.
-    shared: dict[str, Any] = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
     quantize_static(
         folded,
         target,
         Reader(),
         quant_format=QuantFormat.QDQ,
+        per_channel=True,
         activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
         op_types_to_quantize=kinds,
         extra_options={"ForceQuantizeNoInputCheck": False},
-        **shared,
     )
     if program.attends:
-        options: dict[str, Any] = {"extra_options": {"MatMulConstBOnly": True}}
-        quantize_dynamic(target, path, op_types_to_quantize=["MatMul", "Gemm"], **options, **shared)
+        products: dict[str, Any] = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": QuantType.QInt8}
+        quantize_dynamic(target, path, per_channel=True, extra_options={"MatMulConstBOnly": True}, **products)
 
 
 class OnnxSession:
