@@ -3,6 +3,7 @@
 import copy
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ import decomp
 from decomp.layers import Factorized, group_kernels, join_kernels
 from decomp.runtimes import ready
 from decomp.runtimes.int8_ranges import with_like_ranges
+from decomp.runtimes.processor import int8_sums_saturate
 from decomp.runtimes.program import export_program
 
 QUIET = {"progress": False}
@@ -224,3 +226,53 @@ def test_a_file_whose_int8_is_far_from_the_model_is_said(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"int8 changes the outputs of Sequential by 0\.5 of their size"):
         decomp.export(model, tmp_path / "small.xml", x, int8=[x])
     assert (tmp_path / "small.xml").exists()
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+@pytest.mark.parametrize("ending", ["onnx", "xml"])
+def test_weights_have_7_bits_where_sums_saturate(tmp_path, monkeypatch, ending, saturates):
+    """Every weight, also of the factors, whatever the processor of this machine does."""
+    runtime, needs = ("onnx_files", "onnxruntime") if ending == "onnx" else ("openvino_models", "openvino")
+    pytest.importorskip(needs)
+    monkeypatch.setattr(f"decomp.runtimes.{runtime}.int8_sums_saturate", lambda: saturates)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1))
+    data = [torch.randn(2, 3, 12, 12) for _ in range(3)]
+    path = tmp_path / f"small.{ending}"
+    decomp.export(model.eval(), path, data[0], int8=data)
+    largest = [int(np.abs(weight.astype(int)).max()) for weight in int8_weights(path)]
+    assert len(largest) == 3
+    # NNCF always gives 7 bits to the first layer. Quantized ranges are of odd length: 63 or 64.
+    of_7_bits = [value <= 64 for value in largest]
+    assert sum(of_7_bits) == (3 if saturates else ending == "xml")
+
+
+def int8_weights(path):
+    """The weights of convolutions that a file holds as int8."""
+    if path.suffix == ".onnx":
+        import onnx
+
+        arrays = [onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer]
+    else:
+        from decomp.runtimes.openvino_models import read_openvino
+
+        constants = [each for each in read_openvino(path).get_ops() if each.get_type_name() == "Constant"]
+        arrays = [each.data for each in constants]
+    return [each for each in arrays if each.dtype == np.int8 and each.ndim == 4]
+
+
+@pytest.mark.parametrize(
+    ("machine", "has", "saturates"),
+    [
+        ("x86_64", {"avx2": True}, True),
+        ("x86_64", {"avx2": True, "avx512_vnni": True}, False),
+        ("AMD64", {"avx2": True, "avx_vnni": True}, False),
+        ("x86_64", {"amx_int8": True}, False),
+        ("aarch64", {}, False),
+        ("arm64", {}, False),
+    ],
+)
+def test_processors_without_vnni_saturate(monkeypatch, machine, has, saturates):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert int8_sums_saturate.__wrapped__() is saturates

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from decomp._util.optional import needing
+from decomp.runtimes.processor import int8_sums_saturate
 from decomp.runtimes.program import Array, Program, export_program, quiet
 from decomp.runtimes.record import Runtime
 
@@ -81,20 +82,25 @@ def _quantize(program: Program, plain: Path, path: Path, data: Sequence[Any]) ->
     # A few channels of what attention reads are so large that one range for all data leaves nothing to the others.
     kinds = ["Conv"] if program.attends else ["Conv", "MatMul", "Gemm", "MaxPool", "Add", "Concat", "Relu"]
     target = plain.with_name("static.onnx") if program.attends else path
+    # Weights of 7 bits where sums would saturate.
+    shared: dict[str, Any] = {
+        "per_channel": True,
+        "weight_type": QuantType.QInt8,
+        "reduce_range": int8_sums_saturate(),
+    }
     quantize_static(
         folded,
         target,
         Reader(),
         quant_format=QuantFormat.QDQ,
-        per_channel=True,
         activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
         op_types_to_quantize=kinds,
         extra_options={"ForceQuantizeNoInputCheck": False},
+        **shared,
     )
     if program.attends:
-        products: dict[str, Any] = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": QuantType.QInt8}
-        quantize_dynamic(target, path, per_channel=True, extra_options={"MatMulConstBOnly": True}, **products)
+        options: dict[str, Any] = {"extra_options": {"MatMulConstBOnly": True}}
+        quantize_dynamic(target, path, op_types_to_quantize=["MatMul", "Gemm"], **options, **shared)
 
 
 class OnnxSession:

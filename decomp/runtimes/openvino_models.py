@@ -13,6 +13,7 @@ from torch import nn
 
 from decomp._util.optional import needing
 from decomp.network.restoring import lock
+from decomp.runtimes.processor import int8_sums_saturate
 from decomp.runtimes.program import Program, export_program, quiet
 from decomp.runtimes.record import Runtime
 
@@ -86,6 +87,9 @@ def _quantized(program: Program, graph: Any, data: Sequence[Any]) -> Any:
     batches = [program.arrays(batch) for batch in data]
     samples = [each[0] if len(each) == 1 else dict(zip(program.inputs, each, strict=True)) for each in batches]
     options: dict[str, Any] = {}
+    if int8_sums_saturate():  # weights of 7 bits, not in the first layers alone
+        fix = nncf.OverflowFix.ENABLE
+        options["advanced_parameters"] = nncf.AdvancedQuantizationParameters(overflow_fix=fix)
     if program.attends:
         options["model_type"] = nncf.ModelType.TRANSFORMER
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
