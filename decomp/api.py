@@ -378,7 +378,7 @@ def _decompose(
     _require_batches(arguments)
     limits, scope = _part(arguments, RankLimits), _part(arguments, Scope)
     if not isinstance(ranks, Plan):
-        decided = make_plan(model, method, options, ranks, limits, scope)
+        decided = make_plan(model, method, options, ranks, limits, scope, by_output=arguments["finetune"] is False)
         if arguments["finetune"] is False and not _is_sequential(arguments):
             _warn_of_risk(decided)
         return _apply(model, decided, arguments)

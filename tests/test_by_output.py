@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import decomp
-from decomp.calibration.gradients import leveled
+from decomp.data.levels import leveled
 from decomp.planning import by_output, planner
 
 QUIET = {"progress": False}

@@ -62,7 +62,11 @@ def jupyterlab(folder: Path):
         yield url
     finally:
         server.terminate()
-        server.wait(20)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:  # a machine with more to do
+            server.kill()
+            server.wait()
         log.close()
 
 

@@ -18,7 +18,6 @@ from decomp.calibration.gradients import (
     NoGradient,
     SavesTooMuch,
     SensitivityScalar,
-    leveled,
     saving_at_most,
     tracked,
 )
@@ -26,6 +25,7 @@ from decomp.calibration.moments import LayerSums
 from decomp.calibration.recurrent import AnyMoments, RecurrentSums, requiring_gradients
 from decomp.calibration.sampling import Positions, Sampling
 from decomp.data.batches import Batches, FitSplit, Mask, naming_batch, rows_of, some_rows
+from decomp.data.levels import leveled
 from decomp.layers import routes_rows
 from decomp.methods import kinds_of
 from decomp.network.eligibility import eligible

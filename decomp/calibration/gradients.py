@@ -7,12 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from decomp.data.batches import unpadded
+from decomp.data.levels import leveled
 from decomp.network.forward import call, flat_output, floating
-
-FILLED = 1e6  # times the median: a larger value is what a mask fills in
-SAMPLE = 100_000  # values that the median is of
-LOWEST_LEVEL = 1e-5  # of the largest: below it a channel is taken as silent, and not amplified further
 
 
 class NoGradient(ValueError):
@@ -64,44 +60,6 @@ class SensitivityScalar:
         if not floating(result):
             raise NoGradient("loss='output': the model returns no float tensor: write a function, or loss=None")
         return leveled(result, result, mask) if self._level else flat_output(result)
-
-
-def leveled(result: Any, reference: Any, mask: Tensor | None = None) -> Tensor:
-    """The floating-point tensors of an output as one vector in which each of them, and its channels, count alike.
-
-    A tensor is divided by the root mean square that each of its channels has in the same tensor of ``reference``,
-    an output for the same batch, and by the norm that is then left there: boxes in pixels would otherwise count a
-    million times what scores do. The channels are the last axis of what is padded, else the shortest one but the
-    first, of three axes or more. Padding is left out, and what masks fill in: infinity, and values that are a
-    million times the median.
-
-    >>> boxes_and_scores = torch.cat([300 * torch.ones(1, 4, 50), torch.ones(1, 8, 50)], dim=1)
-    >>> leveled(boxes_and_scores, boxes_and_scores).square().reshape(12, 50).sum(1).mul(12).round()
-    tensor([1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1., 1.])
-    """
-    pairs = zip(floating(result), floating(reference), strict=True)
-    parts = [_leveled(tensor, expected.detach(), mask) for tensor, expected in pairs]
-    return torch.cat(parts) if parts else torch.zeros(0)
-
-
-def _leveled(tensor: Tensor, expected: Tensor, mask: Tensor | None) -> Tensor:
-    has_channels = expected.dim() > 2
-    tensor, kept = (unpadded(each.float(), mask) for each in (tensor, expected))
-    some = kept.flatten()[:: max(1, kept.numel() // SAMPLE)].abs()
-    usual = some[(some > 0) & some.isfinite()]
-    highest = FILLED * float(usual.median()) if usual.numel() else torch.finfo(torch.float32).max
-    filled = ~(kept.abs() <= highest)
-    tensor, kept = tensor.masked_fill(filled, 0.0), kept.masked_fill(filled, 0.0)
-    if has_channels and kept.numel():
-        is_padded = kept.dim() < expected.dim()
-        axis = kept.dim() - 1 if is_padded else 1 + min(range(kept.dim() - 1), key=lambda i: kept.shape[1 + i])
-        others = [other for other in range(kept.dim()) if other != axis]
-        level = kept.square().mean(others, keepdim=True).sqrt()
-        level = level.clamp(min=LOWEST_LEVEL * float(level.max()))
-        level = level.where(level > 0, 1.0)
-        tensor, kept = tensor / level, kept / level
-    norm = float(kept.norm())
-    return tensor.flatten() / (norm or 1.0)
 
 
 class SavesTooMuch(Exception):

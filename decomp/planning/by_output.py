@@ -1,6 +1,6 @@
 """Budgets by what the network's output feels, where data are batches, unless held-out batches say otherwise."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from math import exp, isfinite, log, sqrt
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from decomp._util.warn import warn
 from decomp.calibration.calibrate import Statistics, gather
-from decomp.calibration.gradients import NoGradient, SensitivityScalar, leveled
+from decomp.calibration.gradients import NoGradient, SensitivityScalar
 from decomp.data.batches import Batches, rows_of, some_rows
+from decomp.data.levels import leveled
 from decomp.network.forward import SizesDiffer, Unfused, call, differences, evaluating, floating, to_device_of
 from decomp.planning.arguments import Scope
 from decomp.planning.candidate import Candidate
@@ -76,7 +77,7 @@ def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan
     """
     if all(by_output[name].ranks == alike[name].ranks for name in by_output):
         return by_output
-    judged = _held_out(scope)
+    judged = held_out_batches(scope)
     if not judged:
         return alike
     try:
@@ -86,9 +87,11 @@ def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan
     return by_output if errors[0] <= errors[1] else alike  # not a number: the latter
 
 
-def _held_out(scope: Scope) -> list[tuple[Any, Tensor | None]]:
-    """The batches to judge on, or the rows of them, each with its mask."""
+def held_out_batches(scope: Scope) -> list[tuple[Any, Tensor | None]]:
+    """The batches to judge on, or the rows of them, each with its mask; none where data can be read only once."""
     data: Any = scope["data"]
+    if data is None or isinstance(data, Statistics | Iterator):
+        return []
     batches = Batches.in_fixed_order(data, scope["inputs"], MASK)
     split = batches.fit_split()
 
@@ -108,13 +111,30 @@ def _held_out(scope: Scope) -> list[tuple[Any, Tensor | None]]:
 
 
 @torch.no_grad()
-def _error(small: nn.Module, dense: nn.Module, judged: Sequence[tuple[Any, Any]]) -> float:
-    """The sum over the batches of the squared errors of the output, brought to one level."""
-    total = 0.0
+def output_errors(
+    small: nn.Module,
+    dense: nn.Module,
+    judged: Sequence[tuple[Any, Tensor | None]],
+    measure: Callable[[list[Tensor], Any, Tensor | None], float],
+) -> list[float]:
+    """What ``measure`` makes of each batch: of the errors of its output, the output of the dense model, the mask.
+
+    Raises:
+        SizesDiffer: the outputs have sizes that depend on weights.
+    """
+    found = []
     with evaluating(small, dense), Unfused():
         for batch, mask in judged:
             batch = to_device_of(dense, batch)
             expected, output = call(dense, batch), call(small, batch)
-            errors = differences(small, floating(output), floating(expected))
-            total += float(leveled(errors, expected, mask).square().sum())
-    return total
+            found.append(measure(differences(small, floating(output), floating(expected)), expected, mask))
+    return found
+
+
+def _error(small: nn.Module, dense: nn.Module, judged: Sequence[tuple[Any, Tensor | None]]) -> float:
+    """The sum over the batches of the squared errors of the output, brought to one level."""
+
+    def squared(errors: list[Tensor], expected: Any, mask: Tensor | None) -> float:
+        return float(leveled(errors, expected, mask).square().sum())
+
+    return sum(output_errors(small, dense, judged, squared))

@@ -19,12 +19,13 @@ from decomp.network.unpacking import unpacked
 from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
 from decomp.planning.budget import Budget, OutOfReach, Request
 from decomp.planning.build import NothingToDecompose
-from decomp.planning.by_output import nearer, statistics_by_output, with_tempered_importances
+from decomp.planning.by_output import held_out_batches, nearer, statistics_by_output, with_tempered_importances
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
 from decomp.planning.in_runtime import SecondsInRuntime
 from decomp.planning.latency import Timings, in_eager, latency, layer_seconds
+from decomp.planning.output_check import near_in_output
 from decomp.planning.plan import Plan
 from decomp.planning.safeguard import safeguard
 from decomp.planning.survey import Survey, survey
@@ -39,9 +40,14 @@ def make_plan(
     ranks: Any,
     limits: RankLimits,
     scope: Scope,
+    *,
+    by_output: bool = True,
 ) -> Plan:
-    """Plan every layer of ``model`` separately; see :func:`decomp.plan`."""
-    model, earlier = unpacked(model), ranks if isinstance(ranks, Plan) else None
+    """Plan every layer of ``model`` separately; see :func:`decomp.plan`.
+
+    With ``by_output`` the ranks of rules are changed where the output of the network is far off with them.
+    """
+    given_model, model, earlier = model, unpacked(model), ranks if isinstance(ranks, Plan) else None
     request = Request(**limits) if earlier is None else earlier.request
     named = method_named(method, options)
 
@@ -90,7 +96,7 @@ def make_plan(
     rules = {name: request_of(name) for name in candidates}
     firsts = {name: each[0] for name, each in candidates.items()}
     choices |= safeguard(choices, rules, firsts, **limits)
-    return Plan(
+    plan = Plan(
         {name: choices[name] for name in surveyed.layers},
         surveyed.cost,
         candidates,
@@ -98,6 +104,9 @@ def make_plan(
         request=request,
         uncounted=surveyed.uncounted,
     )
+    if not by_output or earlier is not None or surveyed.example is None:
+        return plan
+    return near_in_output(plan, rules, given_model, held_out_batches(scope) or [(surveyed.example, None)])
 
 
 def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, scope: Scope) -> Plan:
