@@ -231,7 +231,7 @@ def test_a_file_whose_int8_is_far_from_the_model_is_said(tmp_path, monkeypatch):
 @pytest.mark.parametrize("saturates", [True, False])
 @pytest.mark.parametrize("ending", ["onnx", "xml"])
 def test_weights_have_7_bits_where_sums_saturate(tmp_path, monkeypatch, ending, saturates):
-    """Every weight, also of the factors, whatever the processor of this machine does."""
+    """Every weight of convolutions and linear layers, whatever the processor of this machine does."""
     runtime, needs = ("onnx_files", "onnxruntime") if ending == "onnx" else ("openvino_models", "openvino")
     pytest.importorskip(needs)
     monkeypatch.setattr(f"decomp.runtimes.{runtime}.int8_sums_saturate", lambda: saturates)

@@ -11,6 +11,7 @@ from decomp.network.forward import floating
 FILLED = 1e6  # times the median, which counts as 1 at least: a larger value is what a mask fills in
 SAMPLE = 100_000  # values that the median is of
 LOWEST_LEVEL = 1e-5  # of the largest: below it a channel is taken as silent, and not amplified further
+ROWS = 8  # of two axes, for a mean of each column
 LEAST_VARIATION = 0.01  # of an output about its mean, as a share of its norm: below it it is taken as constant
 
 
@@ -47,8 +48,9 @@ def share_of_variation(errors: list[Tensor], reference: Any, mask: Tensor | None
     """Squared errors of an output, as a share of how it varies: ||dy||^2 / ||y - m||^2, the mean over its tensors.
 
     m is the mean of each channel, and the variation at least 1 % of the norm of y. Channels, padding and what
-    masks fill in are those of :func:`leveled`; values of different scales in one tensor count as they are, for
-    channels that are silent on a batch say nothing.
+    masks fill in are those of :func:`leveled`; of 8 rows or more of two axes the columns are channels as
+    well. Values of different scales in one tensor count as they are, for channels that are silent on a batch say
+    nothing. A tensor with one value to a channel, such as a loss, does not count.
 
     >>> share_of_variation([0.1 * torch.ones(2)], torch.tensor([4.0, 6.0]))
     0.01
@@ -56,8 +58,11 @@ def share_of_variation(errors: list[Tensor], reference: Any, mask: Tensor | None
     shares = []
     for each, expected in zip(errors, floating(reference), strict=True):
         error, kept, others = _without_filling(each, expected.detach(), mask)
-        if kept.numel():
-            variation = float((kept - kept.mean(others, keepdim=True)).norm())
+        if kept.dim() == 2 and len(others) == 2 and len(kept) >= ROWS:
+            others = [0]
+        mean = kept.mean(others, keepdim=True)
+        if kept.numel() > mean.numel():
+            variation = float((kept - mean).norm())
             norm = max(variation, LEAST_VARIATION * float(kept.norm()))
             shares.append(float(error.norm()) ** 2 / (norm**2 or 1.0))
     return sum(shares) / max(1, len(shares))
@@ -70,7 +75,7 @@ def _without_filling(tensor: Tensor, expected: Tensor, mask: Tensor | None) -> t
     some = kept.flatten()[:: max(1, kept.numel() // SAMPLE)].abs()
     usual = some[(some > 0) & some.isfinite()]
     highest = FILLED * max(1.0, float(usual.median())) if usual.numel() else torch.finfo(torch.float32).max
-    filled = ~(kept.abs() <= highest)
+    filled = ~(kept.abs() <= highest) | (tensor.detach().abs() > highest)
     others = list(range(kept.dim()))
     if has_channels and kept.numel():
         is_padded = kept.dim() < expected.dim()

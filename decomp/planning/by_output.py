@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from decomp._util.warn import warn
 from decomp.calibration.calibrate import Statistics, gather
 from decomp.calibration.gradients import NoGradient, SensitivityScalar
-from decomp.data.batches import Batches, rows_of, some_rows
+from decomp.data.batches import Batches, copied, rows_of, some_rows
 from decomp.data.levels import leveled
 from decomp.network.forward import SizesDiffer, Unfused, call, differences, evaluating, floating, to_device_of
 from decomp.planning.arguments import Scope
@@ -110,6 +110,11 @@ def held_out_batches(scope: Scope) -> list[tuple[Any, Tensor | None]]:
     return judged
 
 
+def with_mask(example: Any) -> list[tuple[Any, Tensor | None]]:
+    """Example inputs as a batch to judge on."""
+    return [(batch, mask) for _, batch, mask in Batches.in_fixed_order([example], None, MASK).masked()]
+
+
 @torch.no_grad()
 def output_errors(
     small: nn.Module,
@@ -120,14 +125,16 @@ def output_errors(
     """What ``measure`` makes of each batch: of the errors of its output, the output of the dense model, the mask.
 
     Raises:
-        SizesDiffer: the outputs have sizes that depend on weights.
+        SizesDiffer: the outputs have sizes that depend on weights, or are nested or sparse.
     """
     found = []
     with evaluating(small, dense), Unfused():
         for batch, mask in judged:
             batch = to_device_of(dense, batch)
-            expected, output = call(dense, batch), call(small, batch)
-            found.append(measure(differences(small, floating(output), floating(expected)), expected, mask))
+            expected, output = (floating(call(each, copied(batch))) for each in (dense, small))
+            if any(each.is_nested or each.layout != torch.strided for each in (*expected, *output)):
+                raise SizesDiffer(f"{type(dense).__name__} gives nested or sparse tensors")
+            found.append(measure(differences(small, output, expected), expected, mask))
     return found
 
 

@@ -1,6 +1,6 @@
 """Ranks of rules, where the network's output stays near that of the dense one; else a budget chooses them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from statistics import fmean
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from decomp._util.warn import warn
+from decomp.data.batches import random_state, set_random_state
 from decomp.data.levels import share_of_variation
 from decomp.network.forward import SizesDiffer
+from decomp.network.restoring import temporarily
 from decomp.planning.budget import Budget, spend
 from decomp.planning.by_output import output_errors
 from decomp.planning.candidate import Candidate
@@ -56,25 +58,34 @@ def near_in_output(
         judged: batches, each with its mask.
 
     Returns:
-        The plan as it was where outputs cannot be compared: their sizes depend on the weights, two passes of the
-        dense model differ, or memory is short.
+        The plan as it was where outputs cannot be compared: they vary with the weights in size, or between two
+        passes of the dense model, or the model cannot be copied, or memory is short; and where the layers that
+        stay as they are leave the output too far off by themselves.
     """
     free = {name: plan.candidates[name][0] for name, rule in rules.items() if _is_free(rule)}
     free = {name: candidate for name, candidate in free.items() if candidate.spectra}
-    if not judged or plan.macs is None or not any(plan[name].ranks for name in free):
+    if not judged or plan.macs is None or not _replaces(plan, free):
         return plan
 
     def error_of(small: nn.Module) -> float:
         return sqrt(fmean(output_errors(small, model, judged, share_of_variation)))
 
     def error_under(plan: Plan) -> float:
-        return error_of(plan.apply(model, progress=False))
+        try:
+            small = plan.apply(model, progress=False)
+        except TypeError as error:  # it cannot be copied
+            raise SizesDiffer(str(error)) from None
+        return error_of(small)
 
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
+    state = random_state()
+    with temporarily(_restoring_buffers(model)), temporarily(lambda: set_random_state(state)):
         try:
             error = error_under(plan)
             if error <= MOST_ERROR or error_of(model) > REPEATS:
+                return plan
+            others = plan.choosing({name: (each, each.choose((), "")) for name, each in free.items()})
+            kept = {name for name in others.replaced if not others[name].was_factorized}
+            if kept and not error_under(others) <= MOST_ERROR:
                 return plan
             return _nearer(plan, free, rules, error, error_under)
         except (SizesDiffer, torch.OutOfMemoryError):
@@ -85,6 +96,22 @@ def _is_free(rule: Rule | Fixed | None) -> bool:
     return isinstance(rule, SpectralRule) and not rule.pure
 
 
+def _replaces(plan: Plan, names: Iterable[str]) -> bool:
+    return any(plan[name].ranks for name in names)
+
+
+def _restoring_buffers(model: nn.Module) -> Callable[[], None]:
+    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, value in saved:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+    return restore
+
+
 def _nearer(
     plan: Plan,
     free: Mapping[str, Candidate],
@@ -93,42 +120,40 @@ def _nearer(
     error_under: Callable[[Plan], float],
 ) -> Plan:
     """The plan under the smallest budget of MACs that is found whose error is at most ``MOST_ERROR``."""
-    dense, asked = plan.macs or (0.0, 0.0)
+    total, asked = plan.macs or (0.0, 0.0)
     fixed = {name: choice for name, choice in plan.items() if name not in free}
+    most = total - sum(choice.saved("macs") for choice in fixed.values())  # with all others dense
     request = replace(plan.request, objective="product")
 
     def under(share: float) -> Plan:
-        """The plan under the MACs of the rules and this share of what they save."""
-        budget = Budget("macs", round(asked + share * (dense - asked)))
-        spent = spend({name: [each] for name, each in free.items()}, budget, dense, fixed, request)
+        """The plan under the MACs that the rules asked for, and this share of what they save."""
+        budget = Budget("macs", round(asked + share * (most - asked)))
+        spent = spend({name: [each] for name, each in free.items()}, budget, total, fixed, request)
         chosen = {
             name: (free[name], _noted(plan[name], candidate.choose(ranks, ""), rules[name], error))
             for name, (candidate, ranks) in spent.items()
         }
         return plan.choosing(chosen)
 
-    def is_near(tried: Plan) -> bool:
-        return not tried.replaced or error_under(tried) <= MOST_ERROR
-
-    tried = under(0.0)
-    if is_near(tried):
-        return tried
-    low, high, best = 0.0, 1.0, None
-    for _ in range(STEPS):
-        share = (low + high) / 2
+    low, high, far, near = 0.0, 1.0, plan, None
+    share = low
+    for _ in range(1 + STEPS):
         tried = under(share)
-        if is_near(tried):
-            high, best = share, tried
+        if not _replaces(tried, free) or error_under(tried) <= MOST_ERROR:
+            high, near = share, tried
         else:
-            low = share
-    if best is not None and best.replaced:
-        return best
+            low, far = share, tried
+        if high == 0:
+            break
+        share = (low + high) / 2
+    if near is not None and _replaces(near, free):
+        return near
     warn(
-        f"with the ranks of the rules the output is off by {error:.2f} of its variation, and by more than "
-        f"{MOST_ERROR} with nearly all of the MACs: the model may hardly work before it is fine-tuned. data= "
-        "keeps more of it"
+        f"with the ranks of the rules the output is off by {error:.2f} of its variation, and at every budget that "
+        f"was tried by more than {MOST_ERROR}: the model may hardly work before it is fine-tuned. compress() with "
+        "data= keeps more of it"
     )
-    return tried
+    return far
 
 
 def _noted(before: Choice, after: Choice, rule: Rule | Fixed | None, error: float) -> Choice:

@@ -19,7 +19,13 @@ from decomp.network.unpacking import unpacked
 from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
 from decomp.planning.budget import Budget, OutOfReach, Request
 from decomp.planning.build import NothingToDecompose
-from decomp.planning.by_output import held_out_batches, nearer, statistics_by_output, with_tempered_importances
+from decomp.planning.by_output import (
+    held_out_batches,
+    nearer,
+    statistics_by_output,
+    with_mask,
+    with_tempered_importances,
+)
 from decomp.planning.candidate import Candidate
 from decomp.planning.choice import Change
 from decomp.planning.cost import COSTS, COUNTED, Price
@@ -106,7 +112,7 @@ def make_plan(
     )
     if not by_output or earlier is not None or surveyed.example is None:
         return plan
-    return near_in_output(plan, rules, given_model, held_out_batches(scope) or [(surveyed.example, None)])
+    return near_in_output(plan, rules, given_model, held_out_batches(scope) or with_mask(surveyed.example))
 
 
 def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, scope: Scope) -> Plan:
