@@ -77,7 +77,7 @@ def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan
     """
     if all(by_output[name].ranks == alike[name].ranks for name in by_output):
         return by_output
-    judged = held_out_batches(scope)
+    judged = _held_out(scope)
     if not judged:
         return alike
     try:
@@ -87,7 +87,7 @@ def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan
     return by_output if errors[0] <= errors[1] else alike  # not a number: the latter
 
 
-def held_out_batches(scope: Scope) -> list[tuple[Any, Tensor | None]]:
+def _held_out(scope: Scope) -> list[tuple[Any, Tensor | None]]:
     """The batches to judge on, or the rows of them, each with its mask; none where data can be read only once."""
     data: Any = scope["data"]
     if data is None or isinstance(data, Statistics | Iterator):

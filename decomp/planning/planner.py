@@ -20,7 +20,6 @@ from decomp.planning.arguments import BudgetArguments, RankLimits, Scope
 from decomp.planning.budget import Budget, OutOfReach, Request
 from decomp.planning.build import NothingToDecompose
 from decomp.planning.by_output import (
-    held_out_batches,
     nearer,
     statistics_by_output,
     with_mask,
@@ -112,7 +111,9 @@ def make_plan(
     )
     if not by_output or earlier is not None or surveyed.example is None:
         return plan
-    return near_in_output(plan, rules, given_model, held_out_batches(scope) or with_mask(surveyed.example))
+    # Not batches that were held out: statistics, which hold one batch, lead to the plan that their batches do.
+    example = statistics.example if isinstance(statistics, Statistics) else surveyed.example
+    return near_in_output(plan, rules, given_model, with_mask(example))
 
 
 def make_budget_plan(model: nn.Module, given: BudgetArguments, budget: Budget, scope: Scope) -> Plan:
