@@ -52,7 +52,7 @@ def share_of_variation(errors: list[Tensor], reference: Any, mask: Tensor | None
     well. Values of different scales in one tensor count as they are, for channels that are silent on a batch say
     nothing. A tensor with one value to a channel, such as a loss, does not count.
 
-    >>> share_of_variation([0.1 * torch.ones(2)], torch.tensor([4.0, 6.0]))
+    >>> round(share_of_variation([0.1 * torch.ones(2)], torch.tensor([4.0, 6.0])), 4)
     0.01
     """
     shares = []
