@@ -88,10 +88,8 @@ def nearer(by_output: Plan, alike: Plan, model: nn.Module, scope: Scope) -> Plan
 
 
 def _held_out(scope: Scope) -> list[tuple[Any, Tensor | None]]:
-    """The batches to judge on, or the rows of them, each with its mask; none where data can be read only once."""
+    """The batches to judge on, or the rows of them, each with its mask."""
     data: Any = scope["data"]
-    if data is None or isinstance(data, Statistics | Iterator):
-        return []
     batches = Batches.in_fixed_order(data, scope["inputs"], MASK)
     split = batches.fit_split()
 
